@@ -1,0 +1,146 @@
+//! The daemon under test, as a process in a temporary folder of its own.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// The guest's CID in every test that has no reason for another.
+pub const GUEST_CID: u64 = 4;
+
+/// How long a test waits for what should happen at once. It bounds a failing run; no test passes by it.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running daemon. It is killed, by pid, when this is dropped.
+pub struct Daemon {
+    child: Child,
+    folder: TempDir,
+}
+
+impl Daemon {
+    /// Starts a daemon with the default options and waits until both its sockets are there.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts a daemon with `options` behind the three that every daemon needs.
+    pub fn start_with(options: &[&str]) -> Self {
+        let folder = TempDir::with_prefix("vsock-test-").unwrap();
+        let log = fs::File::create(folder.path().join("log")).unwrap();
+        let child = Command::new(binary())
+            .arg(format!("--guest-cid={GUEST_CID}"))
+            .arg("--socket")
+            .arg(folder.path().join("vhost.socket"))
+            .arg("--uds-path")
+            .arg(folder.path().join("vm.vsock"))
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut daemon = Self { child, folder };
+        daemon.wait_for_sockets();
+        daemon
+    }
+
+    /// The vhost-user socket, where the VMM connects.
+    pub fn vhost_socket(&self) -> PathBuf {
+        self.folder.path().join("vhost.socket")
+    }
+
+    /// The socket where host programs connect.
+    pub fn uds_path(&self) -> PathBuf {
+        self.folder.path().join("vm.vsock")
+    }
+
+    /// The socket where a host program listens for the guest's connections to `port`.
+    pub fn host_port_path(&self, port: u32) -> PathBuf {
+        self.folder.path().join(format!("vm.vsock_{port}"))
+    }
+
+    /// The folder of this daemon's sockets, for a test's own files.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The daemon's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What the daemon has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap()
+    }
+
+    /// How many descriptors the daemon has open.
+    pub fn open_descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .unwrap()
+            .count()
+    }
+
+    /// Sends `signal` to the daemon.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid() as i32), signal).unwrap();
+    }
+
+    /// Waits for the daemon to end by itself.
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the daemon did not end");
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Panics with the log when the daemon is no longer running.
+    pub fn assert_alive(&mut self) {
+        let status = self.child.try_wait().unwrap();
+        assert!(status.is_none(), "daemon ended: {status:?}\n{}", self.log());
+    }
+
+    fn wait_for_sockets(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while !(self.vhost_socket().exists() && UnixStream::connect(self.uds_path()).is_ok()) {
+            self.assert_alive();
+            assert!(Instant::now() < deadline, "no sockets\n{}", self.log());
+            sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- the daemon's log\n{}", self.log());
+        }
+    }
+}
+
+/// The binary under test: this crate's own, or another that takes the same three options.
+pub fn binary() -> PathBuf {
+    std::env::var_os("VSOCK_TEST_BINARY")
+        .map_or_else(|| env!("CARGO_BIN_EXE_vhost-user-vsock").into(), Into::into)
+}
+
+/// Polls `condition` until it holds; panics with `what` when it does not within [`PATIENCE`].
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,6 @@
+//! What the tests share: the daemon as a process, and the guests that use it.
+
+// Each test file compiles this module for itself and uses a part of it.
+#![allow(dead_code)]
+
+pub mod daemon;
