@@ -1,0 +1,252 @@
+//! What the daemon is told to do, and the mistakes in it.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::header::Cid;
+
+/// The longest path that a Unix socket address holds, in bytes, its closing NUL not counted.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// What stands behind the uds path for the highest port that a guest can connect to.
+const LONGEST_PORT: &str = "_4294967295";
+
+/// The largest buffer per connection, in bytes.
+const MAX_TX_BUFFER: u32 = 1 << 30;
+
+/// The largest ring (virtio 1.2, 2.7).
+const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// The longest look before sleep.
+const MAX_BUSY_POLL: Duration = Duration::from_millis(10);
+
+/// The daemon's configuration. [`Config::check`] says whether it can work.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The guest's CID.
+    pub guest_cid: Cid,
+    /// The vhost-user socket, for the VMM.
+    pub socket: PathBuf,
+    /// The socket for host programs, and the beginning of the paths where they listen themselves.
+    pub uds_path: PathBuf,
+    /// The buffer of each connection for bytes that the guest sends, in bytes.
+    pub tx_buffer_size: u32,
+    /// The largest ring that is offered to the guest, in entries.
+    pub queue_size: u16,
+    /// How many connections there may be at once.
+    pub max_connections: usize,
+    /// How long to look for more work before the worker sleeps.
+    pub busy_poll: Duration,
+}
+
+/// A mistake in a [`Config`].
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// The CID is reserved (virtio 1.2, 5.10.4), or does not fit 32 bits.
+    #[error("--guest-cid={0}: a guest's CID is a number from 3 to 4294967294")]
+    Cid(u64),
+    /// The path does not fit a Unix socket address.
+    #[error(
+        "{option} {path}: {len} bytes are too long for a Unix socket, the limit is {limit}{why}"
+    )]
+    PathTooLong {
+        /// The option that gave the path.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: usize,
+        /// How many bytes it may have.
+        limit: usize,
+        /// Where the limit comes from.
+        why: &'static str,
+    },
+    /// The path names no file.
+    #[error("{option} {path}: this is not the path of a file")]
+    NoFile {
+        /// The option that gave the path.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// The folder that would hold the socket is not there.
+    #[error("{option} {path}: the folder {folder} does not exist, make it first")]
+    NoFolder {
+        /// The option that gave the path.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Both sockets would be the same file.
+    #[error("--socket and --uds-path are both {0}: the two sockets need two paths")]
+    SamePath(PathBuf),
+    /// No connection could work with this buffer.
+    #[error("--tx-buffer-size={0}: a buffer has from 1 to {MAX_TX_BUFFER} bytes")]
+    TxBufferSize(u32),
+    /// Rings have other sizes (virtio 1.2, 2.7).
+    #[error("--queue-size={0}: a ring has a power of two from 2 to {MAX_QUEUE_SIZE} entries")]
+    QueueSize(u16),
+    /// Without a connection there is nothing to serve.
+    #[error("--max-connections=0: at least one connection must be possible")]
+    MaxConnections,
+    /// A look is meant to be short.
+    #[error("--busy-poll={0}: look for at most {max} microseconds", max = MAX_BUSY_POLL.as_micros())]
+    BusyPoll(u128),
+}
+
+impl Config {
+    /// Looks for mistakes, and changes nothing.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if !(3..u64::from(u32::MAX)).contains(&self.guest_cid.0) {
+            return Err(ConfigError::Cid(self.guest_cid.0));
+        }
+        let socket = check_path("--socket", &self.socket, "", "")?;
+        let why = " so that the longest port fits behind it";
+        let uds_path = check_path("--uds-path", &self.uds_path, LONGEST_PORT, why)?;
+        if socket == uds_path {
+            return Err(ConfigError::SamePath(self.socket.clone()));
+        }
+        if !(1..=MAX_TX_BUFFER).contains(&self.tx_buffer_size) {
+            return Err(ConfigError::TxBufferSize(self.tx_buffer_size));
+        }
+        if !(2..=MAX_QUEUE_SIZE).contains(&self.queue_size) || !self.queue_size.is_power_of_two() {
+            return Err(ConfigError::QueueSize(self.queue_size));
+        }
+        if self.max_connections == 0 {
+            return Err(ConfigError::MaxConnections);
+        }
+        if self.busy_poll > MAX_BUSY_POLL {
+            return Err(ConfigError::BusyPoll(self.busy_poll.as_micros()));
+        }
+        Ok(())
+    }
+}
+
+/// Checks the path of a socket, and answers how its folder and file are really named.
+fn check_path(
+    option: &'static str,
+    path: &Path,
+    suffix: &str,
+    why: &'static str,
+) -> Result<PathBuf, ConfigError> {
+    let (len, limit) = (
+        path.as_os_str().as_bytes().len(),
+        MAX_SOCKET_PATH - suffix.len(),
+    );
+    if len > limit {
+        let path = path.to_owned();
+        return Err(ConfigError::PathTooLong {
+            option,
+            path,
+            len,
+            limit,
+            why,
+        });
+    }
+    let no_file = || ConfigError::NoFile {
+        option,
+        path: path.to_owned(),
+    };
+    let file = path.file_name().ok_or_else(no_file)?;
+    let parent = path.parent().ok_or_else(no_file)?;
+    let folder = if parent.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        parent
+    };
+    match folder.canonicalize() {
+        Ok(real) if real.is_dir() => Ok(real.join(file)),
+        _ => Err(ConfigError::NoFolder {
+            option,
+            path: path.to_owned(),
+            folder: folder.to_owned(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        Config {
+            guest_cid: Cid(4),
+            socket: "/tmp/vhost4.socket".into(),
+            uds_path: "/tmp/vm4.vsock".into(),
+            tx_buffer_size: 262_144,
+            queue_size: 1024,
+            max_connections: 1024,
+            busy_poll: Duration::from_micros(50),
+        }
+    }
+
+    fn refused(change: impl FnOnce(&mut Config)) -> String {
+        let mut config = config();
+        change(&mut config);
+        config.check().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_example_of_the_readme_is_right() {
+        assert_eq!(config().check(), Ok(()));
+    }
+
+    #[test]
+    fn reserved_cids_are_refused() {
+        for cid in [0, 1, 2, u64::from(u32::MAX), u64::MAX] {
+            assert!(refused(|config| config.guest_cid = Cid(cid)).contains("3 to 4294967294"));
+        }
+        for cid in [3, u64::from(u32::MAX) - 1] {
+            let config = Config {
+                guest_cid: Cid(cid),
+                ..config()
+            };
+            assert_eq!(config.check(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn paths_must_fit_with_the_longest_port() {
+        let path = |len: usize| PathBuf::from(format!("/tmp/{}", "x".repeat(len - 5)));
+        assert!(refused(|config| config.socket = path(108)).contains("108 bytes are too long"));
+        assert!(refused(|config| config.uds_path = path(97)).contains("the limit is 96"));
+        let config = Config {
+            socket: path(107),
+            uds_path: path(96),
+            ..config()
+        };
+        assert_eq!(config.check(), Ok(()));
+    }
+
+    #[test]
+    fn the_same_file_by_two_names_is_refused() {
+        assert!(
+            refused(|config| config.uds_path = "/tmp/./vhost4.socket".into()).contains("two paths")
+        );
+    }
+
+    #[test]
+    fn a_missing_folder_is_named() {
+        let message = refused(|config| config.socket = "/nowhere/at/all.socket".into());
+        assert!(
+            message.contains("the folder /nowhere/at does not exist"),
+            "{message}"
+        );
+        assert!(refused(|config| config.socket = "/".into()).contains("not the path of a file"));
+    }
+
+    #[test]
+    fn sizes_that_cannot_work_are_refused() {
+        assert!(refused(|config| config.tx_buffer_size = 0).contains("--tx-buffer-size=0"));
+        assert!(refused(|config| config.tx_buffer_size = MAX_TX_BUFFER + 1).contains("bytes"));
+        assert!(refused(|config| config.queue_size = 100).contains("power of two"));
+        assert!(refused(|config| config.queue_size = 1).contains("power of two"));
+        assert!(refused(|config| config.max_connections = 0).contains("at least one"));
+        assert!(refused(|config| config.busy_poll = Duration::from_secs(1)).contains("10000"));
+    }
+}

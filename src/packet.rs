@@ -1,0 +1,503 @@
+//! Virtio-vsock packets in guest memory.
+//!
+//! A packet is a header of 44 bytes and, for RW, a payload (virtio 1.2, 5.10.6). The guest lays it over a descriptor
+//! chain as it likes: in one buffer, header and payload apart, the payload over many descriptors, a descriptor over
+//! several memory regions. This module alone turns such chains into headers, which are copied once into private
+//! memory, and into lists of slices of guest memory, which go to the kernel as they are: a batch of packets leaves with
+//! one `sendmsg`, and one `readv` fills a batch of buffers. It is also the only module with `unsafe` code.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use libc::iovec;
+use thiserror::Error;
+use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileSlice};
+
+use crate::header::{HEADER_LEN, VsockHeader};
+
+/// How many slices the kernel takes in one call (`UIO_MAXIOV`).
+const MAX_SLICES: usize = 1024;
+
+/// Why a descriptor chain holds no packet.
+#[derive(Debug, Error)]
+pub enum PacketError {
+    /// The chain has a descriptor of the other direction (virtio 1.2, 2.7.4.2).
+    #[error("a descriptor of the wrong direction")]
+    Direction,
+    /// The chain loops, leaves the descriptor table, or is longer than the ring (virtio 1.2, 2.7.5.1).
+    #[error("a chain without an end")]
+    Endless,
+    /// The chain is shorter than a header, or than its header says.
+    #[error("a chain too short for its packet")]
+    Short,
+    /// A descriptor points outside of guest memory.
+    #[error("a descriptor outside of guest memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// Slices of guest memory, one behind the other. They live no longer than the memory they point into.
+struct GuestSlices<'m> {
+    iovecs: Vec<iovec>,
+    memory: PhantomData<&'m GuestMemoryMmap>,
+}
+
+impl<'m> GuestSlices<'m> {
+    fn new() -> Self {
+        Self {
+            iovecs: Vec::with_capacity(64),
+            memory: PhantomData,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.iovecs.len()
+    }
+
+    fn push(&mut self, slice: &VolatileSlice<'m>) {
+        self.iovecs.push(iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        });
+    }
+
+    /// Shortens what stands from slice `start` on to `bytes` bytes. It must hold as many.
+    fn cut(&mut self, start: usize, bytes: usize) {
+        let mut left = bytes;
+        for i in start..self.iovecs.len() {
+            if left == 0 {
+                return self.iovecs.truncate(i);
+            }
+            self.iovecs[i].iov_len = left.min(self.iovecs[i].iov_len);
+            left -= self.iovecs[i].iov_len;
+        }
+    }
+
+    /// The slice at `index` as memory that the guest may change at any time.
+    fn volatile(&self, index: usize) -> VolatileSlice<'m> {
+        let iovec = &self.iovecs[index];
+        // SAFETY: every iovec was made by `push` from a slice that is valid for 'm, and was only shortened since.
+        unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) }
+    }
+
+    /// Writes `bytes` over the slices in `range`, which hold as many.
+    fn write(&self, range: Range<usize>, mut bytes: &[u8]) {
+        for index in range {
+            let slice = self.volatile(index);
+            let (part, rest) = bytes.split_at(slice.len().min(bytes.len()));
+            slice.copy_from(part);
+            bytes = rest;
+        }
+    }
+}
+
+/// Calls `take` with every slice of the chain's buffers, in order, and checks the chain: it has an end, every
+/// descriptor is `writable` by the device or none is, and all lie in guest memory.
+fn walk<'m>(
+    memory: &'m GuestMemoryMmap,
+    chain: DescriptorChain<&GuestMemoryMmap>,
+    longest: u16,
+    writable: bool,
+    mut take: impl FnMut(VolatileSlice<'m>) -> Result<(), PacketError>,
+) -> Result<(), PacketError> {
+    let mut last: Option<Descriptor> = None;
+    for (count, descriptor) in chain.enumerate() {
+        if count >= usize::from(longest) {
+            return Err(PacketError::Endless);
+        }
+        if descriptor.is_write_only() != writable {
+            return Err(PacketError::Direction);
+        }
+        for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
+            take(slice?)?;
+        }
+        last = Some(descriptor);
+    }
+    // The iterator ends in silence where the chain is broken: then its last descriptor still names a next one.
+    match last {
+        Some(descriptor) if !descriptor.has_next() => Ok(()),
+        Some(_) => Err(PacketError::Endless),
+        None => Err(PacketError::Short),
+    }
+}
+
+/// A packet from the guest: its header, and where its payload stands in the batch.
+#[derive(Debug)]
+pub struct VsockPacket {
+    header: VsockHeader,
+    payload: Range<usize>,
+}
+
+impl VsockPacket {
+    /// The header, read once.
+    pub fn header(&self) -> &VsockHeader {
+        &self.header
+    }
+}
+
+/// A batch of packets from the guest, in the order of the TX ring.
+pub struct TxBatch<'m> {
+    memory: &'m GuestMemoryMmap,
+    slices: GuestSlices<'m>,
+    packets: Vec<VsockPacket>,
+    bytes: usize,
+}
+
+impl<'m> TxBatch<'m> {
+    /// An empty batch.
+    pub fn new(memory: &'m GuestMemoryMmap) -> Self {
+        Self {
+            memory,
+            slices: GuestSlices::new(),
+            packets: Vec::with_capacity(64),
+            bytes: 0,
+        }
+    }
+
+    /// Adds the packet in `chain`, from a ring of `ring_size` entries. On an error the batch stays as it was.
+    pub fn push(
+        &mut self,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        ring_size: u16,
+    ) -> Result<(), PacketError> {
+        let start = self.slices.len();
+        let parsed = self.parse(chain, ring_size);
+        if parsed.is_err() {
+            self.slices.iovecs.truncate(start);
+        }
+        let header = parsed?;
+        self.bytes += header.len as usize;
+        self.packets.push(VsockPacket {
+            header,
+            payload: start..self.slices.len(),
+        });
+        Ok(())
+    }
+
+    fn parse(
+        &mut self,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        ring_size: u16,
+    ) -> Result<VsockHeader, PacketError> {
+        let start = self.slices.len();
+        let mut bytes = [0; HEADER_LEN];
+        let mut filled = 0;
+        let mut payload = 0;
+        let slices = &mut self.slices;
+        walk(self.memory, chain, ring_size, false, |slice| {
+            let part = slice.len().min(HEADER_LEN - filled);
+            slice.copy_to(&mut bytes[filled..filled + part]);
+            filled += part;
+            if part < slice.len() {
+                let rest = slice.offset(part).map_err(GuestMemoryError::from)?;
+                payload += rest.len();
+                slices.push(&rest);
+            }
+            Ok(())
+        })?;
+        let header = VsockHeader::from_tx(&bytes);
+        if filled < HEADER_LEN || payload < header.len as usize {
+            return Err(PacketError::Short);
+        }
+        slices.cut(start, header.len as usize);
+        Ok(header)
+    }
+
+    /// The packets, in order.
+    pub fn packets(&self) -> &[VsockPacket] {
+        &self.packets
+    }
+
+    /// How many bytes of payload the batch carries.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The payload of the consecutive `packets` of this batch, as one.
+    pub fn payload(&self, packets: &[VsockPacket]) -> Payload<'_> {
+        let slices = match packets {
+            [] => 0..0,
+            [first, .., last] | [first @ last] => first.payload.start..last.payload.end,
+        };
+        Payload {
+            slices: &self.slices,
+            range: slices,
+        }
+    }
+}
+
+/// Payload from the guest, where the guest left it.
+#[derive(Clone)]
+pub struct Payload<'b> {
+    slices: &'b GuestSlices<'b>,
+    range: Range<usize>,
+}
+
+impl Payload<'_> {
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        length(self.iovecs())
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Sends it to a socket without waiting, and answers how many bytes the socket took. It is an error only where
+    /// the first byte could not be sent: `WouldBlock` for a socket that is full.
+    pub fn send_to(&self, socket: impl AsFd) -> io::Result<usize> {
+        let mut sent = 0;
+        for iovecs in self.iovecs().chunks(MAX_SLICES) {
+            match sendmsg(socket.as_fd(), iovecs) {
+                Ok(count) if count == length(iovecs) => sent += count,
+                Ok(count) => return Ok(sent + count),
+                Err(error) if sent == 0 => return Err(error),
+                Err(_) => return Ok(sent),
+            }
+        }
+        Ok(sent)
+    }
+
+    /// Copies the bytes from `offset` on into `out`, as many as it holds.
+    pub fn copy_to(&self, offset: usize, out: &mut [u8]) {
+        let mut skip = offset;
+        let mut filled = 0;
+        for index in self.range.clone() {
+            let slice = self.slices.volatile(index);
+            if let Ok(rest) = slice.offset(skip) {
+                let end = out.len().min(filled + rest.len());
+                filled += rest.copy_to(&mut out[filled..end]);
+            }
+            skip = skip.saturating_sub(slice.len());
+        }
+    }
+
+    fn iovecs(&self) -> &[iovec] {
+        &self.slices.iovecs[self.range.clone()]
+    }
+}
+
+/// A buffer of the guest's, for a packet to it.
+#[derive(Debug)]
+pub struct RxBuffer {
+    head: u16,
+    header: Range<usize>,
+    capacity: usize,
+    used: u32,
+}
+
+impl RxBuffer {
+    /// The head of its descriptor chain.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// How many bytes of it have been written.
+    pub fn used(&self) -> u32 {
+        self.used
+    }
+}
+
+/// A batch of the guest's buffers, in the order of the RX ring. What is not filled can go back to the ring.
+pub struct RxBatch<'m> {
+    memory: &'m GuestMemoryMmap,
+    headers: GuestSlices<'m>,
+    payloads: GuestSlices<'m>,
+    buffers: Vec<RxBuffer>,
+    capacity: usize,
+    filled: usize,
+}
+
+impl<'m> RxBatch<'m> {
+    /// An empty batch.
+    pub fn new(memory: &'m GuestMemoryMmap) -> Self {
+        Self {
+            memory,
+            headers: GuestSlices::new(),
+            payloads: GuestSlices::new(),
+            buffers: Vec::with_capacity(64),
+            capacity: 0,
+            filled: 0,
+        }
+    }
+
+    /// Makes the batch empty again.
+    pub fn clear(&mut self) {
+        self.headers.iovecs.clear();
+        self.payloads.iovecs.clear();
+        self.buffers.clear();
+        self.capacity = 0;
+        self.filled = 0;
+    }
+
+    /// Adds the buffer in `chain`, from a ring of `ring_size` entries, for at most `payload` bytes besides the header.
+    /// A buffer without room for a byte is an error when there is payload to carry. On an error the batch stays as it
+    /// was.
+    pub fn push(
+        &mut self,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        ring_size: u16,
+        payload: usize,
+    ) -> Result<(), PacketError> {
+        let (header, start) = (self.headers.len(), self.payloads.len());
+        let head = chain.head_index();
+        let room = self.parse(chain, ring_size).and_then(|room| {
+            if room == 0 && payload > 0 {
+                Err(PacketError::Short)
+            } else {
+                Ok(room)
+            }
+        });
+        if room.is_err() {
+            self.headers.iovecs.truncate(header);
+            self.payloads.iovecs.truncate(start);
+        }
+        let capacity = room?.min(payload);
+        self.payloads.cut(start, capacity);
+        self.capacity += capacity;
+        self.buffers.push(RxBuffer {
+            head,
+            header: header..self.headers.len(),
+            capacity,
+            used: 0,
+        });
+        Ok(())
+    }
+
+    fn parse(
+        &mut self,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        ring_size: u16,
+    ) -> Result<usize, PacketError> {
+        let mut header = 0;
+        let mut room = 0;
+        let (headers, payloads) = (&mut self.headers, &mut self.payloads);
+        walk(self.memory, chain, ring_size, true, |slice| {
+            let part = slice.len().min(HEADER_LEN - header);
+            let (before, rest) = slice.split_at(part).map_err(GuestMemoryError::from)?;
+            if !before.is_empty() {
+                header += part;
+                headers.push(&before);
+            }
+            if !rest.is_empty() {
+                room += rest.len();
+                payloads.push(&rest);
+            }
+            Ok(())
+        })?;
+        if header < HEADER_LEN {
+            Err(PacketError::Short)
+        } else {
+            Ok(room)
+        }
+    }
+
+    /// How many buffers there are in it.
+    pub fn len(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// Whether there is no buffer in it.
+    pub fn is_empty(&self) -> bool {
+        self.buffers.is_empty()
+    }
+
+    /// How many bytes of payload its buffers hold together.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Whether it is made of so many slices of guest memory that a `readv` takes no more.
+    pub fn is_full(&self) -> bool {
+        self.payloads.len() >= MAX_SLICES
+    }
+
+    /// The buffers that carry a packet now.
+    pub fn filled(&self) -> &[RxBuffer] {
+        &self.buffers[..self.filled]
+    }
+
+    /// Reads what the socket has into the payload areas, up to [`RxBatch::capacity`] bytes, without waiting. 0 is the
+    /// end of the stream.
+    pub fn read_from(&self, socket: impl AsFd) -> io::Result<usize> {
+        readv(socket.as_fd(), &self.payloads.iovecs)
+    }
+
+    /// Makes packets of `bytes` bytes of payload that [`RxBatch::read_from`] has put there, each with `header` and its
+    /// own length.
+    pub fn fill(&mut self, header: &VsockHeader, bytes: usize) {
+        let mut left = bytes;
+        while left > 0 && self.filled < self.buffers.len() {
+            let part = left.min(self.buffers[self.filled].capacity);
+            self.finish(header, part);
+            left -= part;
+        }
+    }
+
+    /// Makes a packet without payload of the next buffer, if there is one.
+    pub fn fill_header(&mut self, header: &VsockHeader) {
+        if self.filled < self.buffers.len() {
+            self.finish(header, 0);
+        }
+    }
+
+    fn finish(&mut self, header: &VsockHeader, len: usize) {
+        let buffer = &mut self.buffers[self.filled];
+        let header = VsockHeader {
+            len: len as u32,
+            ..*header
+        };
+        self.headers.write(buffer.header.clone(), &header.to_rx());
+        buffer.used = (HEADER_LEN + len) as u32;
+        self.filled += 1;
+    }
+}
+
+/// The bytes in `iovecs`.
+fn length(iovecs: &[iovec]) -> usize {
+    iovecs.iter().map(|iovec| iovec.iov_len).sum()
+}
+
+/// Sends at most [`MAX_SLICES`] slices of guest memory.
+fn sendmsg(socket: BorrowedFd<'_>, iovecs: &[iovec]) -> io::Result<usize> {
+    // SAFETY: a msghdr of zeroes is a valid one, without name, control data and slices.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = iovecs.as_ptr().cast_mut();
+    message.msg_iovlen = iovecs.len() as _;
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    retry(|| {
+        // SAFETY: the slices are valid guest memory, which the kernel only reads, as it does the list of them.
+        unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) }
+    })
+}
+
+/// Reads into the first [`MAX_SLICES`] slices of guest memory.
+fn readv(socket: BorrowedFd<'_>, iovecs: &[iovec]) -> io::Result<usize> {
+    let count = iovecs.len().min(MAX_SLICES);
+    retry(|| {
+        // SAFETY: the slices are valid guest memory, to which no Rust reference exists, and the guest may see any
+        // byte change at any time.
+        unsafe { libc::readv(socket.as_raw_fd(), iovecs.as_ptr(), count as _) }
+    })
+}
+
+/// A system call's outcome, called again where a signal came in between.
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(count) => return Ok(count),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}

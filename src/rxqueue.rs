@@ -1,0 +1,57 @@
+//! The set of operations that a connection owes its guest.
+
+use crate::rxops::RxOps;
+
+/// A set of [`RxOps`], which leave it in the order of [`RxOps::IN_ORDER`]. An operation that is owed twice is done
+/// once: each is made of the connection's state at the time it goes out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RxQueue(u8);
+
+impl RxQueue {
+    /// Adds an operation.
+    pub fn add(&mut self, op: RxOps) {
+        self.0 |= op.bit();
+    }
+
+    /// Removes an operation.
+    pub fn remove(&mut self, op: RxOps) {
+        self.0 &= !op.bit();
+    }
+
+    /// Removes all operations.
+    pub fn clear(&mut self) {
+        self.0 = 0;
+    }
+
+    /// The operation that goes out next.
+    pub fn peek(&self) -> Option<RxOps> {
+        RxOps::IN_ORDER
+            .into_iter()
+            .find(|op| self.0 & op.bit() != 0)
+    }
+
+    /// Whether nothing is owed.
+    pub fn is_empty(&self) -> bool {
+        self.0 == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operations_leave_in_their_order() {
+        let mut queue = RxQueue::default();
+        for op in RxOps::IN_ORDER.into_iter().rev() {
+            queue.add(op);
+            queue.add(op);
+        }
+        for op in RxOps::IN_ORDER {
+            assert_eq!(queue.peek(), Some(op));
+            queue.remove(op);
+        }
+        assert!(queue.is_empty());
+        assert_eq!(queue.peek(), None);
+    }
+}

@@ -1,0 +1,167 @@
+//! The daemon's life: both sockets, and one VMM after the other.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use log::{info, warn};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::Mutex;
+use thiserror::Error;
+use vhost::vhost_user::Listener;
+use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::config::{Config, ConfigError};
+use crate::listener::{ListenerError, SocketFile};
+use crate::vhu_vsock::VhostUserVsockBackend;
+
+/// How long to wait before the next try to serve, in milliseconds.
+const RETRY: u16 = 100;
+
+/// Why the daemon can't go on.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// It was told something that can't work.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A socket can't be made.
+    #[error(transparent)]
+    Listener(#[from] ListenerError),
+    /// The system refused something that every daemon needs.
+    #[error("can't serve: {0}")]
+    Io(#[from] io::Error),
+    /// The vhost-user library refused.
+    #[error("can't serve a VMM: {0}")]
+    Daemon(vhost_user_backend::Error),
+}
+
+/// Asks the daemon to stop, from any thread.
+#[derive(Clone)]
+pub struct Stop(Arc<StopState>);
+
+struct StopState {
+    requested: AtomicBool,
+    event: EventFd,
+    /// The VMM that is served at the moment.
+    session: Mutex<Option<ShutdownHandle>>,
+}
+
+impl Stop {
+    /// A wish that was not uttered yet.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(StopState {
+            requested: AtomicBool::new(false),
+            event: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            session: Mutex::default(),
+        })))
+    }
+
+    /// Asks.
+    pub fn request(&self) {
+        self.0.requested.store(true, Ordering::SeqCst);
+        let _ = self.0.event.write(1);
+        if let Some(session) = self.0.session.lock().as_ref() {
+            session.shutdown();
+        }
+    }
+
+    fn is_requested(&self) -> bool {
+        self.0.requested.load(Ordering::SeqCst)
+    }
+
+    /// Takes the VMM that is served from now on.
+    fn set_session(&self, session: Option<ShutdownHandle>) {
+        *self.0.session.lock() = session;
+        if self.is_requested() {
+            self.request();
+        }
+    }
+}
+
+/// Serves one VMM after the other until `stop` asks for the end. Both sockets are gone afterwards.
+pub fn run(config: &Config, stop: &Stop) -> Result<(), ServerError> {
+    config.check()?;
+    let socket = SocketFile::bind(&config.socket)?;
+    let uds = SocketFile::bind(&config.uds_path)?;
+    let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
+    info!(
+        "CID {}: waiting for a VMM at {}, for host programs at {}",
+        config.guest_cid.0,
+        config.socket.display(),
+        config.uds_path.display()
+    );
+    while !stop.is_requested() {
+        if let Err(error) = serve(&backend, &socket, stop) {
+            // Descriptors or memory have run out, which passes.
+            warn!("{error}");
+            wait_for(&[stop.0.event.as_fd()], RETRY)?;
+        }
+    }
+    info!("stopped");
+    Ok(())
+}
+
+/// Waits for a VMM and serves it until it is gone.
+fn serve(
+    backend: &Arc<VhostUserVsockBackend>,
+    socket: &SocketFile,
+    stop: &Stop,
+) -> Result<(), ServerError> {
+    // The worker is there before the VMM: it is the one who turns host programs away.
+    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let mut daemon =
+        VhostUserDaemon::new("vmm".into(), backend.clone(), memory).map_err(ServerError::Daemon)?;
+    let served = backend
+        .attach(&daemon)
+        .map_err(ServerError::Io)
+        .and_then(|()| {
+            wait_for(&[socket.as_fd(), stop.0.event.as_fd()], PollTimeout::NONE)?;
+            if stop.is_requested() {
+                Ok(())
+            } else {
+                serve_vmm(&mut daemon, socket, stop)
+            }
+        });
+    // The worker ends with its daemon, and only then has the guest's memory no user.
+    drop(daemon);
+    backend.detach();
+    served
+}
+
+/// Serves the VMM that has connected.
+fn serve_vmm(
+    daemon: &mut VhostUserDaemon<Arc<VhostUserVsockBackend>>,
+    socket: &SocketFile,
+    stop: &Stop,
+) -> Result<(), ServerError> {
+    let mut listener = Listener::from(socket.listener()?);
+    daemon.start(&mut listener).map_err(ServerError::Daemon)?;
+    info!("a VMM connected");
+    stop.set_session(daemon.shutdown_handle());
+    let end = daemon.wait();
+    stop.set_session(None);
+    match end {
+        Ok(()) => info!("the VMM disconnected"),
+        Err(error) => info!("the VMM disconnected: {error}"),
+    }
+    Ok(())
+}
+
+/// Waits until one of the descriptors is readable, or the time is over.
+fn wait_for(fds: &[BorrowedFd<'_>], timeout: impl Into<PollTimeout>) -> io::Result<()> {
+    let mut fds: Vec<PollFd<'_>> = fds
+        .iter()
+        .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
+        .collect();
+    let timeout = timeout.into();
+    loop {
+        match poll(&mut fds, timeout) {
+            Ok(_) => return Ok(()),
+            Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The bytes of one connection that the guest has sent and the host program has not taken yet.
+
+use std::io::{self, IoSlice, Write};
+
+/// The smallest allocation, in bytes.
+const FIRST_ALLOCATION: usize = 16 * 1024;
+
+/// A ring of bytes with a limit. It allocates only when something is put into it, grows by doubling, and gives its
+/// memory back when the last byte is out: a connection whose host program keeps up costs none.
+#[derive(Debug)]
+pub struct LocalTxBuf {
+    ring: Box<[u8]>,
+    limit: usize,
+    start: usize,
+    len: usize,
+}
+
+impl LocalTxBuf {
+    /// An empty buffer for at most `limit` bytes.
+    pub fn new(limit: u32) -> Self {
+        Self {
+            ring: Box::default(),
+            limit: limit as usize,
+            start: 0,
+            len: 0,
+        }
+    }
+
+    /// How many bytes wait in it.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no byte waits.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Puts `count` bytes behind the others. `copy` is called with an offset into them and the place where they go from
+    /// there on. False, and nothing is put, when they don't fit the limit.
+    pub fn push(&mut self, count: usize, mut copy: impl FnMut(usize, &mut [u8])) -> bool {
+        if count > self.limit - self.len {
+            return false;
+        }
+        self.reserve(self.len + count);
+        let end = self.wrap(self.start + self.len);
+        let first = count.min(self.ring.len() - end);
+        if first > 0 {
+            copy(0, &mut self.ring[end..end + first]);
+        }
+        if count > first {
+            copy(first, &mut self.ring[..count - first]);
+        }
+        self.len += count;
+        true
+    }
+
+    /// Writes as much as `out` takes in one call, and answers how much that was.
+    pub fn flush_to(&mut self, mut out: impl Write) -> io::Result<usize> {
+        let (first, second) = self.parts();
+        let written = out.write_vectored(&[IoSlice::new(first), IoSlice::new(second)])?;
+        self.start = self.wrap(self.start + written);
+        self.len -= written;
+        if self.is_empty() {
+            self.clear();
+        }
+        Ok(written)
+    }
+
+    /// Drops what waits, and the memory.
+    pub fn clear(&mut self) {
+        self.ring = Box::default();
+        self.start = 0;
+        self.len = 0;
+    }
+
+    fn parts(&self) -> (&[u8], &[u8]) {
+        let first = self.len.min(self.ring.len() - self.start);
+        (
+            &self.ring[self.start..self.start + first],
+            &self.ring[..self.len - first],
+        )
+    }
+
+    fn wrap(&self, index: usize) -> usize {
+        if index >= self.ring.len() {
+            index - self.ring.len()
+        } else {
+            index
+        }
+    }
+
+    fn reserve(&mut self, len: usize) {
+        if len <= self.ring.len() {
+            return;
+        }
+        let size = len
+            .next_power_of_two()
+            .clamp(FIRST_ALLOCATION, self.limit.max(FIRST_ALLOCATION));
+        let mut ring = vec![0; size].into_boxed_slice();
+        let (first, second) = self.parts();
+        ring[..first.len()].copy_from_slice(first);
+        ring[first.len()..self.len].copy_from_slice(second);
+        self.ring = ring;
+        self.start = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    fn push(buffer: &mut LocalTxBuf, bytes: &[u8]) -> bool {
+        buffer.push(bytes.len(), |offset, place| {
+            place.copy_from_slice(&bytes[offset..offset + place.len()]);
+        })
+    }
+
+    /// A writer that takes so many bytes and then says `WouldBlock`.
+    struct Slow {
+        taken: Vec<u8>,
+        room: usize,
+    }
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let count = bytes.len().min(self.room);
+            if count == 0 && !bytes.is_empty() {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            self.taken.extend_from_slice(&bytes[..count]);
+            self.room -= count;
+            Ok(count)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn it_allocates_only_while_something_waits() {
+        let mut buffer = LocalTxBuf::new(1 << 20);
+        assert_eq!(buffer.ring.len(), 0);
+        assert!(push(&mut buffer, b"x"));
+        assert_eq!(buffer.ring.len(), FIRST_ALLOCATION);
+        assert_eq!(buffer.flush_to(Vec::new()).unwrap(), 1);
+        assert_eq!(buffer.ring.len(), 0);
+    }
+
+    #[test]
+    fn it_refuses_what_exceeds_its_limit() {
+        let mut buffer = LocalTxBuf::new(10);
+        assert!(push(&mut buffer, &[1; 10]));
+        assert!(!push(&mut buffer, &[2]));
+        assert_eq!(buffer.len(), 10);
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_a_queue(
+            limit in 1u32..100_000,
+            steps in prop::collection::vec((0usize..40_000, 0usize..40_000), 1..60),
+        ) {
+            let mut buffer = LocalTxBuf::new(limit);
+            let mut model = VecDeque::new();
+            let mut next = 0u8;
+            for (put, room) in steps {
+                let bytes: Vec<u8> = (0..put).map(|_| { next = next.wrapping_add(7); next }).collect();
+                let fits = model.len() + put <= limit as usize;
+                prop_assert_eq!(push(&mut buffer, &bytes), fits);
+                if fits {
+                    model.extend(bytes);
+                }
+                let mut out = Slow { taken: Vec::new(), room };
+                while !buffer.is_empty() && buffer.flush_to(&mut out).is_ok() {}
+                let expected: Vec<u8> = model.drain(..room.min(model.len())).collect();
+                prop_assert_eq!(out.taken, expected);
+                prop_assert_eq!(buffer.len(), model.len());
+            }
+        }
+    }
+}

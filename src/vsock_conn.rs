@@ -1,0 +1,490 @@
+//! One connection between a guest program and a host program.
+//!
+//! ```text
+//!  host program        VsockConnection                         guest
+//!  CONNECT 1234  ->    Connecting    -- REQUEST -->
+//!             <- OK    Established   <-- RESPONSE --
+//!                      Established   <-- REQUEST --   (accepted at once: RESPONSE)
+//!        bytes  <->    Established   <-- RW -->
+//!                      Flushing      <-- SHUTDOWN 3 -- bytes still wait for the host, then RST
+//!        closes  ->    Finishing     -- SHUTDOWN 3 --> waits for the guest's RST
+//! ```
+//!
+//! Packets and the socket's readiness go in; bytes to the socket, operations owed to the guest and the verdict whether
+//! the connection goes on come out. It knows no ring, no epoll and no other connection.
+
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
+
+use crate::credit::Credit;
+use crate::header::{
+    Cid, GuestPort, HostPort, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, VsockHeader,
+};
+use crate::packet::{Payload, RxBatch, TxBatch, VsockPacket};
+use crate::rxops::RxOps;
+use crate::rxqueue::RxQueue;
+use crate::txbuf::LocalTxBuf;
+
+/// How long the guest has to answer a REQUEST.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the guest has to confirm our SHUTDOWN 3 with its RST. Linux gives its peer as long.
+pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// The least and the most payload that is read from the host program in one go, in bytes.
+const READ_RANGE: (usize, usize) = (4 * 1024, 256 * 1024);
+
+/// What part of the guest's buffer one read may fill. Much more, and the stream becomes stop-and-wait: the guest's
+/// program has nothing to read while the next batch is made, and we have no credit while it reads.
+const WINDOW_PART: usize = 4;
+
+/// The two ports that name a connection. Who began it does not matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConnKey {
+    /// The guest's port.
+    pub guest: GuestPort,
+    /// The host's port.
+    pub host: HostPort,
+}
+
+impl ConnKey {
+    /// The connection that a packet belongs to.
+    pub fn of(header: &VsockHeader) -> Self {
+        Self {
+            guest: header.guest_port,
+            host: header.host_port,
+        }
+    }
+}
+
+/// What a socket has become ready for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Readiness {
+    /// There are bytes, or the end of the stream.
+    pub readable: bool,
+    /// There is room.
+    pub writable: bool,
+    /// Both directions are over.
+    pub gone: bool,
+}
+
+/// Whether a connection goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Verdict {
+    /// It does.
+    Open,
+    /// It is over, and the guest knows.
+    Close,
+    /// It is over, and the guest must be told with an RST.
+    Reset,
+}
+
+/// Where a connection is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The guest has not answered our REQUEST.
+    Connecting,
+    /// Bytes flow.
+    Established,
+    /// The guest is done; what it sent still waits for the host program.
+    Flushing,
+    /// The host program is done and the guest was told so.
+    Finishing,
+}
+
+/// A connection.
+#[derive(Debug)]
+pub struct VsockConnection {
+    guest_cid: Cid,
+    key: ConnKey,
+    stream: UnixStream,
+    state: State,
+    deadline: Option<Instant>,
+    rx_queue: RxQueue,
+    credit: Credit,
+    tx_buf: LocalTxBuf,
+    /// The socket may have bytes: the last read did not say otherwise.
+    readable: bool,
+    /// The socket may have room: the last write did not say otherwise.
+    writable: bool,
+    /// Both directions of the socket are over.
+    gone: bool,
+    /// What the guest will no more do, as flags of SHUTDOWN.
+    guest_shutdown: u32,
+    /// What the host program will no more do.
+    host_shutdown: u32,
+    /// What of it the guest was told.
+    told_shutdown: u32,
+    /// A CREDIT_REQUEST was sent since there was last credit.
+    credit_asked: bool,
+    /// How much to read next.
+    read_size: usize,
+}
+
+impl VsockConnection {
+    /// The connection that a guest's REQUEST has opened to the host program behind `stream`.
+    pub fn accepted(request: &VsockHeader, stream: UnixStream, buf_alloc: u32) -> Self {
+        let key = ConnKey::of(request);
+        let mut conn = Self::new(request.guest_cid, key, stream, buf_alloc);
+        conn.state = State::Established;
+        conn.credit.learn(request);
+        conn.rx_queue.add(RxOps::Response);
+        conn
+    }
+
+    /// The connection that the host program behind `stream` wants.
+    pub fn requested(guest_cid: Cid, key: ConnKey, stream: UnixStream, buf_alloc: u32) -> Self {
+        let mut conn = Self::new(guest_cid, key, stream, buf_alloc);
+        conn.deadline = Some(Instant::now() + ANSWER_TIMEOUT);
+        conn.rx_queue.add(RxOps::Request);
+        conn
+    }
+
+    fn new(guest_cid: Cid, key: ConnKey, stream: UnixStream, buf_alloc: u32) -> Self {
+        Self {
+            guest_cid,
+            key,
+            stream,
+            state: State::Connecting,
+            deadline: None,
+            rx_queue: RxQueue::default(),
+            credit: Credit::new(buf_alloc),
+            tx_buf: LocalTxBuf::new(buf_alloc),
+            readable: true,
+            writable: true,
+            gone: false,
+            guest_shutdown: 0,
+            host_shutdown: 0,
+            told_shutdown: 0,
+            credit_asked: false,
+            read_size: READ_RANGE.0,
+        }
+    }
+
+    /// The ports that name it.
+    pub fn key(&self) -> ConnKey {
+        self.key
+    }
+
+    /// Its socket.
+    pub fn stream(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+
+    /// When it is reset unless something happens before.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Whether the guest has ended it properly and bytes still wait for the host program, whose they are.
+    pub fn owes_host(&self) -> bool {
+        self.state == State::Flushing && !self.tx_buf.is_empty()
+    }
+
+    /// Whether it owes the guest a packet, and how many bytes of payload that packet and the ones right behind it can
+    /// have.
+    pub fn rx_demand(&self) -> Option<usize> {
+        self.rx_queue.peek().map(|op| match op {
+            RxOps::Rw => {
+                let batch = (self.credit.guest_window() / WINDOW_PART).max(1);
+                self.read_size.min(batch).min(self.credit.for_us())
+            }
+            _ => 0,
+        })
+    }
+
+    /// The RST that ends it.
+    pub fn reset_header(&self) -> VsockHeader {
+        self.header(Op::Rst)
+    }
+
+    /// Takes a packet without payload from the guest.
+    pub fn send_pkt(&mut self, op: Op, header: &VsockHeader) -> Verdict {
+        self.credit.learn(header);
+        let verdict = match op {
+            // The guest has lost the connection that we still know.
+            Op::Request => Verdict::Reset,
+            Op::Response if self.is_asked() => self.establish(),
+            Op::Rst => Verdict::Close,
+            Op::Shutdown if self.state == State::Connecting => Verdict::Reset,
+            Op::Shutdown => self.shut_down(header.flags & SHUTDOWN_BOTH),
+            Op::CreditRequest => {
+                self.rx_queue.add(RxOps::CreditUpdate);
+                Verdict::Open
+            }
+            Op::Response | Op::CreditUpdate | Op::Rw => Verdict::Open,
+        };
+        self.update_owed();
+        verdict
+    }
+
+    /// Takes consecutive RW packets of `batch`.
+    pub fn send_payload(&mut self, batch: &TxBatch<'_>, packets: &[VsockPacket]) -> Verdict {
+        let ended = self.guest_shutdown & SHUTDOWN_SEND != 0;
+        if self.state == State::Connecting || ended {
+            return Verdict::Reset;
+        }
+        let mut room = self.credit.for_guest();
+        let fitting = packets.iter().take_while(|packet| {
+            let len = packet.header().len as usize;
+            let fits = len <= room;
+            room = room.saturating_sub(len);
+            fits
+        });
+        let (within, past) = packets.split_at(fitting.count());
+        if let Some(last) = within.last() {
+            self.credit.learn(last.header());
+            self.deliver(&batch.payload(within));
+        }
+        self.update_owed();
+        if past.is_empty() {
+            Verdict::Open
+        } else {
+            Verdict::Reset
+        }
+    }
+
+    /// Takes what the socket has become ready for.
+    pub fn socket_ready(&mut self, ready: Readiness) -> Verdict {
+        self.readable |= ready.readable;
+        self.writable |= ready.writable;
+        if ready.gone && self.state != State::Connecting {
+            self.host_gone();
+        }
+        let verdict = if self.writable {
+            self.flush()
+        } else {
+            Verdict::Open
+        };
+        self.update_owed();
+        verdict
+    }
+
+    /// Puts what is owed to the guest first into `batch`, which was made for [`VsockConnection::rx_demand`].
+    pub fn recv_pkt(&mut self, batch: &mut RxBatch<'_>) -> Verdict {
+        let Some(op) = self.rx_queue.peek() else {
+            return Verdict::Open;
+        };
+        match op {
+            RxOps::Request => self.fill(batch, Op::Request),
+            RxOps::Response => self.fill(batch, Op::Response),
+            RxOps::CreditUpdate => self.fill(batch, Op::CreditUpdate),
+            RxOps::CreditRequest => self.fill(batch, Op::CreditRequest),
+            RxOps::Shutdown => self.fill_shutdown(batch),
+            RxOps::Rw => self.fill_payload(batch),
+        }
+        self.rx_queue.remove(op);
+        self.update_owed();
+        Verdict::Open
+    }
+
+    /// Whether our REQUEST has gone out and is not answered yet.
+    fn is_asked(&self) -> bool {
+        self.state == State::Connecting && self.rx_queue.is_empty()
+    }
+
+    /// The guest has accepted: the host program hears so.
+    fn establish(&mut self) -> Verdict {
+        self.state = State::Established;
+        self.deadline = None;
+        let line = format!("OK {}\n", self.key.host.0);
+        match self.stream.write(line.as_bytes()) {
+            Ok(written) if written == line.len() => Verdict::Open,
+            // It is dead, but what it wrote before is still the guest's.
+            _ if self.has_bytes() => {
+                self.host_gone();
+                Verdict::Open
+            }
+            _ => Verdict::Reset,
+        }
+    }
+
+    fn has_bytes(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        matches!(recv(self.stream.as_raw_fd(), &mut [0], flags), Ok(1))
+    }
+
+    /// The guest will no more receive, send, or both.
+    fn shut_down(&mut self, flags: u32) -> Verdict {
+        let new = flags & !self.guest_shutdown;
+        self.guest_shutdown |= flags;
+        if self.guest_shutdown == SHUTDOWN_BOTH {
+            self.state = State::Flushing;
+            self.deadline = None;
+            self.rx_queue.clear();
+            return self.flush();
+        }
+        if new & SHUTDOWN_RECEIVE != 0 {
+            // An error here only says that the socket is gone already.
+            let _ = self.stream.shutdown(Shutdown::Read);
+        }
+        if new & SHUTDOWN_SEND != 0 {
+            return self.flush();
+        }
+        Verdict::Open
+    }
+
+    /// Both directions of the socket are over. What it holds can still be read.
+    fn host_gone(&mut self) {
+        self.gone = true;
+        self.readable = true;
+        self.stop_delivering();
+    }
+
+    /// The host program takes no more bytes: what comes for it is dropped from now on.
+    fn stop_delivering(&mut self) {
+        self.host_shutdown |= SHUTDOWN_RECEIVE;
+        self.credit.count_forwarded(self.tx_buf.len());
+        self.tx_buf.clear();
+    }
+
+    /// Sends payload to the host program, and keeps what it does not take yet.
+    fn deliver(&mut self, payload: &Payload<'_>) {
+        let len = payload.len();
+        self.credit.count_received(len);
+        let mut sent = 0;
+        if self.writable && self.tx_buf.is_empty() && self.host_shutdown & SHUTDOWN_RECEIVE == 0 {
+            match payload.send_to(&self.stream) {
+                Ok(count) => sent = count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => self.stop_delivering(),
+            }
+            self.writable = sent == len;
+        }
+        if self.host_shutdown & SHUTDOWN_RECEIVE != 0 {
+            return self.credit.count_forwarded(len);
+        }
+        self.credit.count_forwarded(sent);
+        if sent < len {
+            // It fits: the guest's credit is the room in this buffer.
+            self.tx_buf.push(len - sent, |offset, place| {
+                payload.copy_to(sent + offset, place)
+            });
+        }
+    }
+
+    /// Writes what waits for the host program, and does what was to happen behind the last byte.
+    fn flush(&mut self) -> Verdict {
+        while !self.tx_buf.is_empty() {
+            match self.tx_buf.flush_to(&self.stream) {
+                Ok(written) => self.credit.count_forwarded(written),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.writable = false;
+                    return Verdict::Open;
+                }
+                Err(_) => self.stop_delivering(),
+            }
+        }
+        if self.state == State::Flushing {
+            return Verdict::Reset;
+        }
+        if self.guest_shutdown & SHUTDOWN_SEND != 0 {
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
+        Verdict::Open
+    }
+
+    fn header(&self, op: Op) -> VsockHeader {
+        VsockHeader::to_guest(self.guest_cid, self.key.guest, self.key.host, op)
+    }
+
+    fn fill(&mut self, batch: &mut RxBatch<'_>, op: Op) {
+        let mut header = self.header(op);
+        self.credit.tell(&mut header);
+        batch.fill_header(&header);
+    }
+
+    fn fill_shutdown(&mut self, batch: &mut RxBatch<'_>) {
+        let mut header = self.header(Op::Shutdown);
+        header.flags = self.host_shutdown;
+        self.credit.tell(&mut header);
+        batch.fill_header(&header);
+        self.told_shutdown = self.host_shutdown;
+        if self.told_shutdown == SHUTDOWN_BOTH {
+            self.state = State::Finishing;
+            self.deadline = Some(Instant::now() + CLOSE_TIMEOUT);
+        }
+    }
+
+    fn fill_payload(&mut self, batch: &mut RxBatch<'_>) {
+        let capacity = batch.capacity();
+        if capacity == 0 {
+            return;
+        }
+        match batch.read_from(&self.stream) {
+            Ok(0) => self.host_ended(),
+            Ok(count) => {
+                let mut header = self.header(Op::Rw);
+                self.credit.tell(&mut header);
+                self.credit.count_sent(count);
+                batch.fill(&header, count);
+                let next = if count == capacity {
+                    4 * capacity
+                } else {
+                    2 * count
+                };
+                self.read_size = next.clamp(READ_RANGE.0, READ_RANGE.1);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
+            // The host program has closed with bytes of the guest's unread.
+            Err(_) => {
+                self.host_gone();
+                self.host_ended();
+            }
+        }
+    }
+
+    /// The last byte of the host program's was read. Whether it only stopped writing or closed is told by poll: the
+    /// socket's event may not have come yet.
+    fn host_ended(&mut self) {
+        self.readable = false;
+        self.host_shutdown |= SHUTDOWN_SEND;
+        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
+        let closed = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0);
+        if closed && !self.gone {
+            self.gone = true;
+            self.stop_delivering();
+        }
+    }
+
+    /// Brings the operations owed to the guest in line with the connection's state.
+    fn update_owed(&mut self) {
+        if matches!(self.state, State::Connecting | State::Flushing) {
+            return;
+        }
+        if self.gone && self.guest_shutdown & SHUTDOWN_RECEIVE != 0 {
+            // What the host program wrote last has nobody to go to.
+            self.host_shutdown |= SHUTDOWN_SEND;
+        }
+        self.rx_queue.remove(RxOps::Rw);
+        let credit = self.credit.for_us();
+        if credit > 0 {
+            self.credit_asked = false;
+        }
+        let reading =
+            (self.guest_shutdown & SHUTDOWN_RECEIVE) | (self.host_shutdown & SHUTDOWN_SEND) == 0;
+        if reading && self.readable {
+            if credit > 0 {
+                self.rx_queue.add(RxOps::Rw);
+            } else if !self.credit_asked {
+                self.credit_asked = true;
+                self.rx_queue.add(RxOps::CreditRequest);
+            }
+        }
+        if self.credit.is_due() {
+            self.rx_queue.add(RxOps::CreditUpdate);
+        }
+        // A host program that is gone ends both directions with one SHUTDOWN, behind the last byte it wrote.
+        let untold = self.host_shutdown & !self.told_shutdown;
+        if untold != 0 && !(self.gone && reading) {
+            self.rx_queue.add(RxOps::Shutdown);
+        }
+    }
+}
