@@ -160,6 +160,24 @@ fn field<const N: usize>(bytes: &[u8; HEADER_LEN], offset: usize) -> [u8; N] {
     std::array::from_fn(|i| bytes[offset + i])
 }
 
+/// The guest's view of both directions, for the tests: source and destination the other way round.
+#[cfg(test)]
+impl VsockHeader {
+    pub(crate) fn to_tx(self) -> [u8; HEADER_LEN] {
+        Self::swapped(self.to_rx())
+    }
+
+    pub(crate) fn from_rx(bytes: &[u8; HEADER_LEN]) -> Self {
+        Self::from_tx(&Self::swapped(*bytes))
+    }
+
+    fn swapped(mut bytes: [u8; HEADER_LEN]) -> [u8; HEADER_LEN] {
+        bytes[..16].rotate_left(8);
+        bytes[16..24].rotate_left(4);
+        bytes
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,15 +191,17 @@ mod tests {
             fwd_cnt: 7,
             ..VsockHeader::to_guest(Cid(4), GuestPort(1234), HostPort(1025), Op::Shutdown)
         };
-        let mut bytes = sent.to_rx();
-        assert_eq!(bytes[..8], 2u64.to_le_bytes());
-        assert_eq!(bytes[20..24], 1234u32.to_le_bytes());
+        let bytes = sent.to_rx();
+        assert_eq!(bytes[..8], 2u64.to_le_bytes(), "the source is the host");
+        assert_eq!(
+            bytes[20..24],
+            1234u32.to_le_bytes(),
+            "the destination is the guest's port"
+        );
+        assert_eq!(VsockHeader::from_rx(&bytes), sent);
 
-        // What the guest would answer has source and destination the other way round.
-        bytes[0..8].copy_from_slice(&4u64.to_le_bytes());
-        bytes[8..16].copy_from_slice(&2u64.to_le_bytes());
-        bytes[16..20].copy_from_slice(&1234u32.to_le_bytes());
-        bytes[20..24].copy_from_slice(&1025u32.to_le_bytes());
+        let bytes = sent.to_tx();
+        assert_eq!(bytes[..8], 4u64.to_le_bytes(), "the source is the guest");
         assert_eq!(VsockHeader::from_tx(&bytes), sent);
     }
 

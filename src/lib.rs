@@ -9,6 +9,8 @@ pub mod packet;
 pub mod rxops;
 pub mod rxqueue;
 pub mod server;
+#[cfg(test)]
+mod testing;
 pub mod thread_backend;
 pub mod txbuf;
 pub mod vhost_user_vsock_thread;

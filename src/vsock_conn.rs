@@ -488,3 +488,6 @@ impl VsockConnection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

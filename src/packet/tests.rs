@@ -1,0 +1,242 @@
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use proptest::prelude::*;
+use virtio_vsock::packet::VsockPacket as Oracle;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::header::{Cid, GuestPort, HostPort, Op};
+use crate::testing::{Area, BORDER, RING_SIZE, WRITE, chain, chain_ending, memory};
+
+const NEXT: u16 = 1;
+
+fn rw(len: usize) -> VsockHeader {
+    VsockHeader {
+        len: len as u32,
+        ..VsockHeader::to_guest(Cid(4), GuestPort(1), HostPort(2), Op::Rw)
+    }
+}
+
+/// Lays areas of these lengths one behind the other from `start` on, with gaps between them.
+fn areas(start: u64, lengths: &[usize], flags: u16) -> Vec<Area> {
+    let mut at = start;
+    let area = |len: &usize| {
+        let area = (at, *len as u32, flags);
+        at += *len as u64 + 3;
+        area
+    };
+    lengths.iter().map(area).collect()
+}
+
+fn write_over(memory: &GuestMemoryMmap, areas: &[Area], bytes: &[u8]) {
+    let mut rest = bytes;
+    for (addr, len, _) in areas {
+        let (part, after) = rest.split_at(rest.len().min(*len as usize));
+        memory.write_slice(part, GuestAddress(*addr)).unwrap();
+        rest = after;
+    }
+}
+
+fn push_error(areas: &[Area], last: (u16, u16)) -> PacketError {
+    let memory = memory();
+    let mut batch = TxBatch::new(&memory);
+    let error = batch
+        .push(chain_ending(&memory, areas, last), RING_SIZE)
+        .unwrap_err();
+    assert!(
+        batch.packets().is_empty() && batch.slices.len() == 0,
+        "nothing is left of it"
+    );
+    error
+}
+
+#[test]
+fn broken_chains_are_told_apart() {
+    let header = (0x8000, 44, 0);
+    assert!(matches!(
+        push_error(&[(0x8000, 43, 0)], (0, 0)),
+        PacketError::Short
+    ));
+    assert!(matches!(
+        push_error(&[(0x8000, 0, 0)], (0, 0)),
+        PacketError::Short
+    ));
+    assert!(matches!(
+        push_error(&[header], (NEXT, 0)),
+        PacketError::Endless
+    ));
+    assert!(matches!(
+        push_error(&[header], (NEXT, RING_SIZE)),
+        PacketError::Endless
+    ));
+    assert!(matches!(
+        push_error(&[(0x8000, 44, WRITE)], (0, 0)),
+        PacketError::Direction
+    ));
+    assert!(matches!(
+        push_error(&[header, (0x9000, 1, WRITE)], (0, 0)),
+        PacketError::Direction
+    ));
+    for addr in [0x80000, 0x80000 - 43, u64::MAX - 10] {
+        assert!(matches!(
+            push_error(&[(addr, 44, 0)], (0, 0)),
+            PacketError::Memory(_)
+        ));
+    }
+}
+
+#[test]
+fn a_header_must_not_promise_more_than_there_is() {
+    let memory = memory();
+    for len in [6, 65537, 1 << 31, u32::MAX] {
+        let header = VsockHeader { len, ..rw(0) };
+        memory
+            .write_slice(&header.to_tx(), GuestAddress(0x8000))
+            .unwrap();
+        let mut batch = TxBatch::new(&memory);
+        let result = batch.push(chain(&memory, &[(0x8000, 49, 0)]), RING_SIZE);
+        assert!(matches!(result, Err(PacketError::Short)), "{len}");
+    }
+}
+
+#[test]
+fn a_chain_longer_than_its_ring_is_refused() {
+    let memory = memory();
+    let chain = chain(&memory, &areas(0x8000, &[44, 1, 1, 1], 0));
+    let result = TxBatch::new(&memory).push(chain, 3);
+    assert!(matches!(result, Err(PacketError::Endless)));
+}
+
+#[test]
+fn rx_buffers_hold_a_header_and_a_byte() {
+    let memory = memory();
+    let mut batch = RxBatch::new(&memory);
+    let mut push = |len, payload| {
+        batch
+            .push(chain(&memory, &[(0x8000, len, WRITE)]), RING_SIZE, payload)
+            .is_ok()
+    };
+    assert!(!push(43, 0));
+    assert!(push(44, 0), "enough for a packet without payload");
+    assert!(!push(44, 1));
+    assert!(push(45, 1));
+    let readable = batch.push(chain(&memory, &[(0x8000, 100, 0)]), RING_SIZE, 1);
+    assert!(matches!(readable, Err(PacketError::Direction)));
+    assert_eq!((batch.len(), batch.capacity()), (2, 1));
+}
+
+proptest! {
+    #[test]
+    fn any_layout_of_a_packet_reads_the_same(
+        payload in prop::collection::vec(any::<u8>(), 0..5000),
+        cuts in prop::collection::vec(1usize..700, 0..20),
+        start in prop_oneof![Just(0x8000u64), BORDER - 3000..BORDER],
+        surplus in 0usize..50,
+    ) {
+        let memory = memory();
+        let bytes = [&rw(payload.len()).to_tx()[..], &payload, &vec![0xee; surplus]].concat();
+        let mut lengths = cuts;
+        let covered: usize = lengths.iter().sum();
+        lengths.push(bytes.len().saturating_sub(covered).max(1));
+        let areas = areas(start, &lengths, 0);
+        write_over(&memory, &areas, &bytes);
+
+        let mut batch = TxBatch::new(&memory);
+        batch.push(chain(&memory, &areas), RING_SIZE).unwrap();
+        let packets = batch.packets();
+        prop_assert_eq!(packets[0].header(), &rw(payload.len()));
+        let whole = batch.payload(packets);
+        prop_assert_eq!(whole.len(), payload.len());
+        let mut copied = vec![0; payload.len() / 2];
+        let skipped = payload.len() - copied.len();
+        whole.copy_to(skipped, &mut copied);
+        prop_assert_eq!(&copied[..], &payload[skipped..]);
+        let (host, mut program) = UnixStream::pair().unwrap();
+        prop_assert_eq!(whole.send_to(&host).unwrap(), payload.len());
+        drop(host);
+        let mut sent = Vec::new();
+        program.read_to_end(&mut sent).unwrap();
+        prop_assert_eq!(sent, payload);
+    }
+
+    /// virtio-vsock takes a header and at most one data descriptor, each within one region.
+    #[test]
+    fn what_the_oracle_can_read_is_read_alike(
+        bytes in prop::array::uniform32(any::<u8>()),
+        len in 0u32..3000,
+        area in 0u32..3000,
+    ) {
+        let memory = memory();
+        let areas = [(0x8000, 44, 0), (0x9000, area, 0)];
+        memory.write_slice(&bytes, GuestAddress(0x8000)).unwrap();
+        memory.write_slice(&len.to_le_bytes(), GuestAddress(0x8000 + 24)).unwrap();
+        let count = if len == 0 { 1 } else { 2 };
+        let oracle = Oracle::from_tx_virtq_chain(&memory, &mut chain(&memory, &areas[..count]), 65536);
+        let mut batch = TxBatch::new(&memory);
+        let ours = batch.push(chain(&memory, &areas[..count]), RING_SIZE);
+        prop_assert_eq!(ours.is_ok(), oracle.is_ok());
+        if let Ok(oracle) = oracle {
+            let header = batch.packets()[0].header();
+            prop_assert_eq!(header.guest_cid.0, oracle.src_cid());
+            prop_assert_eq!(header.host_cid.0, oracle.dst_cid());
+            prop_assert_eq!(header.guest_port.0, oracle.src_port());
+            prop_assert_eq!(header.host_port.0, oracle.dst_port());
+            prop_assert_eq!(header.len, oracle.len());
+            prop_assert_eq!(header.kind, oracle.type_());
+            prop_assert_eq!(header.op, oracle.op());
+            prop_assert_eq!(header.flags, oracle.flags());
+            prop_assert_eq!(header.buf_alloc, oracle.buf_alloc());
+            prop_assert_eq!(header.fwd_cnt, oracle.fwd_cnt());
+        }
+    }
+
+    #[test]
+    fn one_read_fills_buffers_of_any_layout(
+        payload in prop::collection::vec(any::<u8>(), 1..4000),
+        buffers in prop::collection::vec(prop::collection::vec(1usize..300, 1..6), 1..20),
+        limit in 1usize..5000,
+    ) {
+        let memory = memory();
+        let mut batch = RxBatch::new(&memory);
+        let mut taken = Vec::new();
+        for (index, lengths) in buffers.iter().enumerate() {
+            let areas = areas(0x8000 + 0x1000 * index as u64, lengths, WRITE);
+            let size: usize = lengths.iter().sum();
+            let left = limit - batch.capacity();
+            if left == 0 {
+                break;
+            }
+            let pushed = batch.push(chain(&memory, &areas), RING_SIZE, left);
+            prop_assert_eq!(pushed.is_ok(), size > 44);
+            if size > 44 {
+                taken.push((areas, (size - 44).min(left)));
+            }
+        }
+        prop_assert_eq!(batch.capacity(), taken.iter().map(|(_, room)| room).sum::<usize>());
+        let (host, mut program) = UnixStream::pair().unwrap();
+        program.write_all(&payload).unwrap();
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let count = batch.read_from(&host).unwrap();
+        prop_assert_eq!(count, payload.len().min(batch.capacity()));
+        batch.fill(&rw(0), count);
+        let mut got = Vec::new();
+        for (buffer, (areas, room)) in batch.filled().iter().zip(&taken) {
+            let mut bytes = Vec::new();
+            for (addr, len, _) in areas {
+                let mut part = vec![0; *len as usize];
+                memory.read_slice(&mut part, GuestAddress(*addr)).unwrap();
+                bytes.extend(part);
+            }
+            bytes.truncate(buffer.used() as usize);
+            let body = bytes.split_off(44);
+            let header = VsockHeader::from_rx(&bytes.try_into().unwrap());
+            prop_assert_eq!(header, rw(body.len()));
+            prop_assert!(body.len() <= *room);
+            got.extend(body);
+        }
+        prop_assert_eq!(&got[..], &payload[..count]);
+    }
+}

@@ -1,0 +1,125 @@
+//! Guest memory and descriptor chains for the unit tests.
+
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_queue::desc::RawDescriptor;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::mock::MockSplitQueue;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::header::VsockHeader;
+use crate::packet::{RxBatch, TxBatch};
+
+/// The size of the rings these chains are from.
+pub(crate) const RING_SIZE: u16 = 64;
+
+/// Where the second region of the memory begins, right behind the first.
+pub(crate) const BORDER: u64 = 0x10000;
+
+const END: u64 = 0x80000;
+
+/// One descriptor: address, length, flags without NEXT.
+pub(crate) type Area = (u64, u32, u16);
+
+/// The flag of an area that the device writes.
+pub(crate) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+
+/// Memory of two adjacent regions.
+pub(crate) fn memory() -> GuestMemoryMmap {
+    let border = BORDER as usize;
+    GuestMemoryMmap::from_ranges(&[
+        (GuestAddress(0), border),
+        (GuestAddress(BORDER), END as usize - border),
+    ])
+    .unwrap()
+}
+
+/// The chain of the areas, in their order. `last` is the flags and the next index of the last one.
+pub(crate) fn chain_ending<'m>(
+    memory: &'m GuestMemoryMmap,
+    areas: &[Area],
+    last: (u16, u16),
+) -> DescriptorChain<&'m GuestMemoryMmap> {
+    let mock = MockSplitQueue::new(memory, RING_SIZE);
+    for (index, (addr, len, flags)) in areas.iter().enumerate() {
+        let (more, next) = if index + 1 < areas.len() {
+            (VRING_DESC_F_NEXT as u16, index as u16 + 1)
+        } else {
+            last
+        };
+        let descriptor = Descriptor::new(*addr, *len, flags | more, next);
+        mock.desc_table()
+            .store(index as u16, RawDescriptor::from(descriptor))
+            .unwrap();
+    }
+    mock.avail().ring().ref_at(0).unwrap().store(0);
+    mock.avail().idx().store(1);
+    let mut queue: Queue = mock.create_queue().unwrap();
+    queue.iter(memory).unwrap().next().unwrap()
+}
+
+/// The chain of the areas, in their order.
+pub(crate) fn chain<'m>(
+    memory: &'m GuestMemoryMmap,
+    areas: &[Area],
+) -> DescriptorChain<&'m GuestMemoryMmap> {
+    chain_ending(memory, areas, (0, 0))
+}
+
+/// Where the packets of [`tx_batch`] and the buffers of [`rx_batch`] begin.
+const PACKETS: u64 = 0x20000;
+
+/// A batch of packets from the guest.
+pub(crate) fn tx_batch<'m>(
+    memory: &'m GuestMemoryMmap,
+    packets: &[(VsockHeader, &[u8])],
+) -> TxBatch<'m> {
+    let mut batch = TxBatch::new(memory);
+    let mut at = PACKETS;
+    for (header, payload) in packets {
+        let header = VsockHeader {
+            len: payload.len() as u32,
+            ..*header
+        };
+        memory
+            .write_slice(&header.to_tx(), GuestAddress(at))
+            .unwrap();
+        memory.write_slice(payload, GuestAddress(at + 44)).unwrap();
+        let len = 44 + payload.len() as u32;
+        batch
+            .push(chain(memory, &[(at, len, 0)]), RING_SIZE)
+            .unwrap();
+        at += u64::from(len);
+    }
+    batch
+}
+
+/// A batch of one buffer of the guest's, for `payload` bytes.
+pub(crate) fn rx_batch(memory: &GuestMemoryMmap, payload: usize) -> RxBatch<'_> {
+    let mut batch = RxBatch::new(memory);
+    let area = (PACKETS, 44 + payload as u32, WRITE);
+    batch
+        .push(chain(memory, &[area]), RING_SIZE, payload)
+        .unwrap();
+    batch
+}
+
+/// The packets that were put into a batch of [`rx_batch`].
+pub(crate) fn received(
+    memory: &GuestMemoryMmap,
+    batch: &RxBatch<'_>,
+) -> Vec<(VsockHeader, Vec<u8>)> {
+    let packet = |used: u32| {
+        let mut bytes = vec![0; used as usize];
+        memory
+            .read_slice(&mut bytes, GuestAddress(PACKETS))
+            .unwrap();
+        let payload = bytes.split_off(44);
+        (VsockHeader::from_rx(&bytes.try_into().unwrap()), payload)
+    };
+    batch
+        .filled()
+        .iter()
+        .map(|buffer| packet(buffer.used()))
+        .collect()
+}

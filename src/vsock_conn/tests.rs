@@ -1,0 +1,495 @@
+use std::io::{ErrorKind, Read, Write};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::testing::{memory, received, rx_batch, tx_batch};
+
+const KEY: ConnKey = ConnKey {
+    guest: GuestPort(1234),
+    host: HostPort(40000),
+};
+const WINDOW: u32 = 4096;
+
+/// A connection and its two ends: the host program's socket, and the packets of the guest.
+struct Ends {
+    conn: VsockConnection,
+    program: UnixStream,
+}
+
+fn packet(op: Op) -> VsockHeader {
+    VsockHeader {
+        buf_alloc: WINDOW,
+        ..VsockHeader::to_guest(Cid(4), KEY.guest, KEY.host, op)
+    }
+}
+
+fn shutdown(flags: u32) -> VsockHeader {
+    VsockHeader {
+        flags,
+        ..packet(Op::Shutdown)
+    }
+}
+
+impl Ends {
+    fn of(make: impl FnOnce(UnixStream) -> VsockConnection) -> Self {
+        let (stream, program) = UnixStream::pair().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        program
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        Self {
+            conn: make(stream),
+            program,
+        }
+    }
+
+    /// A connection that the guest has opened and whose RESPONSE is out.
+    fn established(buf_alloc: u32) -> Self {
+        let mut ends =
+            Self::of(|stream| VsockConnection::accepted(&packet(Op::Request), stream, buf_alloc));
+        assert_eq!(ends.ops(), [Op::Response as u16]);
+        ends
+    }
+
+    /// A connection that the host program has asked for and whose REQUEST is out.
+    fn requested() -> Self {
+        let mut ends = Self::of(|stream| VsockConnection::requested(Cid(4), KEY, stream, WINDOW));
+        assert_eq!(ends.ops(), [Op::Request as u16]);
+        ends
+    }
+
+    fn guest(&mut self, header: &VsockHeader) -> Verdict {
+        self.conn.send_pkt(Op::from_raw(header.op).unwrap(), header)
+    }
+
+    fn guest_writes(&mut self, payload: &[u8]) -> Verdict {
+        let memory = memory();
+        let batch = tx_batch(&memory, &[(packet(Op::Rw), payload)]);
+        self.conn.send_payload(&batch, batch.packets())
+    }
+
+    /// Everything the guest gets now.
+    fn packets(&mut self) -> Vec<(VsockHeader, Vec<u8>)> {
+        let mut packets = Vec::new();
+        while let Some(demand) = self.conn.rx_demand() {
+            let memory = memory();
+            let mut batch = rx_batch(&memory, demand);
+            assert_eq!(self.conn.recv_pkt(&mut batch), Verdict::Open);
+            packets.extend(received(&memory, &batch));
+        }
+        packets
+    }
+
+    fn ops(&mut self) -> Vec<u16> {
+        self.packets().iter().map(|(header, _)| header.op).collect()
+    }
+
+    fn readable(&mut self) -> Verdict {
+        self.conn.socket_ready(Readiness {
+            readable: true,
+            ..Readiness::default()
+        })
+    }
+
+    fn writable(&mut self) -> Verdict {
+        self.conn.socket_ready(Readiness {
+            writable: true,
+            ..Readiness::default()
+        })
+    }
+
+    fn gone(&mut self) -> Verdict {
+        self.conn.socket_ready(Readiness {
+            readable: true,
+            writable: true,
+            gone: true,
+        })
+    }
+
+    /// Lets the guest write until the host program's socket is full and `waiting` bytes wait for it.
+    fn fill(&mut self, waiting: usize) -> Vec<u8> {
+        let mut written = Vec::new();
+        while self.conn.tx_buf.len() < waiting {
+            let chunk: Vec<u8> = (0..1000).map(|i| (written.len() + i) as u8).collect();
+            assert_eq!(self.guest_writes(&chunk), Verdict::Open);
+            written.extend(chunk);
+            // What the guest would learn from the packets to it.
+            self.packets();
+        }
+        written
+    }
+
+    fn program_reads_to_end(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.program.read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+}
+
+#[test]
+fn an_accepted_request_answers_and_carries_bytes_both_ways() {
+    let mut ends = Ends::established(WINDOW);
+    assert_eq!(ends.guest_writes(b"hello"), Verdict::Open);
+    let mut bytes = [0; 5];
+    ends.program.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"hello");
+
+    ends.program.write_all(b"answer").unwrap();
+    assert_eq!(ends.readable(), Verdict::Open);
+    let (header, payload) = &ends.packets()[0];
+    assert_eq!((header.op, &payload[..]), (Op::Rw as u16, &b"answer"[..]));
+    assert_eq!((header.buf_alloc, header.fwd_cnt), (WINDOW, 5));
+}
+
+#[test]
+fn a_response_brings_ok_and_then_the_bytes_behind_the_line() {
+    let mut ends = Ends::requested();
+    ends.program.write_all(b"early").unwrap();
+    assert_eq!(ends.readable(), Verdict::Open);
+    assert_eq!(ends.packets(), [], "nothing flows before the answer");
+    assert_eq!(ends.guest(&packet(Op::Response)), Verdict::Open);
+    let mut line = [0; 9];
+    ends.program.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"OK 40000\n");
+    assert_eq!(ends.packets()[0].1, b"early");
+    assert_eq!(
+        ends.guest(&packet(Op::Response)),
+        Verdict::Open,
+        "a second one is ignored"
+    );
+    assert!(ends.conn.deadline().is_none());
+}
+
+#[test]
+fn a_dead_client_is_reset_unless_it_left_bytes() {
+    let mut ends = Ends::requested();
+    ends.program = UnixStream::pair().unwrap().0;
+    assert_eq!(ends.guest(&packet(Op::Response)), Verdict::Reset);
+
+    let mut ends = Ends::requested();
+    ends.program.write_all(b"last words").unwrap();
+    ends.program = UnixStream::pair().unwrap().0;
+    assert_eq!(ends.guest(&packet(Op::Response)), Verdict::Open);
+    let packets = ends.packets();
+    assert_eq!(packets[0].1, b"last words");
+    assert_eq!(packets[1].0.flags, SHUTDOWN_BOTH);
+}
+
+#[test]
+fn bytes_before_the_answer_or_after_the_end_reset_it() {
+    let mut ends = Ends::requested();
+    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset);
+    let mut ends = Ends::established(WINDOW);
+    assert_eq!(ends.guest(&shutdown(SHUTDOWN_SEND)), Verdict::Open);
+    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset);
+}
+
+#[test]
+fn bytes_past_the_credit_reset_it() {
+    let mut ends = Ends::established(10);
+    assert_eq!(ends.guest_writes(&[0; 10]), Verdict::Open);
+    assert_eq!(
+        ends.guest_writes(&[0; 1]),
+        Verdict::Reset,
+        "the guest was told of no more room"
+    );
+    let mut ends = Ends::established(10);
+    assert_eq!(ends.guest_writes(&[0; 11]), Verdict::Reset);
+}
+
+#[test]
+fn a_program_that_does_not_read_costs_its_buffer_only_until_it_does() {
+    let mut ends = Ends::established(WINDOW);
+    let written = ends.fill(3000);
+    assert!(ends.conn.tx_buf.len() <= WINDOW as usize);
+    ends.program.set_nonblocking(true).unwrap();
+    let mut read = Vec::new();
+    while !ends.conn.tx_buf.is_empty() {
+        let error = ends.program.read_to_end(&mut read).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+        assert_eq!(ends.writable(), Verdict::Open);
+    }
+    let _ = ends.program.read_to_end(&mut read);
+    assert_eq!(read, written);
+}
+
+#[test]
+fn a_credit_request_is_answered() {
+    let mut ends = Ends::established(WINDOW);
+    assert_eq!(ends.guest(&packet(Op::CreditRequest)), Verdict::Open);
+    assert_eq!(ends.ops(), [Op::CreditUpdate as u16]);
+}
+
+#[test]
+fn without_credit_it_asks_once_and_waits() {
+    let mut ends = Ends::established(WINDOW);
+    assert_eq!(
+        ends.guest(&VsockHeader {
+            buf_alloc: 3,
+            ..packet(Op::CreditUpdate)
+        }),
+        Verdict::Open
+    );
+    ends.program.write_all(b"abcdef").unwrap();
+    assert_eq!(ends.readable(), Verdict::Open);
+    let packets = ends.packets();
+    let sent: Vec<u8> = packets
+        .iter()
+        .flat_map(|(_, payload)| payload.clone())
+        .collect();
+    assert_eq!(sent, b"abc");
+    assert_eq!(packets.last().unwrap().0.op, Op::CreditRequest as u16);
+    assert_eq!(ends.readable(), Verdict::Open);
+    assert_eq!(ends.packets(), []);
+    let update = VsockHeader {
+        buf_alloc: 3,
+        fwd_cnt: 3,
+        ..packet(Op::CreditUpdate)
+    };
+    assert_eq!(ends.guest(&update), Verdict::Open);
+    let sent: Vec<u8> = ends
+        .packets()
+        .into_iter()
+        .flat_map(|(_, payload)| payload)
+        .collect();
+    assert_eq!(sent, b"def");
+}
+
+#[test]
+fn a_host_program_that_stops_writing_ends_one_direction() {
+    let mut ends = Ends::established(WINDOW);
+    ends.program.write_all(b"question").unwrap();
+    ends.program.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(ends.readable(), Verdict::Open);
+    let packets = ends.packets();
+    assert_eq!(packets[0].1, b"question");
+    assert_eq!(
+        (packets[1].0.op, packets[1].0.flags),
+        (Op::Shutdown as u16, SHUTDOWN_SEND)
+    );
+    assert_eq!(ends.guest_writes(b"answer"), Verdict::Open);
+    assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Reset);
+    drop(ends.conn);
+    let mut answer = String::new();
+    ends.program.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "answer");
+}
+
+#[test]
+fn a_host_program_that_closes_ends_both_with_one_shutdown() {
+    let mut ends = Ends::established(WINDOW);
+    ends.program.write_all(&[7; 10_000]).unwrap();
+    ends.program = UnixStream::pair().unwrap().0;
+    assert_eq!(ends.gone(), Verdict::Open);
+    let packets = ends.packets();
+    let sent: usize = packets.iter().map(|(_, payload)| payload.len()).sum();
+    assert_eq!(sent, WINDOW as usize);
+    assert!(
+        packets
+            .iter()
+            .all(|(header, _)| header.op != Op::Shutdown as u16),
+        "bytes are left"
+    );
+    let mut taken = WINDOW;
+    let mut last = Vec::new();
+    while last
+        .iter()
+        .all(|(header, _): &(VsockHeader, Vec<u8>)| header.op != Op::Shutdown as u16)
+    {
+        let update = VsockHeader {
+            fwd_cnt: taken,
+            ..packet(Op::CreditUpdate)
+        };
+        assert_eq!(ends.guest(&update), Verdict::Open);
+        last = ends.packets();
+        taken += last
+            .iter()
+            .map(|(_, payload)| payload.len() as u32)
+            .sum::<u32>();
+    }
+    assert_eq!(taken, 10_000);
+    assert_eq!(last.last().unwrap().0.flags, SHUTDOWN_BOTH);
+    assert!(ends.conn.deadline().is_some(), "the guest has to confirm");
+    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close);
+}
+
+#[test]
+fn what_comes_for_a_program_that_is_gone_is_taken_and_dropped() {
+    let mut ends = Ends::established(WINDOW);
+    ends.program = UnixStream::pair().unwrap().0;
+    assert_eq!(ends.gone(), Verdict::Open);
+    for _ in 0..10 {
+        assert_eq!(ends.guest_writes(&[1; 1000]), Verdict::Open);
+        ends.packets();
+    }
+    assert!(ends.conn.tx_buf.is_empty());
+}
+
+#[test]
+fn a_guest_that_stops_sending_ends_the_programs_reading_behind_the_last_byte() {
+    let mut ends = Ends::established(WINDOW);
+    let written = ends.fill(2000);
+    assert_eq!(ends.guest(&shutdown(SHUTDOWN_SEND)), Verdict::Open);
+    let reader = std::thread::spawn({
+        let mut program = ends.program.try_clone().unwrap();
+        move || {
+            let mut bytes = Vec::new();
+            program.read_to_end(&mut bytes).map(|_| bytes)
+        }
+    });
+    while !ends.conn.tx_buf.is_empty() {
+        assert_eq!(ends.writable(), Verdict::Open);
+    }
+    assert_eq!(reader.join().unwrap().unwrap(), written);
+    ends.program.write_all(b"still heard").unwrap();
+    assert_eq!(ends.readable(), Verdict::Open);
+    assert_eq!(ends.packets()[0].1, b"still heard");
+}
+
+#[test]
+fn a_guest_that_stops_receiving_makes_the_programs_writing_fail() {
+    let mut ends = Ends::established(WINDOW);
+    assert_eq!(ends.guest(&shutdown(SHUTDOWN_RECEIVE)), Verdict::Open);
+    assert_eq!(
+        ends.program.write_all(b"x").unwrap_err().kind(),
+        ErrorKind::BrokenPipe
+    );
+    assert_eq!(ends.guest_writes(b"still sends"), Verdict::Open);
+    assert_eq!(
+        ends.guest(&shutdown(SHUTDOWN_SEND)),
+        Verdict::Reset,
+        "the flags add up"
+    );
+    drop(ends.conn);
+    let mut bytes = String::new();
+    ends.program.read_to_string(&mut bytes).unwrap();
+    assert_eq!(bytes, "still sends");
+}
+
+#[test]
+fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
+    let mut ends = Ends::established(WINDOW);
+    let written = ends.fill(2000);
+    assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
+    assert!(ends.conn.owes_host());
+    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close);
+    assert!(ends.conn.owes_host(), "the bytes are the host program's");
+    let reader = std::thread::spawn({
+        let mut program = ends.program.try_clone().unwrap();
+        move || {
+            let mut bytes = Vec::new();
+            program.read_to_end(&mut bytes).map(|_| bytes)
+        }
+    });
+    while ends.writable() == Verdict::Open {}
+    drop(ends.conn);
+    assert_eq!(reader.join().unwrap().unwrap(), written);
+}
+
+#[test]
+fn an_abort_does_not_wait() {
+    let mut ends = Ends::established(WINDOW);
+    ends.fill(2000);
+    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close);
+    assert!(!ends.conn.owes_host());
+}
+
+#[test]
+fn a_close_towards_a_program_that_is_gone_is_confirmed_at_once() {
+    let mut ends = Ends::established(WINDOW);
+    ends.fill(2000);
+    assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
+    ends.program = UnixStream::pair().unwrap().0;
+    assert_eq!(ends.gone(), Verdict::Reset);
+}
+
+#[test]
+fn a_request_for_a_living_connection_resets_it() {
+    let mut ends = Ends::established(WINDOW);
+    assert_eq!(ends.guest(&packet(Op::Request)), Verdict::Reset);
+}
+
+/// What a guest or a host program may do next.
+#[derive(Clone, Debug)]
+enum Step {
+    GuestWrites(usize),
+    GuestTakes(usize),
+    ProgramWrites(usize),
+    ProgramReads(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (1usize..3000).prop_map(Step::GuestWrites),
+        (1usize..3000).prop_map(Step::GuestTakes),
+        (1usize..3000).prop_map(Step::ProgramWrites),
+        (1usize..9000).prop_map(Step::ProgramReads),
+    ]
+}
+
+/// The bytes of a direction, and how far they have come.
+#[derive(Default)]
+struct Flow {
+    sent: u32,
+    received: u32,
+}
+
+impl Flow {
+    fn next(&mut self, count: usize) -> Vec<u8> {
+        let from = self.sent;
+        self.sent += count as u32;
+        (from..self.sent).map(|i| (i % 251) as u8).collect()
+    }
+
+    fn check(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            assert_eq!(*byte, (self.received % 251) as u8, "byte {}", self.received);
+            self.received += 1;
+        }
+    }
+}
+
+proptest! {
+    /// Whatever both sides do within their credit, every byte arrives once, in order, and nobody gets past the credit.
+    #[test]
+    fn no_byte_is_lost_repeated_or_sent_past_the_credit(
+        steps in prop::collection::vec(step(), 1..120),
+    ) {
+        let mut ends = Ends::established(WINDOW);
+        ends.program.set_nonblocking(true).unwrap();
+        let (mut to_host, mut to_guest) = (Flow::default(), Flow::default());
+        let (mut told, mut taken) = (0u32, 0u32);
+        for step in steps {
+            match step {
+                Step::GuestWrites(wish) => {
+                    let room = WINDOW - (to_host.sent - told);
+                    let chunk = to_host.next(wish.min(room as usize));
+                    prop_assert_eq!(ends.guest_writes(&chunk), Verdict::Open);
+                }
+                Step::GuestTakes(wish) => {
+                    taken += (to_guest.received - taken).min(wish as u32);
+                    let update = VsockHeader { fwd_cnt: taken, ..packet(Op::CreditUpdate) };
+                    prop_assert_eq!(ends.guest(&update), Verdict::Open);
+                }
+                Step::ProgramWrites(wish) => {
+                    let written = ends.program.write(&to_guest.next(wish)).unwrap_or(0);
+                    to_guest.sent -= (wish - written) as u32;
+                    prop_assert_eq!(ends.readable(), Verdict::Open);
+                }
+                Step::ProgramReads(wish) => {
+                    let mut bytes = vec![0; wish];
+                    let count = ends.program.read(&mut bytes).unwrap_or(0);
+                    to_host.check(&bytes[..count]);
+                    prop_assert_eq!(ends.writable(), Verdict::Open);
+                }
+            }
+            for (header, payload) in ends.packets() {
+                told = header.fwd_cnt;
+                to_guest.check(&payload);
+            }
+            prop_assert!(to_guest.received - taken <= WINDOW);
+            prop_assert!(ends.conn.tx_buf.len() <= WINDOW as usize);
+        }
+    }
+}
