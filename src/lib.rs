@@ -1,4 +1,34 @@
-//! The library.
+//! `vhost-user-vsock`: a virtio-vsock device for one virtual machine, as a vhost-user daemon.
+//!
+//! A VMM connects to the daemon's vhost-user socket and shares the guest's memory with it. A connection of the guest's to
+//! the host becomes a Unix stream socket to a host program, and the other way round.
+//!
+//! # Which file owns what
+//!
+//! Names are the specifications'. Arrows point downwards: nothing below knows anything above it.
+//!
+//! ```text
+//! main                      arguments, logging, signals, exit code
+//!   server                  both sockets, one VMM after the other        listener: a socket and its file
+//!     vhu_vsock             the device as the vhost-user library sees it vring: the library's rings, mended
+//!       vhost_user_vsock_thread   the worker: rings, epoll, timer        look: whether to look before sleep
+//!         thread_backend    the table of connections, resets, limits     handshake: the CONNECT line
+//!           vsock_conn      one connection: states, both directions      credit, txbuf, rxqueue, rxops
+//!             packet        packets in guest memory; all unsafe code     header: the 44 bytes and their names
+//! config                    what the daemon is told, and the mistakes in it
+//! ```
+//!
+//! # How a byte travels
+//!
+//! *From the guest.* The driver puts a packet into the TX ring and kicks. The worker takes a batch of chains off the ring
+//! and [`packet`] makes headers and slices of guest memory of them. [`thread_backend`] gives consecutive packets of one
+//! connection to [`vsock_conn`], which sends them with one `sendmsg`, straight out of guest memory. What the host program
+//! does not take goes to [`txbuf`]. Then the worker returns the chains and interrupts the guest, once.
+//!
+//! *To the guest.* The socket becomes readable, its connection joins the queue of those that owe the guest something. The
+//! worker takes as many buffers off the RX ring as that connection may fill now, `readv` fills them all at once, each
+//! gets its header, the filled ones are returned, and the others go back to the ring.
+
 pub mod config;
 pub mod credit;
 pub mod handshake;
