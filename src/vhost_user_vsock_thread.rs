@@ -187,7 +187,8 @@ impl VhostUserVsockThread {
     pub fn turn(&mut self, vrings: &[VsockVring]) {
         self.look.woke();
         for _ in 0..MAX_ROUNDS {
-            let worked = self.serve_host() | self.serve_rings(vrings);
+            // Clients come last: it depends on the rings whether there is a driver to talk to.
+            let worked = self.serve_host() | self.serve_rings(vrings) | self.accept();
             if !worked && !self.look_for_work(vrings) && !self.ask_for_kicks(vrings) {
                 self.set_timer();
                 return self.look.sleeps();
@@ -222,11 +223,7 @@ impl VhostUserVsockThread {
             }
         }
         self.events = events;
-        let accepted = self.accepting;
-        if accepted {
-            self.accept();
-        }
-        count > 0 || accepted
+        count > 0
     }
 
     fn timer_fired(&mut self) {
@@ -262,8 +259,11 @@ impl VhostUserVsockThread {
         }
     }
 
-    /// Accepts host programs. Without a guest's driver to talk to, they are closed at once.
-    fn accept(&mut self) {
+    /// Accepts host programs. Without a guest's driver to talk to, they are closed at once. False when none waits.
+    fn accept(&mut self) -> bool {
+        if !self.accepting {
+            return false;
+        }
         for _ in 0..MAX_ACCEPTS {
             let accepted = self.listener.accept().and_then(|(stream, _)| {
                 stream.set_nonblocking(true)?;
@@ -274,7 +274,7 @@ impl VhostUserVsockThread {
                 Ok(_) => debug!("closed a client: the guest's driver has not started the device"),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.accepting = false;
-                    return;
+                    break;
                 }
                 Err(error) if is_shortage(&error) => {
                     if self.accept_again.is_none() {
@@ -282,12 +282,13 @@ impl VhostUserVsockThread {
                     }
                     self.accepting = false;
                     self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
-                    return;
+                    break;
                 }
                 // The client is gone already.
                 Err(error) => debug!("a client could not be accepted: {error}"),
             }
         }
+        true
     }
 
     /// Moves packets both ways. False when there was none.
@@ -295,10 +296,11 @@ impl VhostUserVsockThread {
         let Some(memory) = self.memory.as_ref().map(|memory| memory.memory()) else {
             return false;
         };
-        let sent = self.serve_ring(TX_RING, vrings, &memory, Self::serve_tx);
+        // What is owed already goes first: it makes room for the answers to what comes.
         let received = self.serve_ring(RX_RING, vrings, &memory, Self::serve_rx);
+        let sent = self.serve_ring(TX_RING, vrings, &memory, Self::serve_tx);
         self.started |= self.rings.iter().all(|ring| ring.position.is_some());
-        sent | received
+        received | sent
     }
 
     /// Works on a ring if it runs, and stops it where it turns out to be broken.
@@ -400,10 +402,13 @@ impl VhostUserVsockThread {
                 break;
             };
             let queue = state.get_queue_mut();
-            self.gather(queue, memory, &mut batch, demand)?;
+            if self.gather(queue, memory, &mut batch, demand)? {
+                self.notify(state, memory)?;
+            }
             if batch.is_empty() {
                 break;
             }
+            let queue = state.get_queue_mut();
             worked = true;
             let first = queue.next_avail().wrapping_sub(batch.len() as u16);
             self.backend.recv_pkts(&mut batch);
@@ -417,16 +422,17 @@ impl VhostUserVsockThread {
     }
 
     /// Takes buffers for `demand` bytes of payload out of the RX ring, or one buffer when that is 0. A buffer that is
-    /// none is given back at once.
+    /// none is given back at once; then the answer is true.
     fn gather(
         &mut self,
         queue: &mut Queue,
         memory: &GuestMemoryMmap,
         batch: &mut RxBatch<'_>,
         demand: usize,
-    ) -> Result<(), QueueError> {
+    ) -> Result<bool, QueueError> {
         batch.clear();
         let ring_size = queue.size();
+        let mut any_returned = false;
         loop {
             let mut chains = queue.iter(memory)?;
             let mut rejected = None;
@@ -443,13 +449,16 @@ impl VhostUserVsockThread {
                 }
             }
             match rejected {
-                None => return Ok(()),
+                None => return Ok(any_returned),
                 // Used buffers keep their order: those before it go first, and it comes up again.
                 Some(_) if !batch.is_empty() => {
                     queue.go_to_previous_position();
-                    return Ok(());
+                    return Ok(any_returned);
                 }
-                Some(head) => return_buffer(queue, memory, head, 0)?,
+                Some(head) => {
+                    return_buffer(queue, memory, head, 0)?;
+                    any_returned = true;
+                }
             }
         }
     }

@@ -255,10 +255,11 @@ impl VsockConnection {
     pub fn socket_ready(&mut self, ready: Readiness) -> Verdict {
         self.readable |= ready.readable;
         self.writable |= ready.writable;
+        let waiting = !self.tx_buf.is_empty();
         if ready.gone && self.state != State::Connecting {
             self.host_gone();
         }
-        let verdict = if self.writable {
+        let verdict = if waiting && (self.writable || self.gone) {
             self.flush()
         } else {
             Verdict::Open
