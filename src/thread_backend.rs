@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use log::debug;
+use log::{debug, trace};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
 };
@@ -251,6 +251,7 @@ impl VsockThreadBackend {
     fn send_run(&mut self, batch: &TxBatch<'_>, packets: &[VsockPacket]) {
         let Some(first) = packets.first() else { return };
         let header = first.header();
+        trace!("from the guest, {} times: {header:?}", packets.len());
         let op = self.op(first);
         let is_stream = header.host_cid == HOST_CID && header.kind == TYPE_STREAM;
         if header.guest_cid != self.guest_cid {
@@ -505,6 +506,7 @@ impl VsockThreadBackend {
         if let Peer::Connected(conn) = &entry.peer {
             let (key, owes_host) = (conn.key(), conn.owes_host());
             let header = conn.reset_header();
+            let reset = reset && conn.guest_knows();
             if !self.orphans.contains(&token) {
                 self.by_key.remove(&key);
                 if reset {

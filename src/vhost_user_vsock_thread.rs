@@ -86,6 +86,8 @@ pub struct VhostUserVsockThread {
     notify_on_empty: bool,
     /// Host programs may be waiting to be accepted.
     accepting: bool,
+    /// Some of them have to wait for a descriptor, and the log says so.
+    short: bool,
     accept_again: Option<Instant>,
     armed: Option<Instant>,
     look: Look,
@@ -133,6 +135,7 @@ impl VhostUserVsockThread {
             started: false,
             notify_on_empty: false,
             accepting: false,
+            short: false,
             accept_again: None,
             armed: None,
             look: Look::new(config.busy_poll),
@@ -274,10 +277,11 @@ impl VhostUserVsockThread {
                 Ok(_) => debug!("closed a client: the guest's driver has not started the device"),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.accepting = false;
+                    self.short = false;
                     break;
                 }
                 Err(error) if is_shortage(&error) => {
-                    if self.accept_again.is_none() {
+                    if !std::mem::replace(&mut self.short, true) {
                         warn!("clients must wait: {error}");
                     }
                     self.accepting = false;

@@ -188,6 +188,11 @@ impl VsockConnection {
         self.state == State::Flushing && !self.tx_buf.is_empty()
     }
 
+    /// Whether the guest has heard of it: our REQUEST may still wait for a buffer.
+    pub fn guest_knows(&self) -> bool {
+        self.state != State::Connecting || self.rx_queue.is_empty()
+    }
+
     /// Whether it owes the guest a packet, and how many bytes of payload that packet and the ones right behind it can
     /// have.
     pub fn rx_demand(&self) -> Option<usize> {
@@ -211,7 +216,9 @@ impl VsockConnection {
         let verdict = match op {
             // The guest has lost the connection that we still know.
             Op::Request => Verdict::Reset,
-            Op::Response if self.is_asked() => self.establish(),
+            Op::Response if self.state == State::Connecting && self.guest_knows() => {
+                self.establish()
+            }
             Op::Rst => Verdict::Close,
             Op::Shutdown if self.state == State::Connecting => Verdict::Reset,
             Op::Shutdown => self.shut_down(header.flags & SHUTDOWN_BOTH),
@@ -284,11 +291,6 @@ impl VsockConnection {
         self.rx_queue.remove(op);
         self.update_owed();
         Verdict::Open
-    }
-
-    /// Whether our REQUEST has gone out and is not answered yet.
-    fn is_asked(&self) -> bool {
-        self.state == State::Connecting && self.rx_queue.is_empty()
     }
 
     /// The guest has accepted: the host program hears so.

@@ -87,6 +87,41 @@ impl Daemon {
             .count()
     }
 
+    /// How many threads the daemon has.
+    pub fn threads(&self) -> usize {
+        self.tasks().count()
+    }
+
+    /// Processor time that the daemon's threads have used.
+    pub fn cpu_time(&self) -> Duration {
+        let spent = self.tasks().map(|task| {
+            let line = fs::read_to_string(task.join("schedstat")).unwrap_or_default();
+            let nanoseconds = line.split_whitespace().next();
+            nanoseconds.map_or(0, |nanoseconds| nanoseconds.parse::<u64>().unwrap())
+        });
+        Duration::from_nanos(spent.sum())
+    }
+
+    /// Panics when the daemon uses more than a sliver of processor time while nothing happens.
+    #[track_caller]
+    pub fn assert_idle(&self) {
+        // What was under way may end.
+        sleep(Duration::from_millis(300));
+        let before = self.cpu_time();
+        let while_waiting = Duration::from_millis(1500);
+        sleep(while_waiting);
+        let spent = self.cpu_time() - before;
+        assert!(
+            spent < while_waiting / 20,
+            "{spent:?} of processor time in {while_waiting:?}"
+        );
+    }
+
+    fn tasks(&self) -> impl Iterator<Item = PathBuf> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        tasks.map(|task| task.unwrap().path())
+    }
+
     /// Sends `signal` to the daemon.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid() as i32), signal).unwrap();

@@ -1,0 +1,282 @@
+//! The daemon as a program: its options, its mistakes, its sockets, its end.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::daemon::{Daemon, binary, eventually};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+const USE: Option<i32> = Some(2);
+const FAILURE: Option<i32> = Some(1);
+
+fn run(args: &[&str]) -> Output {
+    Command::new(binary()).args(args).output().unwrap()
+}
+
+/// Runs the daemon with three options of which at least one is wrong.
+fn start(cid: &str, socket: &Path, uds_path: &Path, more: &[&str]) -> Output {
+    let socket = socket.to_str().unwrap();
+    let uds_path = uds_path.to_str().unwrap();
+    let cid = format!("--guest-cid={cid}");
+    let options = [&cid, "--socket", socket, "--uds-path", uds_path];
+    run(&[&options, more].concat())
+}
+
+#[track_caller]
+fn assert_refused(output: &Output, code: Option<i32>, message: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), code, "{stderr}");
+    let lines: Vec<&str> = stderr.lines().collect();
+    assert_eq!(lines.len(), 1, "one clear line: {stderr}");
+    assert!(lines[0].starts_with("vhost-user-vsock: "), "{stderr}");
+    assert!(lines[0].contains(message), "{stderr} should say {message}");
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn help_teaches_with_an_example_and_version_tells() {
+    let help = run(&["--help"]);
+    assert!(help.status.success());
+    let help = String::from_utf8(help.stdout).unwrap();
+    for taught in [
+        "--guest-cid=4 --socket=/tmp/vhost4.socket --uds-path=/tmp/vm4.vsock",
+        "--tx-buffer-size",
+        "[default: 262144]",
+        "--queue-size",
+        "--max-connections",
+        "--busy-poll",
+        "--verbose",
+        "CONNECT 1234",
+        "vhost-user-vsock-pci",
+    ] {
+        assert!(help.contains(taught), "{taught}");
+    }
+    let version = String::from_utf8(run(&["--version"]).stdout).unwrap();
+    assert_eq!(
+        version,
+        format!("vhost-user-vsock {}\n", env!("CARGO_PKG_VERSION"))
+    );
+}
+
+#[test]
+fn mistyped_and_missing_options_are_named() {
+    assert_refused(
+        &run(&["--guest-cid=4", "--sokcet=/tmp/x"]),
+        USE,
+        "'--sokcet'",
+    );
+    assert_refused(&run(&["--guest-cid=4"]), USE, "--socket <SOCKET>");
+    assert_refused(&run(&["surplus"]), USE, "'surplus'");
+}
+
+#[test]
+fn wrong_values_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    for cid in ["0", "1", "2", "4294967295", "18446744073709551615"] {
+        assert_refused(&start(cid, &socket, &uds, &[]), USE, "from 3 to 4294967294");
+    }
+    for cid in ["four", "-1", "18446744073709551616", ""] {
+        assert_refused(&start(cid, &socket, &uds, &[]), USE, "--guest-cid");
+    }
+    for wrong in [
+        "--tx-buffer-size=0",
+        "--tx-buffer-size=4294967295",
+        "--tx-buffer-size=much",
+        "--queue-size=0",
+        "--queue-size=1000",
+        "--queue-size=65536",
+        "--max-connections=0",
+        "--busy-poll=1000000",
+    ] {
+        let option = wrong.split('=').next().unwrap();
+        assert_refused(&start("4", &socket, &uds, &[wrong]), USE, option);
+    }
+    assert_eq!(
+        fs::read_dir(folder.path()).unwrap().count(),
+        0,
+        "nothing is made"
+    );
+}
+
+#[test]
+fn wrong_paths_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let long = |len: usize| path(&"x".repeat(len - folder.path().as_os_str().len() - 1));
+    let short = path("short");
+    assert_refused(
+        &start("4", &long(108), &short, &[]),
+        USE,
+        "the limit is 107",
+    );
+    assert_refused(&start("4", &short, &long(97), &[]), USE, "the limit is 96");
+    assert_refused(&start("4", &short, &short, &[]), USE, "two paths");
+    assert_refused(
+        &start("4", &path("no/socket"), &short, &[]),
+        USE,
+        "does not exist",
+    );
+    assert_refused(
+        &start("4", &short, &path("no/uds"), &[]),
+        USE,
+        "does not exist",
+    );
+    assert_eq!(
+        fs::read_dir(folder.path()).unwrap().count(),
+        0,
+        "nothing is made"
+    );
+}
+
+#[test]
+fn a_file_in_the_way_is_never_touched() {
+    let folder = TempDir::new().unwrap();
+    let (file, free) = (folder.path().join("file"), folder.path().join("free"));
+    fs::write(&file, "precious").unwrap();
+    assert_refused(&start("4", &file, &free, &[]), FAILURE, "no socket");
+    assert_refused(&start("4", &free, &file, &[]), FAILURE, "no socket");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+    assert!(!free.exists(), "what was made before is removed");
+}
+
+#[test]
+fn a_folder_that_is_closed_to_us_is_a_failure() {
+    assert_refused(
+        &start("4", Path::new("/proc/vhost"), Path::new("/proc/uds"), &[]),
+        FAILURE,
+        "/proc/vhost",
+    );
+}
+
+#[test]
+fn a_path_of_another_daemon_is_refused_and_the_other_lives() {
+    let mut daemon = Daemon::start();
+    let free = daemon.folder().join("free");
+    let in_use = "another daemon";
+    assert_refused(
+        &start("5", &daemon.vhost_socket(), &free, &[]),
+        FAILURE,
+        in_use,
+    );
+    assert_refused(&start("5", &free, &daemon.uds_path(), &[]), FAILURE, in_use);
+    daemon.assert_alive();
+    UnixStream::connect(daemon.uds_path()).unwrap();
+    UnixStream::connect(daemon.vhost_socket()).unwrap();
+}
+
+#[test]
+fn sockets_of_a_dead_daemon_are_replaced() {
+    let folder = TempDir::new().unwrap();
+    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    drop(UnixListener::bind(&socket).unwrap());
+    drop(UnixListener::bind(&uds).unwrap());
+    let mut daemon = Command::new(binary())
+        .arg("--guest-cid=4")
+        .args(["--socket", socket.to_str().unwrap()])
+        .args(["--uds-path", uds.to_str().unwrap()])
+        .spawn()
+        .unwrap();
+    eventually("the sockets to be served", || {
+        UnixStream::connect(&socket).is_ok() && UnixStream::connect(&uds).is_ok()
+    });
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+}
+
+#[test]
+fn of_daemons_that_start_at_once_one_lives() {
+    let folder = TempDir::new().unwrap();
+    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    for _ in 0..10 {
+        // A stale file makes all of them want to clear the way.
+        drop(UnixListener::bind(&socket));
+        let mut daemons: Vec<_> = (0..4)
+            .map(|_| {
+                Command::new(binary())
+                    .arg("--guest-cid=4")
+                    .args(["--socket", socket.to_str().unwrap()])
+                    .args(["--uds-path", uds.to_str().unwrap()])
+                    .stderr(std::process::Stdio::null())
+                    .spawn()
+                    .unwrap()
+            })
+            .collect();
+        eventually("all but one to give up", || {
+            let ended = |daemon: &mut std::process::Child| daemon.try_wait().unwrap().is_some();
+            daemons
+                .iter_mut()
+                .filter_map(|daemon| ended(daemon).then_some(()))
+                .count()
+                == 3
+        });
+        UnixStream::connect(&socket).unwrap();
+        UnixStream::connect(&uds).unwrap();
+        for daemon in &mut daemons {
+            let _ = daemon.kill();
+            daemon.wait().unwrap();
+        }
+    }
+}
+
+#[test]
+fn signals_end_it_and_remove_the_sockets() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut daemon = Daemon::start();
+        assert!(
+            fs::metadata(daemon.uds_path())
+                .unwrap()
+                .file_type()
+                .is_socket()
+        );
+        daemon.signal(signal);
+        assert_eq!(daemon.wait_exit().code(), Some(0), "{signal}");
+        assert!(!daemon.uds_path().exists());
+        assert!(!daemon.vhost_socket().exists());
+    }
+}
+
+#[test]
+fn a_signal_while_a_vmm_says_nothing_ends_it_too() {
+    let mut daemon = Daemon::start();
+    let _vmm = UnixStream::connect(daemon.vhost_socket()).unwrap();
+    eventually("the VMM to be served", || {
+        daemon.log().contains("a VMM connected")
+    });
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    assert!(!daemon.vhost_socket().exists());
+}
+
+#[test]
+fn the_log_has_a_line_for_the_start_each_vmm_and_the_end() {
+    let mut daemon = Daemon::start();
+    drop(UnixStream::connect(daemon.vhost_socket()).unwrap());
+    eventually("the VMM to be gone", || {
+        daemon.log().contains("the VMM disconnected")
+    });
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_exit();
+    let log = daemon.log();
+    assert_eq!(log.lines().count(), 4, "{log}");
+    assert!(log.contains("CID 4: waiting for a VMM at"), "{log}");
+    assert!(log.contains(daemon.uds_path().to_str().unwrap()), "{log}");
+}
+
+#[test]
+fn the_limit_of_descriptors_is_raised() {
+    let daemon = Daemon::start();
+    let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"))
+        .unwrap();
+    let numbers: Vec<&str> = line.split_whitespace().skip(3).take(2).collect();
+    assert_eq!(numbers[0], numbers[1], "soft and hard limit");
+}

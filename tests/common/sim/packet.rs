@@ -1,0 +1,207 @@
+//! The packets of virtio-vsock (virtio 1.2 §5.10.6), as plain values.
+
+use crate::common::daemon::GUEST_CID;
+
+/// The length of a packet's header.
+pub const HEADER_LEN: usize = 44;
+/// The host's CID.
+pub const HOST_CID: u64 = 2;
+/// `type` of stream packets.
+pub const STREAM: u16 = 1;
+/// Shutdown flag: the sender will not receive.
+pub const NO_RECEIVE: u32 = 1;
+/// Shutdown flag: the sender will not send.
+pub const NO_SEND: u32 = 2;
+/// The space a guest gives the host when nothing else is asked for: Linux's default.
+pub const BUF_ALLOC: u32 = 256 * 1024;
+
+/// `op` values (virtio 1.2 §5.10.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Op {
+    /// Asks for a connection.
+    Request = 1,
+    /// Grants it.
+    Response = 2,
+    /// Refuses or ends it.
+    Rst = 3,
+    /// Says what will no more be done.
+    Shutdown = 4,
+    /// Carries bytes.
+    Rw = 5,
+    /// Tells the free space.
+    CreditUpdate = 6,
+    /// Asks for it.
+    CreditRequest = 7,
+}
+
+/// A packet: the fields of the header, and the payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // The names are the specification's.
+pub struct Packet {
+    pub src_cid: u64,
+    pub dst_cid: u64,
+    pub src_port: u32,
+    pub dst_port: u32,
+    pub len: u32,
+    pub kind: u16,
+    pub op: u16,
+    pub flags: u32,
+    pub buf_alloc: u32,
+    pub fwd_cnt: u32,
+    pub payload: Vec<u8>,
+}
+
+impl Packet {
+    /// A packet without payload from the guest's `src_port` to the host's `dst_port`.
+    pub fn new(op: Op, src_port: u32, dst_port: u32) -> Self {
+        Self {
+            src_cid: GUEST_CID,
+            dst_cid: HOST_CID,
+            src_port,
+            dst_port,
+            len: 0,
+            kind: STREAM,
+            op: op as u16,
+            flags: 0,
+            buf_alloc: BUF_ALLOC,
+            fwd_cnt: 0,
+            payload: Vec::new(),
+        }
+    }
+
+    /// The header as it stands in memory, little-endian.
+    pub fn header(&self) -> [u8; HEADER_LEN] {
+        let mut bytes = [0; HEADER_LEN];
+        bytes[0..8].copy_from_slice(&self.src_cid.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.dst_cid.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.src_port.to_le_bytes());
+        bytes[20..24].copy_from_slice(&self.dst_port.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.len.to_le_bytes());
+        bytes[28..30].copy_from_slice(&self.kind.to_le_bytes());
+        bytes[30..32].copy_from_slice(&self.op.to_le_bytes());
+        bytes[32..36].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[36..40].copy_from_slice(&self.buf_alloc.to_le_bytes());
+        bytes[40..44].copy_from_slice(&self.fwd_cnt.to_le_bytes());
+        bytes
+    }
+
+    /// Header and payload, one behind the other.
+    pub fn bytes(&self) -> Vec<u8> {
+        [&self.header()[..], &self.payload].concat()
+    }
+
+    /// Takes a packet apart; the device's side of the bargain is checked on the way.
+    pub fn parse(bytes: &[u8]) -> Self {
+        assert!(
+            bytes.len() >= HEADER_LEN,
+            "a packet of {} bytes",
+            bytes.len()
+        );
+        let u16_at = |at: usize| u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap());
+        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        let packet = Self {
+            src_cid: u64_at(0),
+            dst_cid: u64_at(8),
+            src_port: u32_at(16),
+            dst_port: u32_at(20),
+            len: u32_at(24),
+            kind: u16_at(28),
+            op: u16_at(30),
+            flags: u32_at(32),
+            buf_alloc: u32_at(36),
+            fwd_cnt: u32_at(40),
+            payload: bytes[HEADER_LEN..].to_vec(),
+        };
+        assert_eq!(
+            packet.len as usize,
+            packet.payload.len(),
+            "len against the used length: {packet:?}"
+        );
+        assert_eq!(packet.dst_cid, GUEST_CID, "{packet:?}");
+        if packet.op != Op::Rw as u16 {
+            assert_eq!(
+                packet.len, 0,
+                "payload in a packet that carries none: {packet:?}"
+            );
+        }
+        packet
+    }
+
+    /// Whether this is an `op`.
+    pub fn is(&self, op: Op) -> bool {
+        self.op == op as u16
+    }
+
+    /// Panics unless this is an `op` of the connection `flow`.
+    #[track_caller]
+    pub fn assert_is(&self, op: Op, flow: &Flow) {
+        assert!(
+            self.is(op) && flow.owns(self),
+            "wanted {op:?} for {flow:?}, got {self:?}"
+        );
+        assert_eq!((self.src_cid, self.kind), (HOST_CID, STREAM), "{self:?}");
+    }
+}
+
+/// One connection, as the guest sees it: makes the packets that belong to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// The guest's port.
+    pub guest_port: u32,
+    /// The host's port.
+    pub host_port: u32,
+    /// The space the guest says it has.
+    pub buf_alloc: u32,
+    /// The bytes the guest says it has consumed.
+    pub fwd_cnt: u32,
+}
+
+impl Flow {
+    /// A connection between two ports.
+    pub fn new(guest_port: u32, host_port: u32) -> Self {
+        Self {
+            guest_port,
+            host_port,
+            buf_alloc: BUF_ALLOC,
+            fwd_cnt: 0,
+        }
+    }
+
+    /// The connection a packet from the host belongs to.
+    pub fn of(packet: &Packet) -> Self {
+        Self::new(packet.dst_port, packet.src_port)
+    }
+
+    /// Whether a packet from the host belongs to this connection.
+    pub fn owns(&self, packet: &Packet) -> bool {
+        (packet.dst_port, packet.src_port) == (self.guest_port, self.host_port)
+    }
+
+    /// A packet without payload.
+    pub fn packet(&self, op: Op) -> Packet {
+        Packet {
+            buf_alloc: self.buf_alloc,
+            fwd_cnt: self.fwd_cnt,
+            ..Packet::new(op, self.guest_port, self.host_port)
+        }
+    }
+
+    /// A packet with payload.
+    pub fn rw(&self, payload: &[u8]) -> Packet {
+        Packet {
+            len: payload.len() as u32,
+            payload: payload.to_vec(),
+            ..self.packet(Op::Rw)
+        }
+    }
+
+    /// A SHUTDOWN with these flags.
+    pub fn shutdown(&self, flags: u32) -> Packet {
+        Packet {
+            flags,
+            ..self.packet(Op::Shutdown)
+        }
+    }
+}

@@ -1,0 +1,547 @@
+//! The guest's socket layer: many streams over one simulated guest, each with correct credit
+//! (virtio 1.2 §5.10.6.3). A thread of its own takes the packets; streams block with bounded patience.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::{JoinHandle, spawn};
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::guest::{RX, SimGuest, TX};
+use super::packet::{Flow, NO_RECEIVE, NO_SEND, Op, Packet};
+use crate::common::daemon::PATIENCE;
+
+type Key = (u32, u32);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Asked,
+    Open,
+    /// SHUTDOWN 3 sent; the peer owes an RST.
+    Closing,
+    Gone,
+}
+
+struct Conn {
+    flow: Flow,
+    phase: Phase,
+    received: VecDeque<u8>,
+    rx_cnt: u32,
+    told_fwd_cnt: u32,
+    peer_alloc: u32,
+    peer_fwd: u32,
+    tx_cnt: u32,
+    peer_shutdown: u32,
+    aborted: bool,
+}
+
+impl Conn {
+    fn new(flow: Flow, phase: Phase) -> Self {
+        Self {
+            flow,
+            phase,
+            received: VecDeque::new(),
+            rx_cnt: 0,
+            told_fwd_cnt: 0,
+            peer_alloc: 0,
+            peer_fwd: 0,
+            tx_cnt: 0,
+            peer_shutdown: 0,
+            aborted: false,
+        }
+    }
+
+    /// What may still be sent, by the peer's word, and by our own cap where the set-up asks for it.
+    fn credit(&self, cap: bool) -> u32 {
+        let alloc = if cap {
+            self.peer_alloc.min(self.flow.buf_alloc)
+        } else {
+            self.peer_alloc
+        };
+        alloc.saturating_sub(self.tx_cnt.wrapping_sub(self.peer_fwd))
+    }
+
+    /// Whether the peer believes that less than half of our space is free, although more is.
+    fn owes_update(&self) -> bool {
+        let unread = self
+            .rx_cnt
+            .wrapping_sub(self.told_fwd_cnt)
+            .min(self.flow.buf_alloc);
+        let (believed, all) = (
+            u64::from(self.flow.buf_alloc - unread),
+            u64::from(self.flow.buf_alloc),
+        );
+        self.phase == Phase::Open && 2 * believed < all && self.flow.fwd_cnt != self.told_fwd_cnt
+    }
+}
+
+struct State {
+    guest: SimGuest,
+    conns: HashMap<Key, Conn>,
+    /// Connections accepted for a port that is listened on.
+    listeners: HashMap<u32, VecDeque<Key>>,
+    control: VecDeque<Packet>,
+    next_port: u32,
+    paused: bool,
+    stop: bool,
+    failure: Option<String>,
+    updates_sent: u64,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    wake: EventFd,
+}
+
+/// The sockets of a simulated guest.
+pub struct GuestStack {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// One stream of it.
+pub struct GuestStream {
+    shared: Arc<Shared>,
+    key: Key,
+}
+
+impl GuestStack {
+    /// Takes over a guest.
+    pub fn new(guest: SimGuest) -> Self {
+        let state = State {
+            guest,
+            conns: HashMap::new(),
+            listeners: HashMap::new(),
+            control: VecDeque::new(),
+            next_port: 50_000,
+            paused: false,
+            stop: false,
+            failure: None,
+            updates_sent: 0,
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap(),
+        });
+        let of_thread = shared.clone();
+        let thread = Some(spawn(move || of_thread.serve()));
+        Self { shared, thread }
+    }
+
+    /// Listens on a guest port.
+    pub fn listen(&self, port: u32) {
+        self.shared.lock().listeners.insert(port, VecDeque::new());
+    }
+
+    /// The next connection made to `port`.
+    #[track_caller]
+    pub fn accept(&self, port: u32) -> GuestStream {
+        let mut key = None;
+        self.shared.wait(|state| {
+            key = state.listeners.get_mut(&port)?.pop_front();
+            key.map(|_| ())
+        });
+        GuestStream {
+            shared: self.shared.clone(),
+            key: key.expect("nobody connected to the guest"),
+        }
+    }
+
+    /// Connects to a host port.
+    pub fn connect(&self, port: u32) -> io::Result<GuestStream> {
+        let mut state = self.shared.lock();
+        state.next_port += 1;
+        let mut flow = Flow::new(state.next_port, port);
+        flow.buf_alloc = state.guest.setup.buf_alloc;
+        let key = (flow.guest_port, flow.host_port);
+        state.control.push_back(flow.packet(Op::Request));
+        state.conns.insert(key, Conn::new(flow, Phase::Asked));
+        drop(state);
+        self.shared.wake();
+        let stream = GuestStream {
+            shared: self.shared.clone(),
+            key,
+        };
+        let answered = self
+            .shared
+            .wait(|state| (state.conns.get(&key)?.phase != Phase::Asked).then_some(()));
+        if answered.is_none() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        let open = self.shared.lock().conns[&key].phase == Phase::Open;
+        if open {
+            Ok(stream)
+        } else {
+            Err(ErrorKind::ConnectionRefused.into())
+        }
+    }
+
+    /// Works on the guest itself while no packet is taken or sent; `pause` ends the traffic until `resume`.
+    pub fn with_guest<T>(&self, work: impl FnOnce(&mut SimGuest) -> T) -> T {
+        let result = work(&mut self.shared.lock().guest);
+        self.shared.wake();
+        result
+    }
+
+    /// Stops the rings, as a paused VM does; what the streams send meanwhile is queued in the TX ring.
+    pub fn pause(&self) {
+        let mut state = self.shared.lock();
+        state.paused = true;
+        state.guest.stop_rings();
+    }
+
+    /// Starts them again where they stopped.
+    pub fn resume(&self) {
+        let mut state = self.shared.lock();
+        state.paused = false;
+        state.guest.start_rings();
+        drop(state);
+        self.shared.wake();
+    }
+
+    /// How many connections are not gone.
+    pub fn open_connections(&self) -> usize {
+        let state = self.shared.lock();
+        state
+            .conns
+            .values()
+            .filter(|conn| conn.phase != Phase::Gone)
+            .count()
+    }
+
+    /// How many CREDIT_UPDATEs the guest has sent.
+    pub fn updates_sent(&self) -> u64 {
+        self.shared.lock().updates_sent
+    }
+}
+
+impl Drop for GuestStack {
+    fn drop(&mut self) {
+        if let Ok(mut state) = self.shared.state.lock() {
+            state.stop = true;
+        }
+        self.shared.wake();
+        let ended = self.thread.take().map(JoinHandle::join);
+        if matches!(ended, Some(Err(_))) && !std::thread::panicking() {
+            panic!("the guest's thread panicked");
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        let state = self.state.lock().expect("the guest's thread panicked");
+        assert!(state.failure.is_none(), "{:?}", state.failure);
+        state
+    }
+
+    fn wake(&self) {
+        let _ = self.wake.write(1);
+    }
+
+    /// Waits until `ready` gives something; None when it does not in time.
+    fn wait<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut state = self.lock();
+        loop {
+            if let Some(result) = ready(&mut state) {
+                return Some(result);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .expect("the guest's thread panicked")
+                .0;
+            assert!(state.failure.is_none(), "{:?}", state.failure);
+        }
+    }
+
+    /// The thread: takes packets and returned buffers, as interrupts tell; never looks without one.
+    fn serve(&self) {
+        loop {
+            let mut state = self.state.lock().unwrap();
+            if state.stop {
+                return;
+            }
+            let more = state.turn();
+            let fds = [RX, TX].map(|i| {
+                state.guest.rings[i]
+                    .call_fd
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .unwrap()
+            });
+            drop(state);
+            self.changed.notify_all();
+            if more {
+                continue;
+            }
+            let mut polled = [fds[0].as_fd(), fds[1].as_fd(), self.wake.as_fd()]
+                .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            poll(&mut polled, PollTimeout::NONE).unwrap();
+            let _ = self.wake.read();
+        }
+    }
+}
+
+impl State {
+    /// Does what there is to do; true when there is more.
+    fn turn(&mut self) -> bool {
+        if self.paused {
+            // The device may not touch the rings: nothing can have come.
+            self.flush_control();
+            return false;
+        }
+        for index in [RX, TX] {
+            self.guest.rings[index].drain_call();
+        }
+        while let Some(packet) = self.guest.poll_packet() {
+            self.take(&packet);
+        }
+        self.guest.reclaim_tx();
+        self.flush_control();
+        let rx = self.guest.rings[RX].arm();
+        rx | self.guest.rings[TX].arm()
+    }
+
+    fn flush_control(&mut self) {
+        let (layout, indirect) = (self.guest.setup.tx, self.guest.setup.indirect);
+        while let Some(packet) = self.control.front() {
+            if !self.guest.try_send(packet, layout, indirect) {
+                break;
+            }
+            self.control.pop_front();
+        }
+        self.guest.rings[TX].kick_if_needed();
+    }
+
+    fn take(&mut self, packet: &Packet) {
+        let key = (packet.dst_port, packet.src_port);
+        if packet.is(Op::Request)
+            && !self
+                .conns
+                .get(&key)
+                .is_some_and(|conn| conn.phase != Phase::Gone)
+        {
+            return self.take_request(packet);
+        }
+        match self.conns.get_mut(&key) {
+            Some(conn) if conn.phase != Phase::Gone => {
+                conn.peer_alloc = packet.buf_alloc;
+                conn.peer_fwd = packet.fwd_cnt;
+                self.take_known(key, packet);
+            }
+            _ if packet.is(Op::Rst) => (),
+            _ => self.control.push_back(Flow::of(packet).packet(Op::Rst)),
+        }
+    }
+
+    fn take_request(&mut self, packet: &Packet) {
+        let mut flow = Flow::of(packet);
+        flow.buf_alloc = self.guest.setup.buf_alloc;
+        let key = (flow.guest_port, flow.host_port);
+        let Some(backlog) = self.listeners.get_mut(&flow.guest_port) else {
+            return self.control.push_back(flow.packet(Op::Rst));
+        };
+        backlog.push_back(key);
+        self.control.push_back(flow.packet(Op::Response));
+        let mut conn = Conn::new(flow, Phase::Open);
+        (conn.peer_alloc, conn.peer_fwd) = (packet.buf_alloc, packet.fwd_cnt);
+        self.conns.insert(key, conn);
+    }
+
+    fn take_known(&mut self, key: Key, packet: &Packet) {
+        let Some(conn) = self.conns.get_mut(&key) else {
+            return;
+        };
+        if conn.tx_cnt.wrapping_sub(conn.peer_fwd) > u32::MAX / 2 {
+            self.failure = Some(format!(
+                "the daemon claims bytes that were not sent: {packet:?}"
+            ));
+            return;
+        }
+        match packet.op {
+            op if op == Op::Response as u16 => conn.phase = Phase::Open,
+            op if op == Op::Rst as u16 => {
+                conn.aborted =
+                    conn.phase == Phase::Open && conn.peer_shutdown != NO_RECEIVE | NO_SEND;
+                conn.phase = Phase::Gone;
+            }
+            op if op == Op::Shutdown as u16 => {
+                conn.peer_shutdown |= packet.flags;
+                self.confirm_end(key);
+            }
+            op if op == Op::Rw as u16 => self.take_bytes(key, packet),
+            op if op == Op::CreditRequest as u16 => self.tell_credit(key),
+            op if op == Op::CreditUpdate as u16 => (),
+            op => self.failure = Some(format!("op {op} from the daemon")),
+        }
+    }
+
+    fn take_bytes(&mut self, key: Key, packet: &Packet) {
+        let Some(conn) = self.conns.get_mut(&key) else {
+            return;
+        };
+        if packet.payload.is_empty() || conn.peer_shutdown & NO_SEND != 0 {
+            self.failure = Some(format!("no bytes, or bytes after the end: {packet:?}"));
+            return;
+        }
+        conn.rx_cnt = conn.rx_cnt.wrapping_add(packet.len);
+        if conn.rx_cnt.wrapping_sub(conn.told_fwd_cnt) > conn.flow.buf_alloc {
+            self.failure = Some(format!("more than the credit given: {packet:?}"));
+        }
+        if conn.phase == Phase::Open {
+            conn.received.extend(&packet.payload);
+        }
+    }
+
+    /// A peer that has shut down both ways gets its RST once all was read (§5.10.6.5).
+    fn confirm_end(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(&key) else {
+            return;
+        };
+        let over = conn.peer_shutdown == NO_RECEIVE | NO_SEND;
+        if over && conn.received.is_empty() && matches!(conn.phase, Phase::Open | Phase::Closing) {
+            conn.phase = Phase::Gone;
+            self.control.push_back(conn.flow.packet(Op::Rst));
+        }
+    }
+
+    fn tell_credit(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(&key) else {
+            return;
+        };
+        conn.told_fwd_cnt = conn.flow.fwd_cnt;
+        self.updates_sent += 1;
+        self.control.push_back(conn.flow.packet(Op::CreditUpdate));
+    }
+
+    /// Sends what credit and the ring allow; None when that is nothing yet.
+    fn send_some(&mut self, key: Key, bytes: &[u8]) -> Option<io::Result<usize>> {
+        let setup = &self.guest.setup;
+        let (layout, indirect) = (setup.tx, setup.indirect);
+        let (cap, most) = (setup.cap_in_flight, setup.tx_payload);
+        let conn = self.conns.get_mut(&key)?;
+        if conn.phase != Phase::Open || conn.peer_shutdown & NO_RECEIVE != 0 {
+            return Some(Err(ErrorKind::BrokenPipe.into()));
+        }
+        let len = bytes.len().min(conn.credit(cap) as usize).min(most);
+        if len == 0 || !self.control.is_empty() {
+            return None;
+        }
+        let packet = conn.flow.rw(&bytes[..len]);
+        if !self.guest.try_send(&packet, layout, indirect) {
+            return None;
+        }
+        conn.tx_cnt = conn.tx_cnt.wrapping_add(len as u32);
+        conn.told_fwd_cnt = conn.flow.fwd_cnt;
+        self.guest.rings[TX].kick_if_needed();
+        Some(Ok(len))
+    }
+
+    fn take_received(&mut self, key: Key, into: &mut [u8]) -> Option<io::Result<usize>> {
+        let conn = self.conns.get_mut(&key)?;
+        if conn.received.is_empty() {
+            if conn.aborted {
+                return Some(Err(ErrorKind::ConnectionReset.into()));
+            }
+            let over = conn.peer_shutdown & NO_SEND != 0 || conn.phase != Phase::Open;
+            return over.then_some(Ok(0));
+        }
+        let len = conn.received.read(into).unwrap();
+        conn.flow.fwd_cnt = conn.flow.fwd_cnt.wrapping_add(len as u32);
+        if conn.owes_update() {
+            self.tell_credit(key);
+        }
+        self.confirm_end(key);
+        self.flush_control();
+        Some(Ok(len))
+    }
+}
+
+impl GuestStream {
+    /// The guest's and the host's port.
+    pub fn ports(&self) -> (u32, u32) {
+        self.key
+    }
+
+    /// Another handle of the same stream.
+    pub fn handle(&self) -> Self {
+        Self {
+            shared: self.shared.clone(),
+            key: self.key,
+        }
+    }
+
+    fn control(&self, make: impl FnOnce(&mut Conn) -> Option<Packet>) {
+        let mut state = self.shared.lock();
+        if let Some(packet) = state.conns.get_mut(&self.key).and_then(make) {
+            state.control.push_back(packet);
+        }
+        drop(state);
+        self.shared.wake();
+    }
+
+    /// Shuts down by these flags; the stream stays.
+    pub fn shutdown(&self, flags: u32) {
+        self.control(|conn| (conn.phase == Phase::Open).then(|| conn.flow.shutdown(flags)));
+    }
+
+    /// Closes: SHUTDOWN 3, then the daemon owes an RST.
+    pub fn close(&self) {
+        self.control(|conn| {
+            let open = conn.phase == Phase::Open;
+            open.then(|| {
+                conn.phase = Phase::Closing;
+                conn.flow.shutdown(NO_RECEIVE | NO_SEND)
+            })
+        });
+    }
+
+    /// Aborts: RST.
+    pub fn reset(&self) {
+        self.control(|conn| {
+            conn.phase = Phase::Gone;
+            Some(conn.flow.packet(Op::Rst))
+        });
+    }
+
+    /// Waits until the connection is gone: reset by the daemon, or by ourselves in answer to its close.
+    #[track_caller]
+    pub fn wait_gone(&self) {
+        let gone = self
+            .shared
+            .wait(|state| (state.conns.get(&self.key)?.phase == Phase::Gone).then_some(()));
+        assert!(gone.is_some(), "the connection {:?} stays", self.key);
+    }
+}
+
+impl Read for GuestStream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let key = self.key;
+        let done = self.shared.wait(|state| state.take_received(key, into));
+        done.unwrap_or_else(|| Err(ErrorKind::TimedOut.into()))
+    }
+}
+
+impl Write for GuestStream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let key = self.key;
+        let done = self.shared.wait(|state| state.send_some(key, bytes));
+        done.unwrap_or_else(|| Err(ErrorKind::TimedOut.into()))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
