@@ -4,3 +4,10 @@
 #![allow(dead_code)]
 
 pub mod daemon;
+pub mod guest;
+pub mod host;
+pub mod qemu;
+pub mod scenarios;
+pub mod sim;
+pub mod uml;
+pub mod uml_proxy;

@@ -1,0 +1,299 @@
+//! A running guest: its VMM as a process, and shell commands into it, whichever VMM that is.
+//!
+//! In the guest runs `tests/guest/agent.py`, on a serial line whose other end is a socket of this process. So commands do not
+//! depend on the device under test.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+/// How long a guest may take to boot; it bounds a failing run.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+
+/// How long a command in the guest may take; it bounds a failing run.
+const COMMAND_LIMIT: Duration = Duration::from_secs(200);
+
+/// A VMM and the processes it has started. All are killed when this is dropped.
+pub struct Vmm {
+    child: Child,
+    watchdog: Child,
+    killed: bool,
+}
+
+impl Vmm {
+    /// Starts `program` with what `prepare` adds, as the head of a process group of its own.
+    pub fn start(program: &Path, prepare: impl FnOnce(&mut Command)) -> Self {
+        let mut command = Command::new(program);
+        command.process_group(0);
+        prepare(&mut command);
+        let child = command.spawn().unwrap();
+        Self {
+            watchdog: start_watchdog(child.id()),
+            child,
+            killed: false,
+        }
+    }
+
+    /// Kills the VMM, as a crash would.
+    pub fn kill(&mut self) {
+        if std::mem::replace(&mut self.killed, true) {
+            return;
+        }
+        // The watchdog first: it must not meet a new owner of the group's id.
+        let _ = self.watchdog.kill();
+        let _ = self.watchdog.wait();
+        let _ = killpg(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
+        let _ = self.child.wait();
+    }
+}
+
+/// Kills the process group `group` when this process ends in a way that drops nothing.
+fn start_watchdog(group: u32) -> Child {
+    Command::new("sh")
+        // Its standard input ends with this process.
+        .args(["-c", "read -r _; kill -KILL -- -$1", "sh"])
+        .arg(group.to_string())
+        .process_group(0)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The path of `program`, which `tests/install-guests.sh` installs.
+pub fn installed(program: &str) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap();
+    std::env::split_paths(&path)
+        // A user's PATH may lack the folders of root's programs.
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|folder| folder.join(program))
+        .find(|file| file.exists())
+        .unwrap_or_else(|| panic!("no {program} here; run `make test`, which installs it"))
+}
+
+/// The folder of the scripts that run in guests.
+pub fn scripts() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest")
+}
+
+/// What a command in the guest has left.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// The exit status; negative for a signal.
+    pub status: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// The way into a running guest.
+pub struct Guest(Arc<Agent>);
+
+struct Agent {
+    line: Mutex<UnixStream>,
+    console: PathBuf,
+    heard: Mutex<Heard>,
+    changed: Condvar,
+}
+
+/// What the guest's agent has said so far.
+#[derive(Default)]
+struct Heard {
+    boots: usize,
+    ended: bool,
+    last_number: u64,
+    outputs: HashMap<u64, Output>,
+}
+
+impl Guest {
+    /// The guest whose agent is at the other end of `line`, and whose kernel writes to the file `console`.
+    pub fn new(line: UnixStream, console: PathBuf) -> Self {
+        let messages = BufReader::new(line.try_clone().unwrap());
+        let agent = Arc::new(Agent {
+            line: Mutex::new(line),
+            console,
+            heard: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let listener = Arc::clone(&agent);
+        std::thread::spawn(move || listener.listen(messages));
+        Self(agent)
+    }
+
+    /// Waits until the guest has booted `count` times in all, and has its vsock device.
+    pub fn wait_for_boot(&self, count: usize) {
+        self.0.wait_for("the guest to boot", BOOT_LIMIT, |heard| {
+            (heard.boots >= count).then_some(())
+        });
+        self.run_ok("ls -d /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio*");
+    }
+
+    /// Runs a shell command in the guest to its end.
+    pub fn run(&self, command: &str) -> Output {
+        self.spawn(command).wait()
+    }
+
+    /// Runs a shell command that must succeed; gives what it wrote.
+    pub fn run_ok(&self, command: &str) -> String {
+        self.spawn(command).wait_ok()
+    }
+
+    /// Starts a shell command in the guest.
+    pub fn spawn(&self, command: &str) -> GuestProcess {
+        let (number, boot) = {
+            let mut heard = self.0.heard.lock().unwrap();
+            heard.last_number += 1;
+            (heard.last_number, heard.boots)
+        };
+        self.0
+            .say(&format!("run {number} {}", to_hex(command.as_bytes())));
+        GuestProcess {
+            agent: Arc::clone(&self.0),
+            number,
+            boot,
+            command: command.to_owned(),
+        }
+    }
+}
+
+impl Agent {
+    fn listen(&self, messages: BufReader<UnixStream>) {
+        for message in messages.lines().map_while(Result::ok) {
+            let mut heard = self.heard.lock().unwrap();
+            match *message.split_whitespace().collect::<Vec<_>>() {
+                ["ready"] => heard.boots += 1,
+                ["done", number, status, stdout, stderr] => {
+                    let output = Output {
+                        status: status.parse().unwrap(),
+                        stdout: from_hex(stdout),
+                        stderr: from_hex(stderr),
+                    };
+                    heard.outputs.insert(number.parse().unwrap(), output);
+                }
+                // A line that a reboot has cut.
+                _ => {}
+            }
+            self.changed.notify_all();
+        }
+        self.heard.lock().unwrap().ended = true;
+        self.changed.notify_all();
+    }
+
+    fn say(&self, message: &str) {
+        // A guest that has ended is noticed by who waits for its answer.
+        let _ = writeln!(self.line.lock().unwrap(), "{message}");
+    }
+
+    fn wait_for<T>(
+        &self,
+        what: &str,
+        limit: Duration,
+        mut find: impl FnMut(&mut Heard) -> Option<T>,
+    ) -> T {
+        let deadline = Instant::now() + limit;
+        let mut heard = self.heard.lock().unwrap();
+        loop {
+            if let Some(found) = find(&mut heard) {
+                return found;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if heard.ended || left.is_zero() {
+                let why = if heard.ended {
+                    "the VMM has ended"
+                } else {
+                    "timed out"
+                };
+                drop(heard);
+                let console = self.console_tail();
+                panic!("the guest's console:\n{console}\n{why} waiting for {what}");
+            }
+            heard = self.changed.wait_timeout(heard, left).unwrap().0;
+        }
+    }
+
+    fn console_tail(&self) -> String {
+        let text = fs::read(&self.console).unwrap_or_default();
+        String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned()
+    }
+}
+
+/// A command that runs in the guest. It is killed when this is dropped.
+pub struct GuestProcess {
+    agent: Arc<Agent>,
+    number: u64,
+    boot: usize,
+    command: String,
+}
+
+impl GuestProcess {
+    /// Writes to the command's standard input.
+    pub fn write(&self, text: &str) {
+        self.agent.say(&format!(
+            "input {} {}",
+            self.number,
+            to_hex(text.as_bytes())
+        ));
+    }
+
+    /// Closes the command's standard input.
+    pub fn close_stdin(&self) {
+        self.agent.say(&format!("close {}", self.number));
+    }
+
+    /// Waits for the command to end.
+    pub fn wait(self) -> Output {
+        let what = format!("the end of `{}` in the guest", self.command);
+        self.agent.wait_for(&what, COMMAND_LIMIT, |heard| {
+            assert_eq!(
+                heard.boots, self.boot,
+                "the guest has rebooted under `{}`",
+                self.command
+            );
+            heard.outputs.remove(&self.number)
+        })
+    }
+
+    /// Waits for the command to succeed; gives what it wrote.
+    pub fn wait_ok(self) -> String {
+        let command = self.command.clone();
+        let output = self.wait();
+        assert_eq!(output.status, 0, "`{command}` in the guest: {output:?}");
+        output.stdout
+    }
+}
+
+impl Drop for GuestProcess {
+    fn drop(&mut self) {
+        self.agent.say(&format!("kill {}", self.number));
+    }
+}
+
+/// The agent's way to write bytes in a line of text.
+fn to_hex(bytes: &[u8]) -> String {
+    if bytes.is_empty() {
+        return "-".to_owned();
+    }
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(text: &str) -> String {
+    let digits = if text == "-" { "" } else { text };
+    let bytes: Vec<u8> = (0..digits.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap())
+        .collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}

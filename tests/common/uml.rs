@@ -1,0 +1,91 @@
+//! A guest under User-Mode Linux: a kernel that is an ordinary process and shares the host's root folder, read only.
+
+use std::fs::File;
+use std::ops::Deref;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+use super::daemon::Daemon;
+use super::guest::{Guest, Vmm, installed, scripts};
+use super::uml_proxy;
+
+/// The virtio device id of a vsock device.
+const VIRTIO_ID_VSOCK: u32 = 19;
+
+/// A running UML guest. It is killed when this is dropped.
+pub struct Uml {
+    guest: Guest,
+    vmm: Vmm,
+    _folder: TempDir,
+}
+
+impl Uml {
+    /// Boots a guest whose vsock device is `daemon`'s.
+    pub fn boot(daemon: &Daemon) -> Self {
+        let kernel = installed("linux.uml");
+        for program in ["socat", "ncat", "nc", "python3", "insmod"] {
+            installed(program);
+        }
+        let folder = TempDir::with_prefix("uml-").unwrap();
+        let socket = folder.path().join("vhost.socket");
+        uml_proxy::start(&socket, &daemon.vhost_socket());
+
+        let (agent, line) = UnixStream::pair().unwrap();
+        let console = folder.path().join("console");
+        let vmm = Vmm::start(&kernel, |command| {
+            command
+                .args(["mem=256M", "rootfstype=hostfs", "rootflags=/", "ro"])
+                .arg(format!("init={}", scripts().join("uml-init.sh").display()))
+                .arg(format!(
+                    "virtio_uml.device={}:{VIRTIO_ID_VSOCK}",
+                    socket.display()
+                ))
+                // The console goes to standard output, the agent's serial line is standard input.
+                .args(["con=null", "con0=null,fd:1", "ssl0=fd:0"])
+                .arg(format!("uml_dir={}", folder.path().display()))
+                .arg("umid=guest")
+                .env("LD_PRELOAD", build_xstate_shim(folder.path()))
+                .stdin(OwnedFd::from(line))
+                .stdout(File::create(&console).unwrap())
+                .stderr(Stdio::null());
+        });
+        let guest = Guest::new(agent, console);
+        guest.wait_for_boot(1);
+        Self {
+            guest,
+            vmm,
+            _folder: folder,
+        }
+    }
+
+    /// Kills the VMM, as a crash would.
+    pub fn kill(mut self) {
+        self.vmm.kill();
+    }
+}
+
+impl Deref for Uml {
+    type Target = Guest;
+
+    fn deref(&self) -> &Guest {
+        &self.guest
+    }
+}
+
+/// UML runs on a processor with AMX only with this preloaded.
+fn build_xstate_shim(folder: &Path) -> PathBuf {
+    let shim = folder.join("uml_xstate.so");
+    let built = Command::new(installed("cc"))
+        .args(["-O2", "-shared", "-fPIC", "-o"])
+        .arg(&shim)
+        .arg(scripts().join("uml_xstate.c"))
+        .arg("-ldl")
+        .status()
+        .unwrap();
+    assert!(built.success(), "cc failed on uml_xstate.c");
+    shim
+}

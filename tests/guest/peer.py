@@ -1,0 +1,190 @@
+"""The guest's end of a test, with nothing but Python's own AF_VSOCK sockets. `peer.py TASK ARGUMENT...`; see the functions named do_…
+
+The bytes of a stream follow a pattern that both ends compute, so every byte is compared, and a difference has a place.
+"""
+
+import errno
+import hashlib
+import socket
+import sys
+import threading
+import time
+
+HOST = 2
+BLOCK = (1 << 20) + 32  # Not a multiple of any write or buffer in use, so that no slip goes unseen.
+
+
+class Pattern:
+    """The endless stream of bytes that belongs to `seed`."""
+
+    def __init__(self, seed, longest=1 << 18):
+        blocks = (hashlib.sha256(f"{seed} {i}".encode()).digest() for i in range(BLOCK // 32))
+        block = b"".join(blocks)
+        self.twice = memoryview(block + block[:longest])
+
+    def at(self, offset, size):
+        start = offset % BLOCK
+        return self.twice[start:start + size]
+
+
+def connect(port):
+    stream = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    stream.connect((HOST, int(port)))
+    return stream
+
+
+def listen(port):
+    listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    listener.bind((socket.VMADDR_CID_ANY, int(port)))
+    listener.listen(128)
+    return listener
+
+
+def send_pattern(stream, pattern, total, write):
+    sent = 0
+    while sent < total:
+        sent += stream.send(pattern.at(sent, min(write, total - sent)))
+
+
+def check_pattern(stream, pattern, total):
+    received = 0
+    while received < total:
+        data = stream.recv(min(1 << 18, total - received))
+        if not data:
+            sys.exit(f"the stream ended after {received} of {total} bytes")
+        if data != pattern.at(received, len(data)):
+            sys.exit(f"wrong bytes within {len(data)} from {received} on")
+        received += len(data)
+
+
+def do_transfer(opener, port, total, write):
+    """Sends and checks `total` bytes at once, in writes of `write` bytes."""
+    patterns = Pattern("guest"), Pattern("host")
+    stream = connect(port) if opener == "guest" else listen(port).accept()[0]
+    sender = threading.Thread(target=send_pattern, args=(stream, patterns[0], int(total), int(write)))
+    sender.start()
+    check_pattern(stream, patterns[1], int(total))
+    sender.join()
+    stream.close()
+
+
+def do_fill(port):
+    """Writes until nobody takes more, closes at once and says how many bytes were taken."""
+    pattern = Pattern("guest")
+    stream = connect(port)
+    stream.setblocking(False)
+    sent, idle = 0, 0
+    while idle < 10:
+        try:
+            sent += stream.send(pattern.at(sent, 65536))
+            idle = 0
+        except BlockingIOError:
+            # The device may still be moving bytes on.
+            time.sleep(0.1)
+            idle += 1
+    stream.close()
+    print(sent)
+
+
+def exchange(stream, index, pattern):
+    size = 1 + index * 131
+    writer = threading.Thread(target=send_at, args=(stream, pattern, index * 977, size))
+    writer.start()
+    received = b""
+    while len(received) < size:
+        data = stream.recv(size - len(received))
+        if not data:
+            sys.exit(f"stream {index} ended after {len(received)} of {size} bytes")
+        received += data
+    writer.join()
+    if received != pattern.at(index * 977, size):
+        sys.exit(f"stream {index} answered wrong bytes")
+
+
+def send_at(stream, pattern, offset, size):
+    stream.sendall(pattern.at(offset, size))
+
+
+def do_clients(port, count):
+    """Holds `count` connections to an echo server at once; each gets back its own bytes."""
+    pattern = Pattern("guest")
+    streams = [connect(port) for _ in range(int(count))]
+    sys.stdin.readline()  # The test says when every other connection is open as well.
+    failures = []
+    run_all([(exchange_or_note, (stream, i, pattern, failures)) for i, stream in enumerate(streams)])
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+def exchange_or_note(stream, index, pattern, failures):
+    try:
+        exchange(stream, index, pattern)
+    except (OSError, SystemExit) as failure:
+        failures.append(f"{index}: {failure}")
+
+
+def run_all(tasks):
+    threads = [threading.Thread(target=task, args=arguments) for task, arguments in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def do_sequence(port, count):
+    """Connects to an echo server, exchanges a few bytes and closes, `count` times."""
+    for i in range(int(count)):
+        with connect(port) as stream:
+            message = b"number %d" % i
+            stream.sendall(message)
+            answer = b""
+            while len(answer) < len(message):
+                data = stream.recv(100)
+                if not data:
+                    sys.exit(f"connection {i} ended early")
+                answer += data
+            if answer != message:
+                sys.exit(f"connection {i} answered {answer}")
+
+
+def do_echo(port):
+    """Serves an echo on every connection, until it is killed."""
+    listener = listen(port)
+    while True:
+        stream, _ = listener.accept()
+        threading.Thread(target=echo, args=(stream,), daemon=True).start()
+
+
+def echo(stream):
+    with stream:
+        try:
+            while data := stream.recv(65536):
+                stream.sendall(data)
+        except OSError:
+            pass
+
+
+def do_refused(port):
+    """Says how a connection to `port` fails, and how long that took."""
+    start = time.monotonic()
+    try:
+        connect(port)
+        result = "connected"
+    except OSError as failure:
+        result = errno.errorcode[failure.errno]
+    print(result, time.monotonic() - start)
+
+
+def do_hold(port):
+    """Connects, sends a word and waits for the stream's end."""
+    stream = connect(port)
+    stream.sendall(b"held")
+    try:
+        while stream.recv(4096):
+            pass
+        print("end")
+    except OSError as failure:
+        print(errno.errorcode[failure.errno])
+
+
+globals()[f"do_{sys.argv[1]}"](*sys.argv[2:])
