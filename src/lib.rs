@@ -29,6 +29,10 @@
 //! worker takes as many buffers off the RX ring as that connection may fill now, `readv` fills them all at once, each
 //! gets its header, the filled ones are returned, and the others go back to the ring.
 
+// Nothing that a guest, a host program or a VMM sends may end the daemon.
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub)]
+
 pub mod config;
 pub mod credit;
 pub mod handshake;

@@ -1,5 +1,7 @@
 //! The command line of `vhost-user-vsock`: arguments, logging, signals, exit code.
 
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;

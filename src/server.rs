@@ -9,9 +9,8 @@ use log::{info, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
-use thiserror::Error;
-use vhost::vhost_user::Listener;
-use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
+use vhost::vhost_user::{Error as VhostUserError, Listener};
+use vhost_user_backend::{Error, ShutdownHandle, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::config::{Config, ConfigError};
@@ -22,7 +21,7 @@ use crate::vhu_vsock::VhostUserVsockBackend;
 const RETRY: u16 = 100;
 
 /// Why the daemon can't go on.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// It was told something that can't work.
     #[error(transparent)]
@@ -35,7 +34,7 @@ pub enum ServerError {
     Io(#[from] io::Error),
     /// The vhost-user library refused.
     #[error("can't serve a VMM: {0}")]
-    Daemon(vhost_user_backend::Error),
+    Daemon(Error),
 }
 
 /// Asks the daemon to stop, from any thread.
@@ -144,8 +143,10 @@ fn serve_vmm(
     let end = daemon.wait();
     stop.set_session(None);
     match end {
-        Ok(()) => info!("the VMM disconnected"),
-        Err(error) => info!("the VMM disconnected: {error}"),
+        Ok(()) | Err(Error::HandleRequest(VhostUserError::Disconnected)) => {
+            info!("the VMM disconnected");
+        }
+        Err(error) => warn!("the VMM is no longer served: {error}"),
     }
     Ok(())
 }

@@ -1,12 +1,5 @@
 //! A real guest under QEMU talks to its host: Debian's cloud kernels 6.1 and 6.12, with both kinds of shared memory.
 
-#![allow(
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic
-)]
-
 mod common;
 
 use std::thread::sleep;

@@ -1,12 +1,5 @@
 //! A real Linux 6.1 guest under User-Mode Linux talks to its host.
 
-#![allow(
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic
-)]
-
 mod common;
 
 use common::daemon::Daemon;

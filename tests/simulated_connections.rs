@@ -1,12 +1,5 @@
 //! What the daemon does for each packet of the guest, and for each deed of a host program.
 
-#![allow(
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic
-)]
-
 mod common;
 
 use std::collections::HashSet;

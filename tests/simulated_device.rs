@@ -1,12 +1,5 @@
 //! The device as its VMM sees it: features, config space, ring starts and stops, VMM after VMM.
 
-#![allow(
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic
-)]
-
 mod common;
 
 use std::io::{Read, Write};

@@ -1,12 +1,5 @@
 //! A guest, or a VMM, that does what no real one does: the daemon lives, and serves the next.
 
-#![allow(
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic
-)]
-
 mod common;
 
 use std::fs;

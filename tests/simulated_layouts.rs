@@ -1,12 +1,5 @@
 //! Bytes through the device, compared one by one, whatever the rings and buffers look like.
 
-#![allow(
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic
-)]
-
 mod common;
 
 use std::io::{Read, Write};

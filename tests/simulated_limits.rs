@@ -1,12 +1,5 @@
 //! What runs out: descriptors, connections, ports, time, and the VMM itself.
 
-#![allow(
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic
-)]
-
 mod common;
 
 use std::io::{Read, Write};

@@ -88,9 +88,11 @@ copy_applets
 copy_binary /bin/sh
 copy_binary /usr/bin/socat
 copy_binary /usr/bin/ncat
+# ncat complains without it.
+copy_binary "$(find /usr/lib -path '*/ossl-modules/legacy.so' -print -quit)"
 copy_python
 copy_modules
-cp "$scripts"/*.py "$root/guest/"
+cp "$scripts"/*.py "$scripts/demo.sh" "$root/guest/"
 cp "$scripts/qemu-init.sh" "$root/init"
 chmod +x "$root/init"
 # Not packed: an emulated processor is slow at unpacking.
