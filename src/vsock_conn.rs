@@ -20,7 +20,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, recv, send};
 
 use crate::credit::Credit;
 use crate::header::{
@@ -72,6 +72,15 @@ pub struct Readiness {
     pub writable: bool,
     /// Both directions are over.
     pub gone: bool,
+}
+
+impl Readiness {
+    /// Room, and nothing else.
+    const WRITABLE: Self = Self {
+        readable: false,
+        writable: true,
+        gone: false,
+    };
 }
 
 /// Whether a connection goes on.
@@ -263,6 +272,9 @@ impl VsockConnection {
         self.readable |= ready.readable;
         self.writable |= ready.writable;
         let waiting = !self.tx_buf.is_empty();
+        if ready == Readiness::WRITABLE && !waiting {
+            self.probe();
+        }
         if ready.gone && self.state != State::Connecting {
             self.host_gone();
         }
@@ -332,6 +344,16 @@ impl VsockConnection {
             return self.flush();
         }
         Verdict::Open
+    }
+
+    /// Looks whether the host program has stopped reading. Nothing else tells: its socket only seems to have room, as
+    /// when it has read something.
+    fn probe(&mut self) {
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        let ours = self.guest_shutdown & SHUTDOWN_SEND != 0;
+        if !ours && send(self.stream.as_raw_fd(), &[], flags) == Err(nix::Error::EPIPE) {
+            self.stop_delivering();
+        }
     }
 
     /// Both directions of the socket are over. What it holds can still be read.

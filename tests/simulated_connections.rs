@@ -987,6 +987,18 @@ fn assert_refused_after_close(guest: &mut SimGuest) {
 }
 
 #[test]
+fn a_host_that_stops_reading_is_told_to_the_guest() {
+    let (_daemon, mut guest, stream) = connected();
+    assert_moves_bytes(&mut guest, &stream, &FLOW);
+    stream.shutdown(Shutdown::Read).unwrap();
+    let packet = recv_other(&mut guest);
+    packet.assert_is(Op::Shutdown, &FLOW);
+    assert_eq!(packet.flags, NO_RECEIVE);
+    (&stream).write_all(b"still speaks").unwrap();
+    assert_same(&recv_bytes(&mut guest, &FLOW, 12), b"still speaks");
+}
+
+#[test]
 fn a_half_close_waits_for_the_guests_credit() {
     ends_behind_slow_data(
         |stream| {

@@ -375,6 +375,21 @@ fn a_guest_that_stops_receiving_makes_the_programs_writing_fail() {
 }
 
 #[test]
+fn a_host_program_that_stops_reading_ends_the_guests_sending() {
+    let mut ends = Ends::established(WINDOW);
+    ends.program.shutdown(Shutdown::Read).unwrap();
+    assert_eq!(ends.writable(), Verdict::Open);
+    let packets = ends.packets();
+    assert_eq!(
+        (packets[0].0.op, packets[0].0.flags),
+        (Op::Shutdown as u16, SHUTDOWN_RECEIVE)
+    );
+    ends.program.write_all(b"still speaks").unwrap();
+    assert_eq!(ends.readable(), Verdict::Open);
+    assert_eq!(ends.packets()[0].1, b"still speaks");
+}
+
+#[test]
 fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
     let mut ends = Ends::established(WINDOW);
     let written = ends.fill(2000);
