@@ -1,0 +1,80 @@
+//! What a daemon costs that has nothing to do.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+
+use crate::apps::{Echo, REQUEST_LEN};
+use crate::cases::Session;
+use crate::daemon::Daemon;
+use crate::host::connect;
+use crate::measure::{Sample, Timing, key};
+
+/// How long a daemon gets to come to rest.
+const REST: Duration = Duration::from_millis(300);
+/// How long an exchange may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The start of a daemon, and its memory before anybody has connected.
+pub fn start_up(daemon: &Daemon) -> Result<Sample, String> {
+    sleep(REST);
+    let memory = |field| daemon.memory(field).map_err(|error| error.to_string());
+    Ok(Sample::from([
+        (key::START_UP_MS, daemon.start_up.as_secs_f64() * 1e3),
+        (key::ANON_KIB, memory("Anonymous")?),
+        (key::RSS_KIB, memory("Rss")?),
+    ]))
+}
+
+/// Opens `count` connections which exchange 64 bytes each and then do nothing.
+pub fn idle(session: &mut Session, count: usize, timing: &Timing) -> Result<Sample, String> {
+    let guest = session.start_guest(Echo::default())?;
+    let result = measure(&session.daemon, count, timing).map_err(|error| error.to_string());
+    session.daemon.check().map_err(|error| error.to_string())?;
+    let failure = session.shared.failure();
+    session.end(guest)?;
+    failure.map_or(result, Err)
+}
+
+fn measure(daemon: &Daemon, count: usize, timing: &Timing) -> io::Result<Sample> {
+    let uds_path = daemon.uds_path();
+    // The first connection pays for what is made once.
+    let _first = exchange(&uds_path)?;
+    sleep(REST);
+    let (anon, rss) = (daemon.memory("Anonymous")?, daemon.memory("Rss")?);
+    let mut open = Vec::new();
+    for i in 1..=count {
+        let stream = exchange(&uds_path);
+        open.push(stream.map_err(|error| io::Error::other(format!("connection {i}: {error}")))?);
+    }
+    sleep(REST);
+    let per_conn = |before, after: f64| (after - before) / count as f64;
+    let mut sample = Sample::from([
+        (
+            key::ANON_KIB_PER_CONN,
+            per_conn(anon, daemon.memory("Anonymous")?),
+        ),
+        (key::RSS_KIB_PER_CONN, per_conn(rss, daemon.memory("Rss")?)),
+    ]);
+    let before = daemon.cpu()?;
+    sleep(timing.window);
+    let cpu = (daemon.cpu()? - before).as_secs_f64();
+    sample.insert(key::CPU_US_PER_S, cpu * 1e6 / timing.window.as_secs_f64());
+    Ok(sample)
+}
+
+fn exchange(uds_path: &Path) -> io::Result<UnixStream> {
+    let mut stream = connect(uds_path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let request = [0x11; REQUEST_LEN];
+    stream.write_all(&request)?;
+    let mut response = [0; REQUEST_LEN];
+    stream.read_exact(&mut response)?;
+    if response == request {
+        Ok(stream)
+    } else {
+        Err(io::Error::other("a wrong response"))
+    }
+}

@@ -1,0 +1,132 @@
+//! What this machine can do at best, measured beside the daemons: no daemon, no guest.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::apps::REQUEST_LEN;
+use crate::host;
+use crate::measure::{Sample, Timing, key, own_cpu, percentiles};
+use crate::shared::Shared;
+
+/// A limit of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// A Unix socket pair between two threads, written by so many bytes at a time.
+    SocketPair(usize),
+    /// Three threads: the first wakes the second by eventfd, the second the third by a socket, and back.
+    Relay,
+}
+
+impl Limit {
+    /// Measures it once.
+    pub fn measure(self, timing: &Timing) -> Result<Sample, String> {
+        match self {
+            Self::SocketPair(write) => socket_pair(write, timing),
+            Self::Relay => relay(timing),
+        }
+        .map_err(|error| error.to_string())
+    }
+}
+
+fn socket_pair(write: usize, timing: &Timing) -> io::Result<Sample> {
+    let (from, to) = UnixStream::pair()?;
+    let end = to.try_clone()?;
+    let shared = Arc::new(Shared::default());
+    let (writer, reader) = (shared.clone(), shared.clone());
+    let threads = [
+        thread::spawn(move || host::fill(from, write, &writer, false)),
+        thread::spawn(move || host::drain(to, write, &reader)),
+    ];
+    thread::sleep(timing.warm_up);
+    let (begin, before) = (Instant::now(), shared.bytes.load(RELAXED));
+    let cpu_before = own_cpu()?;
+    thread::sleep(timing.window);
+    let bytes = (shared.bytes.load(RELAXED) - before) as f64;
+    let seconds = begin.elapsed().as_secs_f64();
+    let cpu = (own_cpu()? - cpu_before).as_secs_f64();
+    shared.end();
+    // Ends whoever waits for the other.
+    let _ = end.shutdown(std::net::Shutdown::Both);
+    for thread in threads {
+        let _ = thread.join();
+    }
+    Ok(Sample::from([
+        (key::MIB_PER_S, bytes / MIB / seconds),
+        (key::OTHERS_CPU_S_PER_GIB, cpu * GIB / bytes),
+    ]))
+}
+
+const RELAXED: std::sync::atomic::Ordering = std::sync::atomic::Ordering::Relaxed;
+const MIB: f64 = 1024.0 * 1024.0;
+const GIB: f64 = 1024.0 * MIB;
+
+fn relay(timing: &Timing) -> io::Result<Sample> {
+    let event = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
+    let (kick, call) = (Arc::new(event()?), Arc::new(event()?));
+    let (middle, mut far) = UnixStream::pair()?;
+    let end = middle.try_clone()?;
+    let (middle_kick, middle_call) = (kick.clone(), call.clone());
+    let threads = [
+        thread::spawn(move || pass(middle, &middle_kick, &middle_call)),
+        thread::spawn(move || {
+            let mut request = [0; REQUEST_LEN];
+            loop {
+                far.read_exact(&mut request)?;
+                far.write_all(&request)?;
+            }
+        }),
+    ];
+    let mut latencies = Vec::new();
+    let begin = Instant::now();
+    while begin.elapsed() < timing.warm_up + timing.window {
+        let started = Instant::now();
+        kick.write(1)?;
+        wait(&[call.as_fd()])?;
+        call.read()?;
+        if begin.elapsed() > timing.warm_up {
+            latencies.push(started.elapsed().as_nanos() as u64);
+        }
+    }
+    let _ = end.shutdown(std::net::Shutdown::Both);
+    for thread in threads {
+        let _: Result<io::Result<()>, _> = thread.join();
+    }
+    Ok(percentiles(&mut latencies))
+}
+
+/// The thread in the middle: eventfd to socket, socket to eventfd.
+fn pass(mut socket: UnixStream, kick: &EventFd, call: &EventFd) -> io::Result<()> {
+    let mut request = [0; REQUEST_LEN];
+    loop {
+        let [kicked, readable] = wait(&[kick.as_fd(), socket.as_fd()])?;
+        if kicked {
+            kick.read()?;
+            socket.write_all(&request)?;
+        }
+        if readable {
+            socket.read_exact(&mut request)?;
+            call.write(1)?;
+        }
+    }
+}
+
+/// Waits until one of two descriptors can be read, and says which.
+fn wait(fds: &[BorrowedFd<'_>]) -> io::Result<[bool; 2]> {
+    let mut polled: Vec<PollFd<'_>> = fds
+        .iter()
+        .map(|&fd| PollFd::new(fd, PollFlags::POLLIN))
+        .collect();
+    poll(
+        &mut polled,
+        PollTimeout::from(Duration::from_secs(5).as_millis() as u16),
+    )?;
+    let ready = |i: usize| polled.get(i).and_then(PollFd::any) == Some(true);
+    Ok([ready(0), ready(1)])
+}

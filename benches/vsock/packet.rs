@@ -1,0 +1,71 @@
+//! The header of a virtio-vsock packet (virtio 1.2, 5.10.6).
+
+/// The length of a header in bytes.
+pub const HEADER_LEN: usize = 44;
+/// The most payload bytes Linux puts into one packet.
+pub const MAX_PAYLOAD: usize = 64 * 1024;
+/// The space a Linux guest gives each connection, in bytes.
+pub const BUF_ALLOC: u32 = 256 * 1024;
+/// The shutdown flags "will not receive" and "will not send" together.
+pub const SHUTDOWN_BOTH: u32 = 3;
+
+/// `op` values.
+pub mod op {
+    #![allow(missing_docs)] // The names are the specification's.
+    pub const REQUEST: u16 = 1;
+    pub const RESPONSE: u16 = 2;
+    pub const RST: u16 = 3;
+    pub const SHUTDOWN: u16 = 4;
+    pub const RW: u16 = 5;
+    pub const CREDIT_UPDATE: u16 = 6;
+    pub const CREDIT_REQUEST: u16 = 7;
+}
+
+const HOST_CID: u64 = 2;
+const STREAM: u16 = 1;
+
+/// A header of a packet, either way.
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)] // The names are the specification's.
+pub struct Header {
+    pub src_port: u32,
+    pub dst_port: u32,
+    pub len: u32,
+    pub op: u16,
+    pub flags: u32,
+    pub buf_alloc: u32,
+    pub fwd_cnt: u32,
+}
+
+impl Header {
+    /// The bytes of a packet from the guest.
+    pub fn bytes(&self, guest_cid: u64) -> [u8; HEADER_LEN] {
+        let mut bytes = [0; HEADER_LEN];
+        bytes[0..8].copy_from_slice(&guest_cid.to_le_bytes());
+        bytes[8..16].copy_from_slice(&HOST_CID.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.src_port.to_le_bytes());
+        bytes[20..24].copy_from_slice(&self.dst_port.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.len.to_le_bytes());
+        bytes[28..30].copy_from_slice(&STREAM.to_le_bytes());
+        bytes[30..32].copy_from_slice(&self.op.to_le_bytes());
+        bytes[32..36].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[36..40].copy_from_slice(&self.buf_alloc.to_le_bytes());
+        bytes[40..44].copy_from_slice(&self.fwd_cnt.to_le_bytes());
+        bytes
+    }
+
+    /// Takes a header apart.
+    pub fn parse(bytes: &[u8; HEADER_LEN]) -> Self {
+        let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let word = |at: usize| u32::from(half(at)) | u32::from(half(at + 2)) << 16;
+        Self {
+            src_port: word(16),
+            dst_port: word(20),
+            len: word(24),
+            op: half(30),
+            flags: word(32),
+            buf_alloc: word(36),
+            fwd_cnt: word(40),
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! A real guest: Debian's Linux under User-Mode Linux, in which `uml/stream.c` is the only program.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::cases::{HOST_PORT, join_all, spawn};
+use crate::daemon::Daemon;
+use crate::host;
+use crate::measure::{Probe, Sample, Timing, key};
+use crate::ring::Notifications;
+use crate::shared::Shared;
+use crate::uml_proxy;
+
+const KERNEL: &str = "/usr/bin/linux.uml";
+const MODULES: &str = "/usr/lib/uml/modules";
+/// The virtio device id of a vsock device.
+const VIRTIO_ID_VSOCK: u32 = 19;
+/// How long a guest may take to boot and listen.
+const BOOT_PATIENCE: Duration = Duration::from_secs(30);
+const BOOT_CHECK: Duration = Duration::from_millis(20);
+
+/// What is missing for a real guest, in words; None when nothing is.
+pub fn missing() -> Option<&'static str> {
+    if !Path::new(KERNEL).exists() || !Path::new(MODULES).exists() {
+        return Some("linux.uml is not installed (Debian's user-mode-linux)");
+    }
+    let cc = Command::new("cc").arg("--version").output();
+    cc.is_err()
+        .then_some("there is no C compiler (Debian's gcc)")
+}
+
+/// One stream, out of the guest or into it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream {
+    /// Out of it.
+    pub to_host: bool,
+    /// Bytes per write.
+    pub write: usize,
+}
+
+impl Stream {
+    /// Boots a guest, measures, kills it.
+    pub fn run(
+        self,
+        mut daemon: Daemon,
+        timing: &Timing,
+        syscalls: bool,
+    ) -> Result<Sample, String> {
+        let shared = Arc::new(Shared::default());
+        let write = self.write;
+        let uds_path = daemon.uds_path();
+        let host = if self.to_host {
+            let listener = UnixListener::bind(daemon.host_port_path(HOST_PORT));
+            let listener = listener.map_err(|error| error.to_string())?;
+            spawn(&shared, move |shared| {
+                host::take_stream(&listener, write, shared)
+            })
+        } else {
+            spawn(&shared, move |shared| give(&uds_path, write, shared))
+        };
+        let guest = Uml::boot(&daemon, self).map_err(|error| format!("UML: {error}"))?;
+        let window = Probe {
+            daemon: &mut daemon,
+            shared: &shared,
+            notifications: &Notifications::default(),
+            patience: BOOT_PATIENCE,
+        }
+        .window(timing, syscalls);
+        shared.end();
+        drop(guest);
+        daemon.kill();
+        join_all(vec![host])?;
+        let mut sample = window?.per_byte();
+        // What only the simulated guest can tell.
+        let told = [key::MIB_PER_S, key::CPU_S_PER_GIB, key::SYSCALLS_PER_MIB];
+        sample.retain(|key, _| told.contains(key));
+        Ok(sample)
+    }
+}
+
+/// Writes into the guest, once it listens; counts what the daemon has taken.
+fn give(uds_path: &Path, write: usize, shared: &Shared) -> Result<(), String> {
+    let begin = Instant::now();
+    while !shared.stopped() {
+        match host::connect(uds_path) {
+            Ok(stream) => return host::fill(stream, write, shared, true),
+            Err(error) if begin.elapsed() > BOOT_PATIENCE => return Err(error.to_string()),
+            Err(_) => sleep(BOOT_CHECK),
+        }
+    }
+    Ok(())
+}
+
+/// A running guest. It is killed when this is dropped.
+struct Uml {
+    kernel: Child,
+    watchdog: Child,
+    _folder: TempDir,
+}
+
+impl Uml {
+    fn boot(daemon: &Daemon, stream: Stream) -> io::Result<Self> {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let folder = TempDir::with_prefix("vsock-bench-uml-")?;
+        let program = folder.path().join("stream");
+        let shim = folder.path().join("uml_xstate.so");
+        let stream_source = sources.join("benches/vsock/uml/stream.c");
+        compile(&["-static"], &stream_source, &program)?;
+        // UML runs on a processor with AMX only with this preloaded.
+        let shim_source = sources.join("tests/guest/uml_xstate.c");
+        compile(&["-shared", "-fPIC"], &shim_source, &shim)?;
+        let socket = folder.path().join("vhost");
+        uml_proxy::start(&socket, &daemon.vhost_socket());
+        let (mode, port) = if stream.to_host {
+            ("send", HOST_PORT)
+        } else {
+            ("take", host::GUEST_PORT)
+        };
+        let init = sources.join("benches/vsock/uml/init.sh");
+        let kernel = Command::new(KERNEL)
+            .args([
+                "mem=256M",
+                "rootfstype=hostfs",
+                "rootflags=/",
+                "ro",
+                "quiet",
+            ])
+            .args(["con=null", "con0=null,fd:1", "umid=guest"])
+            .arg(format!("uml_dir={}", folder.path().display()))
+            .arg(format!("init={}", init.display()))
+            .arg(device(&socket))
+            .arg(format!("STREAM_PROGRAM={}", program.display()))
+            .arg(format!("STREAM_MODE={mode}"))
+            .arg(format!("STREAM_PORT={port}"))
+            .arg(format!("STREAM_SIZE={}", stream.write))
+            .env("LD_PRELOAD", shim)
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(File::create(folder.path().join("console"))?)
+            .stderr(Stdio::null())
+            .spawn()?;
+        // Kills the guest's processes when this process ends in a way that drops nothing.
+        let watchdog = Command::new("sh")
+            .args(["-c", "read -r _; kill -KILL -- -$1", "sh"])
+            .arg(kernel.id().to_string())
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .spawn()?;
+        Ok(Self {
+            kernel,
+            watchdog,
+            _folder: folder,
+        })
+    }
+}
+
+impl Drop for Uml {
+    fn drop(&mut self) {
+        // The watchdog first: it must not meet a new owner of the group's id.
+        let _ = self.watchdog.kill();
+        let _ = self.watchdog.wait();
+        let _ = killpg(Pid::from_raw(self.kernel.id() as i32), Signal::SIGKILL);
+        let _ = self.kernel.wait();
+    }
+}
+
+fn device(socket: &Path) -> String {
+    format!("virtio_uml.device={}:{VIRTIO_ID_VSOCK}", socket.display())
+}
+
+fn compile(options: &[&str], source: &Path, program: &PathBuf) -> io::Result<()> {
+    let built = Command::new("cc")
+        .arg("-O2")
+        .args(options)
+        .arg(source)
+        .arg("-o")
+        .arg(program)
+        .arg("-ldl")
+        .output()?;
+    if built.status.success() {
+        return Ok(());
+    }
+    let words = String::from_utf8_lossy(&built.stderr).into_owned();
+    Err(io::Error::other(format!("cc: {words}")))
+}

@@ -1,0 +1,94 @@
+/* The program in a real guest: one stream, in writes or reads of one size, and nothing else.
+ *
+ * stream send PORT SIZE   connects to the host and writes for ever
+ * stream take PORT SIZE   listens, and reads what the host writes SIZE bytes at a time
+ *
+ * The marks are those of pattern.rs: every STEP bytes, or every SIZE bytes where that is less, the stream's offset. */
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+#include <linux/vm_sockets.h>
+
+#define MAGIC 0x76736f636b21a55aULL
+#define STEP 4096
+#define READ_SIZE 65536
+
+static char buffer[READ_SIZE];
+
+static void fail(const char *what)
+{
+    perror(what);
+    exit(1);
+}
+
+static void send_stream(int fd, size_t size, size_t step)
+{
+    uint64_t offset = 0;
+
+    for (;;) {
+        for (size_t at = 0; at < size; at += step, offset += step) {
+            uint64_t mark = offset ^ MAGIC;
+            memcpy(buffer + at, &mark, sizeof(mark));
+        }
+        for (size_t done = 0; done < size;) {
+            ssize_t sent = send(fd, buffer + done, size - done, MSG_NOSIGNAL);
+            if (sent <= 0)
+                fail("send");
+            done += sent;
+        }
+    }
+}
+
+static void take_stream(int fd, size_t step)
+{
+    uint64_t offset = 0, mark;
+
+    for (;;) {
+        ssize_t length = recv(fd, buffer, sizeof(buffer), 0);
+        if (length <= 0)
+            fail("recv");
+        uint64_t at = (offset + step - 1) / step * step;
+        for (; at + sizeof(mark) <= offset + length; at += step) {
+            memcpy(&mark, buffer + (at - offset), sizeof(mark));
+            if (mark != (at ^ MAGIC)) {
+                fprintf(stderr, "wrong bytes at offset %llu\n", (unsigned long long)at);
+                exit(1);
+            }
+        }
+        offset += length;
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 4)
+        return 2;
+    size_t size = strtoul(argv[3], NULL, 10);
+    if (size == 0 || size > sizeof(buffer))
+        return 2;
+    size_t step = size < STEP ? size : STEP;
+    struct sockaddr_vm address = {
+        .svm_family = AF_VSOCK,
+        .svm_cid = VMADDR_CID_HOST,
+        .svm_port = strtoul(argv[2], NULL, 10),
+    };
+    int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
+    if (fd < 0)
+        fail("socket");
+    if (strcmp(argv[1], "send") == 0) {
+        if (connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0)
+            fail("connect");
+        send_stream(fd, size, step);
+    }
+    address.svm_cid = VMADDR_CID_ANY;
+    if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(fd, 1) < 0)
+        fail("listen");
+    int stream = accept(fd, NULL, NULL);
+    if (stream < 0)
+        fail("accept");
+    take_stream(stream, step);
+}
