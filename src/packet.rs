@@ -283,6 +283,15 @@ impl Payload<'_> {
     }
 }
 
+/// What one read from a socket has brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Read {
+    /// How many bytes.
+    pub bytes: usize,
+    /// Whether the socket has no more for now.
+    pub is_all: bool,
+}
+
 /// A buffer of the guest's, for a packet to it.
 #[derive(Debug)]
 pub struct RxBuffer {
@@ -423,10 +432,11 @@ impl<'m> RxBatch<'m> {
         &self.buffers[..self.filled]
     }
 
-    /// Reads what the socket has into the payload areas, up to [`RxBatch::capacity`] bytes, without waiting. 0 is the
-    /// end of the stream.
-    pub fn read_from(&self, socket: impl AsFd) -> io::Result<usize> {
-        readv(socket.as_fd(), &self.payloads.iovecs)
+    /// Reads what the socket has into the payload areas, up to [`RxBatch::capacity`] bytes, without waiting. Without a
+    /// byte it is the end of the stream.
+    pub fn read_from(&self, socket: impl AsFd) -> io::Result<Read> {
+        let count = self.payloads.len().min(MAX_SLICES);
+        recvmsg(socket.as_fd(), &self.payloads.iovecs[..count])
     }
 
     /// Makes packets of `bytes` bytes of payload that [`RxBatch::read_from`] has put there, each with `header` and its
@@ -477,14 +487,21 @@ fn sendmsg(socket: BorrowedFd<'_>, iovecs: &[iovec]) -> io::Result<usize> {
     })
 }
 
-/// Reads into the first [`MAX_SLICES`] slices of guest memory.
-fn readv(socket: BorrowedFd<'_>, iovecs: &[iovec]) -> io::Result<usize> {
-    let count = iovecs.len().min(MAX_SLICES);
-    retry(|| {
+/// Reads into at most [`MAX_SLICES`] slices of guest memory.
+fn recvmsg(socket: BorrowedFd<'_>, iovecs: &[iovec]) -> io::Result<Read> {
+    // SAFETY: a msghdr of zeroes is a valid one, without name, control data and slices.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = iovecs.as_ptr().cast_mut();
+    message.msg_iovlen = iovecs.len() as _;
+    let bytes = retry(|| {
         // SAFETY: the slices are valid guest memory, to which no Rust reference exists, and the guest may see any
-        // byte change at any time.
-        unsafe { libc::readv(socket.as_raw_fd(), iovecs.as_ptr(), count as _) }
-    })
+        // byte change at any time. The message lives as long as the call.
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) }
+    })?;
+    // A stream gives all it has but for one reason: a read ends behind descriptors that were sent along, and then the
+    // lack of a place for them is reported.
+    let is_all = bytes < length(iovecs) && message.msg_flags & libc::MSG_CTRUNC == 0;
+    Ok(Read { bytes, is_all })
 }
 
 /// A system call's outcome, called again where a signal came in between.

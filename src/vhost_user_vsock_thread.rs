@@ -41,6 +41,8 @@ const MAX_TX_PACKETS: usize = 256;
 const MAX_TX_BYTES: usize = 256 * 1024;
 /// How often a round goes to a connection for packets for the guest.
 const MAX_RX_BATCHES: usize = 32;
+/// How many bytes the guest is given before it is interrupted, so that it takes them while more are on the way.
+const MAX_UNTOLD_BYTES: usize = 64 * 1024;
 /// How many host programs a round accepts.
 const MAX_ACCEPTS: usize = 64;
 /// How many events of sockets a round takes.
@@ -218,6 +220,7 @@ impl VhostUserVsockThread {
                     let has = |wanted| flags.intersects(wanted);
                     let ready = Readiness {
                         readable: has(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP),
+                        ended: has(EpollFlags::EPOLLRDHUP),
                         writable: has(EpollFlags::EPOLLOUT),
                         gone: has(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR),
                     };
@@ -401,6 +404,7 @@ impl VhostUserVsockThread {
         self.stop_kicks(RX_RING, state, memory)?;
         let mut batch = RxBatch::new(memory);
         let mut worked = false;
+        let mut untold = 0;
         for _ in 0..MAX_RX_BATCHES {
             let Some(demand) = self.backend.rx_demand() else {
                 break;
@@ -418,8 +422,15 @@ impl VhostUserVsockThread {
             self.backend.recv_pkts(&mut batch);
             for buffer in batch.filled() {
                 return_buffer(queue, memory, buffer.head(), buffer.used())?;
+                untold += buffer.used() as usize;
             }
             queue.set_next_avail(first.wrapping_add(batch.filled().len() as u16));
+            if untold >= MAX_UNTOLD_BYTES {
+                self.notify(state, memory)?;
+                untold = 0;
+            }
+        }
+        if untold > 0 {
             self.notify(state, memory)?;
         }
         Ok(worked)

@@ -26,7 +26,7 @@ use crate::credit::Credit;
 use crate::header::{
     Cid, GuestPort, HostPort, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, VsockHeader,
 };
-use crate::packet::{Payload, RxBatch, TxBatch, VsockPacket};
+use crate::packet::{Payload, Read, RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
 use crate::txbuf::LocalTxBuf;
@@ -68,6 +68,8 @@ impl ConnKey {
 pub struct Readiness {
     /// There are bytes, or the end of the stream.
     pub readable: bool,
+    /// The host program will write no more: behind the bytes that are there is the end.
+    pub ended: bool,
     /// There is room.
     pub writable: bool,
     /// Both directions are over.
@@ -78,6 +80,7 @@ impl Readiness {
     /// Room, and nothing else.
     const WRITABLE: Self = Self {
         readable: false,
+        ended: false,
         writable: true,
         gone: false,
     };
@@ -121,6 +124,8 @@ pub struct VsockConnection {
     tx_buf: LocalTxBuf,
     /// The socket may have bytes: the last read did not say otherwise.
     readable: bool,
+    /// The end of the stream may be behind what the socket has, without an event to tell.
+    ending: bool,
     /// The socket may have room: the last write did not say otherwise.
     writable: bool,
     /// Both directions of the socket are over.
@@ -167,6 +172,8 @@ impl VsockConnection {
             credit: Credit::new(buf_alloc),
             tx_buf: LocalTxBuf::new(buf_alloc),
             readable: true,
+            // What happened before it became a connection was not for it to see.
+            ending: true,
             writable: true,
             gone: false,
             guest_shutdown: 0,
@@ -270,6 +277,7 @@ impl VsockConnection {
     /// Takes what the socket has become ready for.
     pub fn socket_ready(&mut self, ready: Readiness) -> Verdict {
         self.readable |= ready.readable;
+        self.ending |= ready.ended | ready.gone;
         self.writable |= ready.writable;
         let waiting = !self.tx_buf.is_empty();
         if ready == Readiness::WRITABLE && !waiting {
@@ -444,20 +452,24 @@ impl VsockConnection {
             return;
         }
         match batch.read_from(&self.stream) {
-            Ok(0) => self.host_ended(),
-            Ok(count) => {
+            Ok(Read { bytes: 0, .. }) => self.host_ended(),
+            Ok(Read { bytes, is_all }) => {
                 let mut header = self.header(Op::Rw);
                 self.credit.tell(&mut header);
-                self.credit.count_sent(count);
-                batch.fill(&header, count);
-                let next = if count == capacity {
+                self.credit.count_sent(bytes);
+                batch.fill(&header, bytes);
+                let next = if bytes == capacity {
                     4 * capacity
                 } else {
-                    2 * count
+                    2 * bytes
                 };
                 self.read_size = next.clamp(READ_RANGE.0, READ_RANGE.1);
+                self.readable = !is_all || self.ending;
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readable = false;
+                self.ending = false;
+            }
             // The host program has closed with bytes of the guest's unread.
             Err(_) => {
                 self.host_gone();

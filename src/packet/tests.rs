@@ -1,4 +1,4 @@
-use std::io::{Read, Write};
+use std::io::{Read as _, Write};
 use std::os::unix::net::UnixStream;
 
 use proptest::prelude::*;
@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::header::{Cid, GuestPort, HostPort, Op};
-use crate::testing::{Area, BORDER, RING_SIZE, WRITE, chain, chain_ending, memory};
+use crate::testing::{Area, BORDER, RING_SIZE, WRITE, chain, chain_ending, memory, rx_batch};
 
 const NEXT: u16 = 1;
 
@@ -126,6 +126,27 @@ fn rx_buffers_hold_a_header_and_a_byte() {
     assert_eq!((batch.len(), batch.capacity()), (2, 1));
 }
 
+#[test]
+fn a_read_that_ends_at_descriptors_is_not_all() {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    use std::io::IoSlice;
+    let memory = memory();
+    let batch = rx_batch(&memory, 100);
+    let (host, program) = UnixStream::pair().unwrap();
+    for text in [b"first ", b"second"] {
+        let fds = [program.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let (fd, flags) = (program.as_raw_fd(), MsgFlags::empty());
+        sendmsg::<()>(fd, &[IoSlice::new(text)], &rights, flags, None).unwrap();
+    }
+    let expected = Read {
+        bytes: 6,
+        is_all: false,
+    };
+    assert_eq!(batch.read_from(&host).unwrap(), expected);
+    assert_eq!(batch.read_from(&host).unwrap(), expected);
+}
+
 proptest! {
     #[test]
     fn any_layout_of_a_packet_reads_the_same(
@@ -219,8 +240,10 @@ proptest! {
         if batch.is_empty() {
             return Ok(());
         }
-        let count = batch.read_from(&host).unwrap();
+        let read = batch.read_from(&host).unwrap();
+        let count = read.bytes;
         prop_assert_eq!(count, payload.len().min(batch.capacity()));
+        prop_assert_eq!(read.is_all, count < batch.capacity());
         batch.fill(&rw(0), count);
         let mut got = Vec::new();
         for (buffer, (areas, room)) in batch.filled().iter().zip(&taken) {

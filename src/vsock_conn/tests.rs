@@ -92,6 +92,14 @@ impl Ends {
         })
     }
 
+    fn ended(&mut self) -> Verdict {
+        self.conn.socket_ready(Readiness {
+            readable: true,
+            ended: true,
+            ..Readiness::default()
+        })
+    }
+
     fn writable(&mut self) -> Verdict {
         self.conn.socket_ready(Readiness {
             writable: true,
@@ -102,6 +110,7 @@ impl Ends {
     fn gone(&mut self) -> Verdict {
         self.conn.socket_ready(Readiness {
             readable: true,
+            ended: true,
             writable: true,
             gone: true,
         })
@@ -214,7 +223,7 @@ fn a_program_that_does_not_read_costs_its_buffer_only_until_it_does() {
     assert!(ends.conn.tx_buf.len() <= WINDOW as usize);
     ends.program.set_nonblocking(true).unwrap();
     let mut read = Vec::new();
-    while !ends.conn.tx_buf.is_empty() {
+    for _ in 0..10 {
         let error = ends.program.read_to_end(&mut read).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::WouldBlock);
         assert_eq!(ends.writable(), Verdict::Open);
@@ -270,7 +279,7 @@ fn a_host_program_that_stops_writing_ends_one_direction() {
     let mut ends = Ends::established(WINDOW);
     ends.program.write_all(b"question").unwrap();
     ends.program.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(ends.readable(), Verdict::Open);
+    assert_eq!(ends.ended(), Verdict::Open);
     let packets = ends.packets();
     assert_eq!(packets[0].1, b"question");
     assert_eq!(
@@ -302,10 +311,7 @@ fn a_host_program_that_closes_ends_both_with_one_shutdown() {
     );
     let mut taken = WINDOW;
     let mut last = Vec::new();
-    while last
-        .iter()
-        .all(|(header, _): &(VsockHeader, Vec<u8>)| header.op != Op::Shutdown as u16)
-    {
+    for _ in 0..2 {
         let update = VsockHeader {
             fwd_cnt: taken,
             ..packet(Op::CreditUpdate)
