@@ -85,6 +85,11 @@ pub enum ConfigError {
     /// Both sockets would be the same file.
     #[error("--socket and --uds-path are both {0}: the two sockets need two paths")]
     SamePath(PathBuf),
+    /// The guest could connect to the vhost-user socket.
+    #[error(
+        "--socket {0}: this is where the guest's connections to a port go, choose another name"
+    )]
+    SocketIsPort(PathBuf),
     /// No connection could work with this buffer.
     #[error("--tx-buffer-size={0}: a buffer has from 1 to {MAX_TX_BUFFER} bytes")]
     TxBufferSize(u32),
@@ -111,6 +116,9 @@ impl Config {
         if socket == uds_path {
             return Err(ConfigError::SamePath(self.socket.clone()));
         }
+        if is_port_of(&socket, &uds_path) {
+            return Err(ConfigError::SocketIsPort(self.socket.clone()));
+        }
         if !(1..=MAX_TX_BUFFER).contains(&self.tx_buffer_size) {
             return Err(ConfigError::TxBufferSize(self.tx_buffer_size));
         }
@@ -125,6 +133,14 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// Whether a path is that of a host program which listens for a port of the guest's.
+fn is_port_of(path: &Path, uds_path: &Path) -> bool {
+    let path = path.as_os_str().as_bytes();
+    let port = path.strip_prefix(uds_path.as_os_str().as_bytes());
+    let digits = port.and_then(|port| port.strip_prefix(b"_"));
+    digits.is_some_and(|digits| !digits.is_empty() && digits.iter().all(u8::is_ascii_digit))
 }
 
 /// Checks the path of a socket, and answers how its folder and file are really named.
@@ -228,6 +244,16 @@ mod tests {
         assert!(
             refused(|config| config.uds_path = "/tmp/./vhost4.socket".into()).contains("two paths")
         );
+    }
+
+    #[test]
+    fn the_guest_must_not_reach_the_vhost_user_socket() {
+        assert!(refused(|config| config.socket = "/tmp/vm4.vsock_1".into()).contains("port"));
+        let config = Config {
+            socket: "/tmp/vm4.vsock_vhost".into(),
+            ..config()
+        };
+        assert_eq!(config.check(), Ok(()));
     }
 
     #[test]

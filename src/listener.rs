@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -39,7 +41,7 @@ impl SocketFile {
     pub fn bind(path: &Path) -> Result<Self, ListenerError> {
         let failed = |error: io::Error| ListenerError::Io(path.to_owned(), error);
         // Two daemons that start at once both see the same stale file: one after the other.
-        let _turn = lock_folder(path).map_err(failed)?;
+        let _turn = lock_folder(path);
         clear(path)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
         let file = fs::symlink_metadata(path).map_err(failed)?;
@@ -72,13 +74,21 @@ impl Drop for SocketFile {
     }
 }
 
-/// Waits for the folder of `path` to be nobody else's, until the answer is dropped.
-fn lock_folder(path: &Path) -> io::Result<Flock<File>> {
+/// Waits for the folder of `path` to be nobody else's, until the answer is dropped. Somebody who is no daemon may hold it
+/// for long: after a second it goes without.
+fn lock_folder(path: &Path) -> Option<Flock<File>> {
     let folder = path
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = File::open(folder.unwrap_or(Path::new(".")))?;
-    Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
+    let mut folder = File::open(folder.unwrap_or(Path::new("."))).ok()?;
+    for _ in 0..100 {
+        match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Some(lock),
+            Err((unlocked, _)) => folder = unlocked,
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    None
 }
 
 /// Makes room at `path`, where nothing may be but a dead socket.
@@ -133,6 +143,14 @@ mod tests {
             Err(ListenerError::NoSocket(_))
         ));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[test]
+    fn a_folder_that_somebody_holds_does_not_keep_it_waiting_forever() {
+        let folder = TempDir::new().unwrap();
+        let held = File::open(folder.path()).unwrap();
+        let _held = Flock::lock(held, FlockArg::LockExclusive).unwrap();
+        SocketFile::bind(&folder.path().join("socket")).unwrap();
     }
 
     #[test]

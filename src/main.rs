@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use log::{LevelFilter, debug};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use log::LevelFilter;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vhost_user_vsock::config::Config;
@@ -99,7 +98,6 @@ fn main() -> ExitCode {
         }
     };
     init_log(args.verbose);
-    raise_descriptor_limit();
     match run(&args.config()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ ServerError::Config(_)) => fail(&error.to_string(), USAGE_ERROR),
@@ -158,13 +156,4 @@ fn init_log(verbose: u8) {
         .filter_level(level)
         .parse_default_env()
         .init();
-}
-
-/// A connection is a descriptor: as many as the system allows.
-fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        debug!("the limit of open descriptors stays as it is: {error}");
-    }
 }

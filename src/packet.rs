@@ -100,7 +100,7 @@ impl<'m> GuestSlices<'m> {
 /// descriptor is `writable` by the device or none is, and all lie in guest memory.
 fn walk<'m>(
     memory: &'m GuestMemoryMmap,
-    chain: DescriptorChain<&GuestMemoryMmap>,
+    chain: impl Iterator<Item = Descriptor>,
     longest: u16,
     writable: bool,
     mut take: impl FnMut(VolatileSlice<'m>) -> Result<(), PacketError>,
@@ -146,6 +146,7 @@ pub struct TxBatch<'m> {
     slices: GuestSlices<'m>,
     packets: Vec<VsockPacket>,
     bytes: usize,
+    descriptors: usize,
 }
 
 impl<'m> TxBatch<'m> {
@@ -156,6 +157,7 @@ impl<'m> TxBatch<'m> {
             slices: GuestSlices::new(),
             packets: Vec::with_capacity(64),
             bytes: 0,
+            descriptors: 0,
         }
     }
 
@@ -189,17 +191,24 @@ impl<'m> TxBatch<'m> {
         let mut filled = 0;
         let mut payload = 0;
         let slices = &mut self.slices;
-        walk(self.memory, chain, ring_size, false, |slice| {
-            let part = slice.len().min(HEADER_LEN - filled);
-            slice.copy_to(&mut bytes[filled..filled + part]);
-            filled += part;
-            if part < slice.len() {
-                let rest = slice.offset(part).map_err(GuestMemoryError::from)?;
-                payload += rest.len();
-                slices.push(&rest);
-            }
-            Ok(())
-        })?;
+        let walked = &mut self.descriptors;
+        walk(
+            self.memory,
+            chain.inspect(|_| *walked += 1),
+            ring_size,
+            false,
+            |slice| {
+                let part = slice.len().min(HEADER_LEN - filled);
+                slice.copy_to(&mut bytes[filled..filled + part]);
+                filled += part;
+                if part < slice.len() {
+                    let rest = slice.offset(part).map_err(GuestMemoryError::from)?;
+                    payload += rest.len();
+                    slices.push(&rest);
+                }
+                Ok(())
+            },
+        )?;
         let header = VsockHeader::from_tx(&bytes);
         if filled < HEADER_LEN || payload < header.len as usize {
             return Err(PacketError::Short);
@@ -216,6 +225,11 @@ impl<'m> TxBatch<'m> {
     /// How many bytes of payload the batch carries.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// How many descriptors the batch was made of, those of refused chains among them.
+    pub fn descriptors(&self) -> usize {
+        self.descriptors
     }
 
     /// The payload of the consecutive `packets` of this batch, as one.
@@ -498,8 +512,8 @@ fn recvmsg(socket: BorrowedFd<'_>, iovecs: &[iovec]) -> io::Result<Read> {
         // byte change at any time. The message lives as long as the call.
         unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) }
     })?;
-    // A stream gives all it has but for one reason: a read ends behind descriptors that were sent along, and then the
-    // lack of a place for them is reported.
+    // A stream gives all it has, but a read ends behind descriptors that were sent along. Then the lack of a place for
+    // them is reported.
     let is_all = bytes < length(iovecs) && message.msg_flags & libc::MSG_CTRUNC == 0;
     Ok(Read { bytes, is_all })
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use log::{info, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use parking_lot::Mutex;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error, ShutdownHandle, VhostUserDaemon};
@@ -83,6 +84,7 @@ impl Stop {
 /// Serves one VMM after the other until `stop` asks for the end. Both sockets are gone afterwards.
 pub fn run(config: &Config, stop: &Stop) -> Result<(), ServerError> {
     config.check()?;
+    raise_descriptor_limit();
     let socket = SocketFile::bind(&config.socket)?;
     let uds = SocketFile::bind(&config.uds_path)?;
     let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
@@ -109,25 +111,28 @@ fn serve(
     socket: &SocketFile,
     stop: &Stop,
 ) -> Result<(), ServerError> {
+    let served = serve_once(backend, socket, stop);
+    // The worker has ended with its daemon, and only now has the guest's memory no user.
+    backend.detach();
+    served
+}
+
+fn serve_once(
+    backend: &Arc<VhostUserVsockBackend>,
+    socket: &SocketFile,
+    stop: &Stop,
+) -> Result<(), ServerError> {
     // The worker is there before the VMM: it is the one who turns host programs away.
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon =
         VhostUserDaemon::new("vmm".into(), backend.clone(), memory).map_err(ServerError::Daemon)?;
-    let served = backend
-        .attach(&daemon)
-        .map_err(ServerError::Io)
-        .and_then(|()| {
-            wait_for(&[socket.as_fd(), stop.0.event.as_fd()], PollTimeout::NONE)?;
-            if stop.is_requested() {
-                Ok(())
-            } else {
-                serve_vmm(&mut daemon, socket, stop)
-            }
-        });
-    // The worker ends with its daemon, and only then has the guest's memory no user.
-    drop(daemon);
-    backend.detach();
-    served
+    backend.attach(&daemon)?;
+    wait_for(&[socket.as_fd(), stop.0.event.as_fd()], PollTimeout::NONE)?;
+    if stop.is_requested() {
+        Ok(())
+    } else {
+        serve_vmm(&mut daemon, socket, stop)
+    }
 }
 
 /// Serves the VMM that has connected.
@@ -164,5 +169,14 @@ fn wait_for(fds: &[BorrowedFd<'_>], timeout: impl Into<PollTimeout>) -> io::Resu
             Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
+    }
+}
+
+/// A connection is a descriptor: as many as the system allows.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!("the limit of open descriptors stays as it is: {error}");
     }
 }

@@ -88,6 +88,10 @@ pub struct VsockThreadBackend {
     orphans: BTreeSet<Token>,
     next_serial: u32,
     next_host_port: u32,
+    /// Packets that were dropped for their source CID.
+    foreign: u64,
+    /// Resets that were dropped for want of room.
+    lost_resets: u64,
 }
 
 impl VsockThreadBackend {
@@ -108,6 +112,8 @@ impl VsockThreadBackend {
             orphans: BTreeSet::new(),
             next_serial: 0,
             next_host_port: RandomState::new().build_hasher().finish() as u32,
+            foreign: 0,
+            lost_resets: 0,
         }
     }
 
@@ -255,7 +261,9 @@ impl VsockThreadBackend {
         let op = self.op(first);
         let is_stream = header.host_cid == HOST_CID && header.kind == TYPE_STREAM;
         if header.guest_cid != self.guest_cid {
-            return debug!("dropped a packet of CID {}", header.guest_cid.0);
+            self.foreign += packets.len() as u64;
+            let (cid, count) = (header.guest_cid.0, self.foreign);
+            return debug!("dropped a packet of CID {cid}, {count} of foreign CIDs so far");
         }
         let slot = self
             .by_key
@@ -290,17 +298,23 @@ impl VsockThreadBackend {
         if self.resets.len() < MAX_RESETS {
             self.resets.push_back(reset);
         } else {
-            debug!("dropped a reset: {MAX_RESETS} of them wait for the guest's buffers");
+            self.lost_resets += 1;
+            debug!(
+                "{} resets lost so far: the guest takes none",
+                self.lost_resets
+            );
         }
     }
 
     /// Opens the connection that a guest's REQUEST asks for, or refuses it.
     fn open(&mut self, request: &VsockHeader) {
+        // The host program is asked first: an orphan gives way to a connection, not to an attempt at one.
         let opened = self
-            .make_room()
+            .check_room()
             .and_then(|()| self.connect_host(request.host_port));
         let slot = match opened {
             Ok(stream) => {
+                self.make_room();
                 let conn = VsockConnection::accepted(request, stream, self.tx_buffer_size);
                 self.insert(Peer::Connected(Box::new(conn)))
             }
@@ -373,12 +387,13 @@ impl VsockThreadBackend {
     /// Makes a connection to the guest's `port` of a host program that has asked for it.
     fn connect_guest(&mut self, slot: usize, port: GuestPort) {
         self.handshakes.remove(&self.entries[slot].token);
-        let key = self.free_key(port).filter(|_| self.make_room().is_ok());
+        let key = self.free_key(port).filter(|_| self.check_room().is_ok());
         let peer = std::mem::replace(&mut self.entries[slot].peer, Peer::Moving);
         let (Some(key), Peer::Handshaking(stream, _)) = (key, peer) else {
             debug!("guest port {}: no room for one more connection", port.0);
             return self.close(slot, false);
         };
+        self.make_room();
         let conn = VsockConnection::requested(self.guest_cid, key, stream, self.tx_buffer_size);
         self.entries[slot].peer = Peer::Connected(Box::new(conn));
         self.by_key.insert(key, slot);
@@ -398,22 +413,27 @@ impl VsockThreadBackend {
         })
     }
 
-    /// Makes sure that the limit leaves room for one more connection. An orphan gives way to it.
-    fn make_room(&mut self) -> io::Result<()> {
+    /// Whether the limit leaves room for one more connection.
+    fn check_room(&self) -> io::Result<()> {
+        if self.by_key.len() < self.max_connections {
+            Ok(())
+        } else {
+            Err(io::Error::other("at the limit of connections"))
+        }
+    }
+
+    /// Closes the oldest orphan if it stands in the way of one more connection.
+    fn make_room(&mut self) {
         if self.by_key.len() + self.orphans.len() < self.max_connections {
-            return Ok(());
+            return;
         }
         let oldest = self.orphans.first().and_then(|token| self.slot(*token));
-        match oldest {
-            Some(slot) => {
-                debug!(
-                    "{}: gives way to a new connection",
-                    self.entries[slot].name()
-                );
-                self.close(slot, false);
-                Ok(())
-            }
-            None => Err(io::Error::other("at the limit of connections")),
+        if let Some(slot) = oldest {
+            debug!(
+                "{}: gives way to a new connection",
+                self.entries[slot].name()
+            );
+            self.close(slot, false);
         }
     }
 

@@ -39,8 +39,8 @@ impl LocalTxBuf {
     /// Puts `count` bytes behind the others. `copy` is called with an offset into them and the place where they go from
     /// there on. False, and nothing is put, when they don't fit the limit.
     pub fn push(&mut self, count: usize, mut copy: impl FnMut(usize, &mut [u8])) -> bool {
-        if count > self.limit - self.len {
-            return false;
+        if count == 0 || count > self.limit - self.len {
+            return count == 0;
         }
         self.reserve(self.len + count);
         let end = self.wrap(self.start + self.len);

@@ -5,11 +5,11 @@
 //! sleeps. A turn has a bounded number of rounds, and a round a bounded amount of work, so that the VMM's messages come
 //! in between; what is left over wakes the worker at once.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
@@ -18,15 +18,14 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vhost_user_backend::{VringState, VringT};
-use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use crate::config::Config;
 use crate::look::Look;
 use crate::packet::{PacketError, RxBatch, TxBatch};
 use crate::thread_backend::{Registry, Token, VsockThreadBackend};
-use crate::vring::{GuestMemoryHandle, VsockVring};
+use crate::vring::{GuestMemoryHandle, VsockVring, has_entries, needs_interrupt};
 use crate::vsock_conn::Readiness;
 
 /// The ring of the guest's buffers for packets to it.
@@ -36,9 +35,10 @@ pub const TX_RING: usize = 1;
 
 /// How many rounds a turn has at most.
 const MAX_ROUNDS: usize = 16;
-/// How many packets, and about how many bytes of payload, a round takes from the guest.
+/// How many packets, and about how many bytes of payload and descriptors, a round takes from the guest.
 const MAX_TX_PACKETS: usize = 256;
 const MAX_TX_BYTES: usize = 256 * 1024;
+const MAX_TX_DESCRIPTORS: usize = 2048;
 /// How often a round goes to a connection for packets for the guest.
 const MAX_RX_BATCHES: usize = 32;
 /// How many bytes the guest is given before it is interrupted, so that it takes them while more are on the way.
@@ -57,6 +57,7 @@ const LOG_PAUSE: Duration = Duration::from_secs(1);
 const LISTENER: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 const WAKE: u64 = u64::MAX - 2;
+const KICK: u64 = u64::MAX - 3;
 
 /// A ring's state in the vhost-user library.
 type Ring = VringState<GuestMemoryHandle>;
@@ -72,6 +73,8 @@ struct RingProgress {
     broken: Option<u64>,
     /// The guest was asked to kick.
     kicks: bool,
+    /// The kick that is watched.
+    kick: Option<Arc<File>>,
 }
 
 /// The worker.
@@ -107,6 +110,7 @@ impl Registry for EpollRegistry {
         let flags = EpollFlags::EPOLLIN
             | EpollFlags::EPOLLOUT
             | EpollFlags::EPOLLRDHUP
+            | EpollFlags::EPOLLPRI
             | EpollFlags::EPOLLET;
         Ok(self.0.add(socket, EpollEvent::new(flags, token.0))?)
     }
@@ -168,14 +172,18 @@ impl VhostUserVsockThread {
 
     /// The VMM has stopped a ring. Connections wait until it goes on.
     pub fn stop_ring(&mut self, index: usize) {
-        if let Some(ring) = self.rings.get_mut(index) {
-            ring.kicks = false;
+        if index < self.rings.len() {
+            self.watch_kick(index, None);
+            self.rings[index].kicks = false;
         }
     }
 
     /// The device starts anew: no connection survives.
     pub fn reset(&mut self) {
-        self.rings = Default::default();
+        for index in 0..self.rings.len() {
+            self.watch_kick(index, None);
+            self.rings[index] = RingProgress::default();
+        }
         self.started = false;
         self.backend.reset();
     }
@@ -199,8 +207,22 @@ impl VhostUserVsockThread {
                 return self.look.sleeps();
             }
         }
+        self.set_timer();
         // The counter can't overflow: nothing but this adds to it, once a turn.
         let _ = self.wake.write(1);
+    }
+
+    /// Watches this kick in place of the one before. It is never read: each kick is an event of its own.
+    fn watch_kick(&mut self, index: usize, kick: Option<Arc<File>>) {
+        if let Some(old) = std::mem::replace(&mut self.rings[index].kick, kick) {
+            let _ = self.epoll.delete(&*old);
+        }
+        if let Some(new) = &self.rings[index].kick {
+            let edge = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+            if let Err(error) = self.epoll.add(&**new, EpollEvent::new(edge, KICK)) {
+                warn!("ring {index}: its kicks can't be watched: {error}");
+            }
+        }
     }
 
     /// Takes what has happened to the host's sockets and the timer. False when nothing has.
@@ -214,13 +236,13 @@ impl VhostUserVsockThread {
             match event.data() {
                 LISTENER => self.accepting = self.accept_again.is_none(),
                 TIMER => self.timer_fired(),
-                WAKE => {}
+                WAKE | KICK => {}
                 token => {
                     let flags = event.events();
                     let has = |wanted| flags.intersects(wanted);
                     let ready = Readiness {
                         readable: has(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP),
-                        ended: has(EpollFlags::EPOLLRDHUP),
+                        halting: has(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI),
                         writable: has(EpollFlags::EPOLLOUT),
                         gone: has(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR),
                     };
@@ -303,9 +325,16 @@ impl VhostUserVsockThread {
         let Some(memory) = self.memory.as_ref().map(|memory| memory.memory()) else {
             return false;
         };
-        // What is owed already goes first: it makes room for the answers to what comes.
+        // What is owed already goes first: it makes room for the answers to what comes. The guest is interrupted for the
+        // packets it sent behind the answers to them, so that it wakes up once.
         let received = self.serve_ring(RX_RING, vrings, &memory, Self::serve_rx);
         let sent = self.serve_ring(TX_RING, vrings, &memory, Self::serve_tx);
+        if sent {
+            self.serve_ring(RX_RING, vrings, &memory, Self::serve_rx);
+            self.serve_ring(TX_RING, vrings, &memory, |worker, state, memory| {
+                worker.notify(state, memory).map(|()| true)
+            });
+        }
         self.started |= self.rings.iter().all(|ring| ring.position.is_some());
         received | sent
     }
@@ -320,12 +349,15 @@ impl VhostUserVsockThread {
     ) -> bool {
         let vring = &vrings[index];
         let mut state = vring.get_mut();
-        let result = match self.is_running(index, vring.starts(), &mut state, memory) {
+        let result = match self.is_running(index, vring, &state, memory) {
             Ok(false) => return false,
-            Ok(true) => work(self, &mut state, memory),
+            Ok(true) => {
+                let result = work(self, &mut state, memory);
+                self.rings[index].position = Some(state.get_queue().next_avail());
+                result
+            }
             Err(error) => Err(error),
         };
-        self.rings[index].position = Some(state.get_queue().next_avail());
         drop(state);
         result.unwrap_or_else(|error| {
             warn!("ring {index} stops until it is started again: {error}");
@@ -340,11 +372,11 @@ impl VhostUserVsockThread {
     fn is_running(
         &mut self,
         index: usize,
-        starts: u64,
-        state: &mut Ring,
+        vring: &VsockVring,
+        state: &Ring,
         memory: &GuestMemoryMmap,
     ) -> Result<bool, QueueError> {
-        let queue = state.get_queue();
+        let (queue, starts) = (state.get_queue(), vring.starts());
         let ring = &self.rings[index];
         if !state.is_enabled() || !queue.ready() || ring.broken == Some(starts) {
             return Ok(false);
@@ -357,18 +389,18 @@ impl VhostUserVsockThread {
             self.rings.iter_mut().for_each(|ring| ring.position = None);
             self.backend.reset();
         }
-        let ring = &mut self.rings[index];
-        if ring.checked != Some(starts) {
+        if self.rings[index].checked != Some(starts) {
             if !queue.is_valid(memory) {
                 return Err(QueueError::QueueNotReady);
             }
-            ring.checked = Some(starts);
-            ring.kicks = true;
+            self.watch_kick(index, vring.kick());
+            self.rings[index].checked = Some(starts);
+            self.rings[index].kicks = true;
         }
         Ok(true)
     }
 
-    /// Takes a batch of packets from the guest.
+    /// Takes a batch of packets from the guest. It is not interrupted for them here.
     fn serve_tx(&mut self, state: &mut Ring, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
         if !has_entries(state.get_queue(), memory)? {
             return Ok(false);
@@ -383,7 +415,9 @@ impl VhostUserVsockThread {
             if let Err(error) = batch.push(chain, ring_size) {
                 self.log_malformed(&error);
             }
-            if heads.len() == MAX_TX_PACKETS || batch.bytes() >= MAX_TX_BYTES {
+            let is_full =
+                batch.bytes() >= MAX_TX_BYTES || batch.descriptors() >= MAX_TX_DESCRIPTORS;
+            if is_full || heads.len() == MAX_TX_PACKETS {
                 break;
             }
         }
@@ -392,7 +426,6 @@ impl VhostUserVsockThread {
             .drain(..)
             .try_for_each(|head| return_buffer(queue, memory, head, 0))?;
         self.heads = heads;
-        self.notify(state, memory)?;
         Ok(true)
     }
 
@@ -412,6 +445,7 @@ impl VhostUserVsockThread {
             let queue = state.get_queue_mut();
             if self.gather(queue, memory, &mut batch, demand)? {
                 self.notify(state, memory)?;
+                worked = true;
             }
             if batch.is_empty() {
                 break;
@@ -447,7 +481,7 @@ impl VhostUserVsockThread {
     ) -> Result<bool, QueueError> {
         batch.clear();
         let ring_size = queue.size();
-        let mut any_returned = false;
+        let mut returned = 0;
         loop {
             let mut chains = queue.iter(memory)?;
             let mut rejected = None;
@@ -464,15 +498,19 @@ impl VhostUserVsockThread {
                 }
             }
             match rejected {
-                None => return Ok(any_returned),
+                None => return Ok(returned > 0),
                 // Used buffers keep their order: those before it go first, and it comes up again.
                 Some(_) if !batch.is_empty() => {
                     queue.go_to_previous_position();
-                    return Ok(any_returned);
+                    return Ok(returned > 0);
                 }
                 Some(head) => {
                     return_buffer(queue, memory, head, 0)?;
-                    any_returned = true;
+                    returned += 1;
+                    // A guest that offers them again and again would never let this end.
+                    if returned == ring_size {
+                        return Ok(true);
+                    }
                 }
             }
         }
@@ -481,8 +519,7 @@ impl VhostUserVsockThread {
     /// Interrupts the guest if it wants to know of the buffers that were returned to it.
     fn notify(&self, state: &mut Ring, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
         let queue = state.get_queue_mut();
-        let wanted = queue.needs_notification(memory)?
-            && (queue.event_idx_enabled() || !interrupts_suppressed(queue, memory)?);
+        let wanted = needs_interrupt(queue, memory)?;
         if wanted || (self.notify_on_empty && !has_entries(queue, memory)?) {
             // A VMM whose end is full has been told, and one without an end polls.
             let _ = state.signal_used_queue();
@@ -555,20 +592,6 @@ impl VhostUserVsockThread {
             );
         }
     }
-}
-
-/// Whether the guest has made entries available that were not taken yet.
-fn has_entries(queue: &Queue, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-    let available = queue.avail_idx(memory, Ordering::Acquire)?;
-    Ok(available.0 != queue.next_avail())
-}
-
-/// Whether the driver asks for no interrupts with the avail ring's flag (virtio 1.2, 2.7.7).
-fn interrupts_suppressed(queue: &Queue, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-    let flags: u16 = memory
-        .load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)
-        .map_err(QueueError::GuestMemory)?;
-    Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 != 0)
 }
 
 /// Returns a buffer to the guest. A head that is no descriptor can't be.

@@ -1,32 +1,32 @@
 //! The rings that the vhost-user library keeps, with what it leaves to be wished.
 //!
-//! A kick is read by the library as the VMM has made it: a descriptor that blocks, or an event that was read already,
-//! would stop or end the worker for good. Here kicks never block and never fail. A kick that replaces a running ring's
-//! is taken, as is the descriptor for errors, which the library keeps to itself.
+//! The library reads a kick as the VMM has made it: a descriptor that blocks, or an event that was read already, would
+//! stop or end its worker for good, and a kick that replaces a running ring's is not heard at all. So the library gets a
+//! kick that never comes, and the VMM's waits here for the worker, which watches it without reading. The descriptor for
+//! errors, which the library keeps to itself, waits here too.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
-use virtio_queue::Error;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Error, Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 /// The guest's memory, as the vhost-user library hands it out.
 pub type GuestMemoryHandle = GuestMemoryAtomic<GuestMemoryMmap>;
-
-/// How many kicks of one ring are looked at. They stay in the library's epoll set even when they are replaced.
-const MAX_KICKS: usize = 16;
 
 /// A ring.
 #[derive(Clone)]
 pub struct VsockVring {
     inner: VringMutex<GuestMemoryHandle>,
-    /// The ring's kicks, the one in force last.
-    kicks: Arc<Mutex<Vec<File>>>,
+    kick: Arc<Mutex<Option<Arc<File>>>>,
     err: Arc<Mutex<Option<File>>>,
     starts: Arc<AtomicU64>,
 }
@@ -37,37 +37,56 @@ impl VsockVring {
         self.starts.load(Ordering::Acquire)
     }
 
+    /// The VMM's kick. It becomes readable with each kick, and stays so.
+    pub fn kick(&self) -> Option<Arc<File>> {
+        self.kick.lock().clone()
+    }
+
     /// Tells the VMM that the ring is broken.
     pub fn signal_error(&self) {
-        if let Some(mut err) = self.err.lock().as_ref() {
-            // A VMM that doesn't read it has been told before.
-            let _ = err.write(&1u64.to_ne_bytes());
+        if let Some(err) = self.err.lock().as_ref() {
+            signal(err);
         }
     }
+}
 
-    /// The same descriptor, which doesn't block any more: its other end is the VMM's.
-    fn unblocked(file: Option<File>) -> Option<File> {
-        file.inspect(|file| {
-            let flags = fcntl(file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
-            let flags = flags.unwrap_or(OFlag::empty()) | OFlag::O_NONBLOCK;
-            let _ = fcntl(file, FcntlArg::F_SETFL(flags));
-        })
-    }
+/// Whether the guest has made entries available that were not taken yet.
+pub fn has_entries(queue: &Queue, memory: &GuestMemoryMmap) -> Result<bool, Error> {
+    let available = queue.avail_idx(memory, Ordering::Acquire)?;
+    Ok(available.0 != queue.next_avail())
+}
 
-    fn remember_kick(&self, file: Option<&File>) {
-        let mut kicks = self.kicks.lock();
-        match file.and_then(|file| file.try_clone().ok()) {
-            Some(kick) => {
-                if kicks.len() == MAX_KICKS {
-                    kicks.remove(0);
-                }
-                kicks.push(kick);
-            }
-            None => {
-                kicks.pop();
-            }
-        }
+/// Whether the guest is to be interrupted for the buffers that were returned to it since the last call (virtio 1.2,
+/// 2.7.7). The library minds the event index, but not the flag that stands in for it.
+pub fn needs_interrupt(queue: &mut Queue, memory: &GuestMemoryMmap) -> Result<bool, Error> {
+    let needed = queue.needs_notification(memory)?;
+    if !needed || queue.event_idx_enabled() {
+        return Ok(needed);
     }
+    let flags: u16 = memory
+        .load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)
+        .map_err(Error::GuestMemory)?;
+    Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
+}
+
+/// Signals an eventfd of the VMM's. One that is full has been told, and not been read since.
+fn signal(mut event: &File) {
+    let _ = event.write(&1u64.to_ne_bytes());
+}
+
+/// The same descriptor, which doesn't block any more: its other end is the VMM's.
+fn unblocked(file: Option<File>) -> Option<File> {
+    file.inspect(|file| {
+        let flags = fcntl(file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        let flags = flags.unwrap_or(OFlag::empty()) | OFlag::O_NONBLOCK;
+        let _ = fcntl(file, FcntlArg::F_SETFL(flags));
+    })
+}
+
+/// A kick that never comes.
+fn silent_kick() -> Option<File> {
+    let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).ok()?;
+    Some(OwnedFd::from(event).into())
 }
 
 impl<'a> VringStateGuard<'a, GuestMemoryHandle> for VsockVring {
@@ -82,7 +101,7 @@ impl VringT<GuestMemoryHandle> for VsockVring {
     fn new(mem: GuestMemoryHandle, max_queue_size: u16) -> Result<Self, Error> {
         Ok(Self {
             inner: VringMutex::new(mem, max_queue_size)?,
-            kicks: Arc::default(),
+            kick: Arc::default(),
             err: Arc::default(),
             starts: Arc::default(),
         })
@@ -96,28 +115,29 @@ impl VringT<GuestMemoryHandle> for VsockVring {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        let file = Self::unblocked(file);
-        self.remember_kick(file.as_ref());
-        if file.is_some() && self.inner.get_ref().get_kick().is_some() {
-            // The library registers a kick when it makes a ring ready, and only then.
+        let was_there = self.kick.lock().is_some();
+        let silent = file.as_ref().and_then(|_| silent_kick());
+        *self.kick.lock() = file.map(Arc::new);
+        if was_there {
+            // The ring starts once more, so that the worker hears of the new kick.
             self.inner.set_queue_ready(false);
         }
-        self.inner.set_kick(file);
+        self.inner.set_kick(silent);
     }
 
     fn read_kick(&self) -> io::Result<bool> {
-        for mut kick in self.kicks.lock().iter() {
-            let _ = kick.read(&mut [0; 8]);
-        }
         Ok(self.inner.get_ref().is_enabled())
     }
 
     fn set_call(&self, file: Option<File>) {
-        self.inner.set_call(Self::unblocked(file));
+        let file = unblocked(file);
+        // A ring may start before its call is there: an interrupt that was due then is not lost.
+        file.iter().for_each(signal);
+        self.inner.set_call(file);
     }
 
     fn set_err(&self, file: Option<File>) {
-        *self.err.lock() = Self::unblocked(file);
+        *self.err.lock() = unblocked(file);
     }
 
     fn get_ref(&self) -> <Self as VringStateGuard<'_, GuestMemoryHandle>>::G {

@@ -68,8 +68,8 @@ impl ConnKey {
 pub struct Readiness {
     /// There are bytes, or the end of the stream.
     pub readable: bool,
-    /// The host program will write no more: behind the bytes that are there is the end.
-    pub ended: bool,
+    /// A read may end before the last byte that is there, or before the end of the stream behind it.
+    pub halting: bool,
     /// There is room.
     pub writable: bool,
     /// Both directions are over.
@@ -80,7 +80,7 @@ impl Readiness {
     /// Room, and nothing else.
     const WRITABLE: Self = Self {
         readable: false,
-        ended: false,
+        halting: false,
         writable: true,
         gone: false,
     };
@@ -124,8 +124,9 @@ pub struct VsockConnection {
     tx_buf: LocalTxBuf,
     /// The socket may have bytes: the last read did not say otherwise.
     readable: bool,
-    /// The end of the stream may be behind what the socket has, without an event to tell.
-    ending: bool,
+    /// What a read leaves behind has no event of its own any more: out-of-band data stops a read, and an end of the stream
+    /// may have been seen together with the bytes before it. So reading goes on until there is really nothing.
+    halting: bool,
     /// The socket may have room: the last write did not say otherwise.
     writable: bool,
     /// Both directions of the socket are over.
@@ -173,7 +174,7 @@ impl VsockConnection {
             tx_buf: LocalTxBuf::new(buf_alloc),
             readable: true,
             // What happened before it became a connection was not for it to see.
-            ending: true,
+            halting: true,
             writable: true,
             gone: false,
             guest_shutdown: 0,
@@ -238,11 +239,11 @@ impl VsockConnection {
             Op::Rst => Verdict::Close,
             Op::Shutdown if self.state == State::Connecting => Verdict::Reset,
             Op::Shutdown => self.shut_down(header.flags & SHUTDOWN_BOTH),
-            Op::CreditRequest => {
+            Op::CreditRequest if self.state != State::Flushing => {
                 self.rx_queue.add(RxOps::CreditUpdate);
                 Verdict::Open
             }
-            Op::Response | Op::CreditUpdate | Op::Rw => Verdict::Open,
+            Op::Response | Op::CreditUpdate | Op::CreditRequest | Op::Rw => Verdict::Open,
         };
         self.update_owed();
         verdict
@@ -262,22 +263,25 @@ impl VsockConnection {
             fits
         });
         let (within, past) = packets.split_at(fitting.count());
-        if let Some(last) = within.last() {
-            self.credit.learn(last.header());
-            self.deliver(&batch.payload(within));
-        }
-        self.update_owed();
-        if past.is_empty() {
+        let mut verdict = if past.is_empty() {
             Verdict::Open
         } else {
             Verdict::Reset
+        };
+        if let Some(last) = within.last() {
+            self.credit.learn(last.header());
+            if self.deliver(&batch.payload(within)) != Verdict::Open {
+                verdict = Verdict::Reset;
+            }
         }
+        self.update_owed();
+        verdict
     }
 
     /// Takes what the socket has become ready for.
     pub fn socket_ready(&mut self, ready: Readiness) -> Verdict {
         self.readable |= ready.readable;
-        self.ending |= ready.ended | ready.gone;
+        self.halting |= ready.halting | ready.gone;
         self.writable |= ready.writable;
         let waiting = !self.tx_buf.is_empty();
         if ready == Readiness::WRITABLE && !waiting {
@@ -379,7 +383,7 @@ impl VsockConnection {
     }
 
     /// Sends payload to the host program, and keeps what it does not take yet.
-    fn deliver(&mut self, payload: &Payload<'_>) {
+    fn deliver(&mut self, payload: &Payload<'_>) -> Verdict {
         let len = payload.len();
         self.credit.count_received(len);
         let mut sent = 0;
@@ -387,20 +391,21 @@ impl VsockConnection {
             match payload.send_to(&self.stream) {
                 Ok(count) => sent = count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => self.stop_delivering(),
+                Err(error) if is_end(&error) => self.stop_delivering(),
+                Err(_) => return Verdict::Reset,
             }
             self.writable = sent == len;
         }
         if self.host_shutdown & SHUTDOWN_RECEIVE != 0 {
-            return self.credit.count_forwarded(len);
+            self.credit.count_forwarded(len);
+            return Verdict::Open;
         }
         self.credit.count_forwarded(sent);
-        if sent < len {
-            // It fits: the guest's credit is the room in this buffer.
-            self.tx_buf.push(len - sent, |offset, place| {
-                payload.copy_to(sent + offset, place)
-            });
-        }
+        let kept = self.tx_buf.push(len - sent, |offset, place| {
+            payload.copy_to(sent + offset, place);
+        });
+        // It is kept: the guest's credit is the room in this buffer.
+        if kept { Verdict::Open } else { Verdict::Reset }
     }
 
     /// Writes what waits for the host program, and does what was to happen behind the last byte.
@@ -412,7 +417,8 @@ impl VsockConnection {
                     self.writable = false;
                     return Verdict::Open;
                 }
-                Err(_) => self.stop_delivering(),
+                Err(error) if is_end(&error) => self.stop_delivering(),
+                Err(_) => return Verdict::Reset,
             }
         }
         if self.state == State::Flushing {
@@ -464,11 +470,11 @@ impl VsockConnection {
                     2 * bytes
                 };
                 self.read_size = next.clamp(READ_RANGE.0, READ_RANGE.1);
-                self.readable = !is_all || self.ending;
+                self.readable = !is_all || self.halting;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.readable = false;
-                self.ending = false;
+                self.halting = false;
             }
             // The host program has closed with bytes of the guest's unread.
             Err(_) => {
@@ -524,6 +530,12 @@ impl VsockConnection {
             self.rx_queue.add(RxOps::Shutdown);
         }
     }
+}
+
+/// Whether an error says that the other end is gone. Any other is a failure of the system, which has cost bytes.
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
 }
 
 #[cfg(test)]

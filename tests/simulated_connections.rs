@@ -17,8 +17,10 @@ use common::sim::host::{
 use common::sim::packet::{HOST_CID, NO_RECEIVE, NO_SEND, STREAM};
 use common::sim::{Flow, Op, Packet, Setup, SimGuest};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen as listen_on, socket,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen as listen_on,
+    send, socket,
 };
 
 const PORT: u32 = 1234;
@@ -996,6 +998,20 @@ fn a_host_that_stops_reading_is_told_to_the_guest() {
     assert_eq!(packet.flags, NO_RECEIVE);
     (&stream).write_all(b"still speaks").unwrap();
     assert_same(&recv_bytes(&mut guest, &FLOW, 12), b"still speaks");
+}
+
+#[test]
+fn bytes_behind_out_of_band_ones_are_not_left_behind() {
+    let (daemon, mut guest, stream) = connected();
+    assert_moves_bytes(&mut guest, &stream, &FLOW);
+    // All of it is there before the daemon looks.
+    daemon.signal(Signal::SIGSTOP);
+    (&stream).write_all(b"before").unwrap();
+    send(stream.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+    (&stream).write_all(b"behind").unwrap();
+    daemon.signal(Signal::SIGCONT);
+    let got = recv_bytes(&mut guest, &FLOW, 12);
+    assert!(got.starts_with(b"before") && got.ends_with(b"behind"));
 }
 
 #[test]

@@ -4,25 +4,28 @@ mod common;
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::time::Duration;
 
 use common::daemon::{Daemon, eventually};
 use common::sim::host::{
     accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, connect, dial, fill,
-    from_guest, listen, read_to_end,
+    from_guest, listen, read_to_end, recv_bytes,
 };
 use common::sim::vhost_user::Request;
 use common::sim::{Flow, Op, Setup, SimGuest};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 const PORT: u32 = 1234;
+const TX: u32 = 1;
 
 fn flow(guest_port: u32) -> Flow {
     Flow::new(guest_port, PORT)
 }
 
-/// Leaves the daemon room for so many more descriptors than it has open.
-fn limit_descriptors(daemon: &Daemon, more: usize) {
-    let limit = daemon.open_descriptors() + more;
+/// Lets the daemon have descriptors below `limit` only. Those it has stay.
+fn limit_descriptors(daemon: &Daemon, limit: usize) {
     let status = Command::new("prlimit")
         .arg(format!("--pid={}", daemon.pid()))
         .arg(format!("--nofile={limit}:"))
@@ -36,7 +39,7 @@ fn without_descriptors_clients_wait_and_the_others_go_on() {
     let daemon = Daemon::start();
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let stream = from_guest(&daemon, &mut guest, &flow(1));
-    limit_descriptors(&daemon, 4);
+    limit_descriptors(&daemon, daemon.open_descriptors() + 4);
     let clients: Vec<_> = (0..20).map(|_| connect(&daemon.uds_path())).collect();
     eventually("accept to pause", || {
         daemon.log().contains("clients must wait")
@@ -63,8 +66,8 @@ fn without_descriptors_clients_wait_and_the_others_go_on() {
 #[test]
 fn without_descriptors_a_vmm_waits_until_it_can_be_served() {
     let mut daemon = Daemon::start();
-    limit_descriptors(&daemon, 0);
-    drop(std::os::unix::net::UnixStream::connect(daemon.vhost_socket()).unwrap());
+    limit_descriptors(&daemon, 3);
+    drop(UnixStream::connect(daemon.vhost_socket()).unwrap());
     eventually("the shortage to be noticed", || {
         daemon.log().contains("can't serve")
     });
@@ -178,6 +181,99 @@ fn a_kick_that_replaces_another_is_heard() {
 }
 
 #[test]
+fn kicks_that_are_not_read_cost_no_processor() {
+    let daemon = Daemon::start();
+    let guest = SimGuest::start(&daemon, Setup::default());
+    let event = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    let kicks: Vec<_> = (0..40).map(|_| event()).collect();
+    for kick in &kicks {
+        guest
+            .frontend
+            .set_vring_fd(Request::SetVringKick, TX, kick.as_fd());
+    }
+    kicks.iter().for_each(|kick| _ = kick.write(1).unwrap());
+    daemon.assert_idle();
+    let (dead, peer) = UnixStream::pair().unwrap();
+    guest
+        .frontend
+        .set_vring_fd(Request::SetVringKick, TX, dead.as_fd());
+    drop(peer);
+    daemon.assert_idle();
+    // No kick at all, and the last one that was there goes on.
+    let nothing = (u64::from(TX) | 0x100).to_le_bytes();
+    guest.frontend.set(Request::SetVringKick, &nothing, &[]);
+    guest.rings[TX as usize].kick_fd.write(1).unwrap();
+    daemon.assert_idle();
+}
+
+#[test]
+fn interrupts_that_were_due_before_their_call_came_are_not_lost() {
+    let daemon = Daemon::start();
+    let mut guest = SimGuest::start(&daemon, Setup::default());
+    let mut stream = from_guest(&daemon, &mut guest, &flow(1));
+    guest.stop_rings();
+    stream.write_all(b"hello").unwrap();
+    // QEMU resumes a ring so: its call comes last.
+    for index in 0..guest.rings.len() as u32 {
+        let ring = &mut guest.rings[index as usize];
+        ring.renew_eventfds();
+        ring.arm();
+        guest.frontend.set_vring_num(index, ring.size().into());
+        guest.frontend.set_vring_base(index, ring.device_used_idx());
+        guest.frontend.set_vring_addr(index, ring.addresses());
+        guest
+            .frontend
+            .set_vring_fd(Request::SetVringKick, index, ring.kick_fd.as_fd());
+        guest.frontend.set_vring_enable(index, true);
+    }
+    eventually("the packet to be there", || {
+        guest.rings[0].device_has_more()
+    });
+    for index in 0..guest.rings.len() as u32 {
+        let call = guest.rings[index as usize].call_fd.as_fd();
+        guest
+            .frontend
+            .set_vring_fd(Request::SetVringCall, index, call);
+    }
+    assert_same(&recv_bytes(&mut guest, &flow(1), 5), b"hello");
+    assert_moves_bytes(&mut guest, &stream, &flow(1));
+}
+
+#[test]
+fn an_attempt_that_is_refused_takes_no_orphans_place() {
+    let daemon = Daemon::start_with(&["--max-connections=1"]);
+    let mut guest = SimGuest::start(&daemon, Setup::default());
+    let unread = from_guest(&daemon, &mut guest, &flow(1));
+    let sent = fill(&mut guest, &flow(1));
+    guest.send(&flow(1).shutdown(3));
+    guest.send(&flow(1).packet(Op::Rst));
+    let refused = Flow::new(2, PORT + 1);
+    guest.send(&refused.packet(Op::Request));
+    guest.recv().assert_is(Op::Rst, &refused);
+    assert_same(&read_to_end(&unread), &sent);
+}
+
+#[test]
+fn a_busy_guest_stops_no_clock() {
+    let daemon = Daemon::start();
+    let mut guest = SimGuest::start(&daemon, Setup::default());
+    let mut silent = connect(&daemon.uds_path());
+    silent
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    let waiting = std::thread::spawn(move || silent.read(&mut [0]).unwrap());
+    while !waiting.is_finished() {
+        // Packets that cost the guest no answer.
+        (0..100).for_each(|port| guest.send(&flow(port).packet(Op::Rst)));
+    }
+    assert_eq!(
+        waiting.join().unwrap(),
+        0,
+        "it is closed, like any silent client"
+    );
+}
+
+#[test]
 fn a_thousand_vmms_leave_nothing_behind() {
     let daemon = Daemon::start();
     let visit = || {
@@ -197,7 +293,7 @@ fn a_thousand_vmms_leave_nothing_behind() {
 
 /// The stream has ended, as an end or as a reset.
 #[track_caller]
-fn assert_closed_after_bytes(mut stream: &std::os::unix::net::UnixStream) {
+fn assert_closed_after_bytes(mut stream: &UnixStream) {
     let mut rest = Vec::new();
     let end = stream.read_to_end(&mut rest);
     assert!(end.is_ok() || end.unwrap_err().kind() == std::io::ErrorKind::ConnectionReset);

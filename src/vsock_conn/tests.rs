@@ -95,7 +95,7 @@ impl Ends {
     fn ended(&mut self) -> Verdict {
         self.conn.socket_ready(Readiness {
             readable: true,
-            ended: true,
+            halting: true,
             ..Readiness::default()
         })
     }
@@ -110,7 +110,7 @@ impl Ends {
     fn gone(&mut self) -> Verdict {
         self.conn.socket_ready(Readiness {
             readable: true,
-            ended: true,
+            halting: true,
             writable: true,
             gone: true,
         })
