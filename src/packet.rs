@@ -113,8 +113,11 @@ fn walk<'m>(
         if descriptor.is_write_only() != writable {
             return Err(PacketError::Direction);
         }
-        for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-            take(slice?)?;
+        let (addr, len) = (descriptor.addr(), descriptor.len() as usize);
+        match memory.get_slice(addr, len) {
+            Ok(slice) => take(slice)?,
+            // It crosses from one region to the next, or is no memory at all.
+            Err(_) => memory.get_slices(addr, len).try_for_each(|slice| take(slice?))?,
         }
         last = Some(descriptor);
     }

@@ -571,7 +571,8 @@ impl VhostUserVsockThread {
             if self.serve_host() || self.serve_ring(TX_RING, vrings, &memory, waiting) {
                 return true;
             }
-            std::hint::spin_loop();
+            // What is waited for may need this processor.
+            std::thread::yield_now();
         }
         self.look.in_vain();
         false
