@@ -1,6 +1,8 @@
-# demo and test install what they need; as root, or through sudo.
+# demo, test and bench install what they need; as root, or through sudo.
 
-.PHONY: build demo test lint
+.PHONY: bench build demo lint test
+
+rival := target/vhost-device-vsock
 
 build:
 	cargo build --release --locked
@@ -12,6 +14,14 @@ demo: build
 test:
 	tests/install-guests.sh
 	cargo test --release --locked
+
+# Compares the daemon with vhost-device-vsock 0.3.0, on a machine that does nothing else. BENCH takes more options.
+bench: build
+	tests/install-guests.sh linux-perf
+	test -x $(rival)/bin/vhost-device-vsock || cargo install vhost-device-vsock --version 0.3.0 --root $(rival)
+	cargo bench --locked --bench vsock -- --binary ours=target/release/vhost-user-vsock \
+		--binary existing=$(rival)/bin/vhost-device-vsock \
+		--json docs/benchmark.json --svg docs/benchmark.svg $(BENCH)
 
 lint:
 	cargo fmt --check

@@ -65,7 +65,7 @@ struct Args {
     max_connections: usize,
 
     /// How long to look for more work before sleeping, while that pays; 0 never looks
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 50)]
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 100)]
     busy_poll: u64,
 
     /// Log more: -v what connections do, -vv everything. RUST_LOG=<filter> overrides it

@@ -117,7 +117,9 @@ fn walk<'m>(
         match memory.get_slice(addr, len) {
             Ok(slice) => take(slice)?,
             // It crosses from one region to the next, or is no memory at all.
-            Err(_) => memory.get_slices(addr, len).try_for_each(|slice| take(slice?))?,
+            Err(_) => memory
+                .get_slices(addr, len)
+                .try_for_each(|slice| take(slice?))?,
         }
         last = Some(descriptor);
     }

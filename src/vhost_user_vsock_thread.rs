@@ -325,16 +325,9 @@ impl VhostUserVsockThread {
         let Some(memory) = self.memory.as_ref().map(|memory| memory.memory()) else {
             return false;
         };
-        // What is owed already goes first: it makes room for the answers to what comes. The guest is interrupted for the
-        // packets it sent behind the answers to them, so that it wakes up once.
+        // What is owed already goes first: it makes room for the answers to what comes.
         let received = self.serve_ring(RX_RING, vrings, &memory, Self::serve_rx);
         let sent = self.serve_ring(TX_RING, vrings, &memory, Self::serve_tx);
-        if sent {
-            self.serve_ring(RX_RING, vrings, &memory, Self::serve_rx);
-            self.serve_ring(TX_RING, vrings, &memory, |worker, state, memory| {
-                worker.notify(state, memory).map(|()| true)
-            });
-        }
         self.started |= self.rings.iter().all(|ring| ring.position.is_some());
         received | sent
     }
@@ -400,7 +393,7 @@ impl VhostUserVsockThread {
         Ok(true)
     }
 
-    /// Takes a batch of packets from the guest. It is not interrupted for them here.
+    /// Takes a batch of packets from the guest.
     fn serve_tx(&mut self, state: &mut Ring, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
         if !has_entries(state.get_queue(), memory)? {
             return Ok(false);
@@ -426,6 +419,7 @@ impl VhostUserVsockThread {
             .drain(..)
             .try_for_each(|head| return_buffer(queue, memory, head, 0))?;
         self.heads = heads;
+        self.notify(state, memory)?;
         Ok(true)
     }
 

@@ -1,11 +1,12 @@
 #!/bin/bash
 # Installs what the tests with real guests need: the programs as Debian or Ubuntu packages, two kernels into a folder of their own.
-# Quick when everything is there. VSOCK_GUESTS names another folder for the kernels than target/guests.
+# Quick when everything is there. VSOCK_GUESTS names another folder for the kernels than target/guests. Arguments are more
+# packages to install.
 set -eu
 
 project=$(cd "$(dirname "$0")/.." && pwd)
 guests=${VSOCK_GUESTS:-$project/target/guests}
-packages=(user-mode-linux qemu-system-x86 socat ncat netcat-openbsd python3 busybox-static cpio kmod xz-utils gzip gcc libc6-dev)
+packages=(user-mode-linux qemu-system-x86 socat ncat netcat-openbsd python3 busybox-static cpio kmod xz-utils gzip gcc libc6-dev "$@")
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then
