@@ -21,7 +21,7 @@ bench: build
 	test -x $(rival)/bin/vhost-device-vsock || cargo install vhost-device-vsock --version 0.3.0 --root $(rival)
 	cargo bench --locked --bench vsock -- --binary ours=target/release/vhost-user-vsock \
 		--binary existing=$(rival)/bin/vhost-device-vsock \
-		--json docs/benchmark.json --svg docs/benchmark.svg $(BENCH)
+		--json target/benchmark.json --svg docs/benchmark.svg $(BENCH)
 
 lint:
 	cargo fmt --check

@@ -2,6 +2,7 @@
 
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
@@ -121,7 +122,8 @@ fn run(config: &Config) -> Result<(), ServerError> {
 }
 
 fn fail(message: &str, code: u8) -> ExitCode {
-    eprintln!("vhost-user-vsock: {message}");
+    // A closed or full stderr leaves nobody to tell.
+    let _ = writeln!(io::stderr(), "vhost-user-vsock: {message}");
     ExitCode::from(code)
 }
 

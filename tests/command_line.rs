@@ -9,7 +9,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use common::daemon::{Daemon, binary, eventually};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 const USE: Option<i32> = Some(2);
@@ -267,6 +268,37 @@ fn the_log_has_a_line_for_the_start_each_vmm_and_the_end() {
     assert_eq!(log.lines().count(), 4, "{log}");
     assert!(log.contains("CID 4: waiting for a VMM at"), "{log}");
     assert!(log.contains(daemon.uds_path().to_str().unwrap()), "{log}");
+}
+
+#[test]
+fn a_full_disk_under_the_log_stops_nothing() {
+    let full = || {
+        fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/full")
+            .unwrap()
+    };
+    let mistaken = Command::new(binary())
+        .arg("--sokcet")
+        .stderr(full())
+        .status();
+    assert_eq!(mistaken.unwrap().code(), USE);
+
+    let folder = TempDir::new().unwrap();
+    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let mut daemon = Command::new(binary())
+        .args(["--guest-cid=4", "-vv"])
+        .args(["--socket", socket.to_str().unwrap()])
+        .args(["--uds-path", uds.to_str().unwrap()])
+        .stderr(full())
+        .spawn()
+        .unwrap();
+    eventually("the sockets to be served", || {
+        UnixStream::connect(&socket).is_ok() && UnixStream::connect(&uds).is_ok()
+    });
+    kill(Pid::from_raw(daemon.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(daemon.wait().unwrap().code(), Some(0));
+    assert!(!uds.exists());
 }
 
 #[test]
