@@ -91,7 +91,7 @@ fn a_paused_machine_loses_and_repeats_nothing() {
 fn a_reset_machine_ends_its_streams_and_works_again() {
     let daemon = Daemon::start();
     let mut guest = Qemu::boot(&daemon, Kernel::V6_12, Memory::File);
-    let before = daemon.open_descriptors();
+    let (before, _) = daemon.at_rest();
     for _ in 0..2 {
         let held = Held::open(&guest, &daemon);
         let transfer = Transfer::start(&guest, &daemon, Opener::Host, 1024 * MIB, 65536);

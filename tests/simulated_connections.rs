@@ -796,7 +796,7 @@ fn no_newline_within_32_bytes_is_closed() {
 #[test]
 fn a_client_that_leaves_before_its_line_ends() {
     let (daemon, mut guest) = device();
-    let before = daemon.open_descriptors();
+    let (before, _) = daemon.at_rest();
     for bytes in [&b""[..], b"C", b"CONNECT 1234"] {
         connect(&daemon.uds_path()).write_all(bytes).unwrap();
     }
@@ -811,7 +811,7 @@ fn a_thousand_silent_clients_cost_nobody_anything_and_are_dropped() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(65_536), hard).unwrap();
     let (daemon, mut guest) = device();
-    let before = daemon.open_descriptors();
+    let (before, _) = daemon.at_rest();
     let clients: Vec<_> = (0..1000).map(|_| connect(&daemon.uds_path())).collect();
     let mut half = connect(&daemon.uds_path());
     half.write_all(b"CONNECT").unwrap();
@@ -1077,7 +1077,7 @@ fn a_guest_that_writes_to_a_closed_host_program() {
 fn connections_come_and_go_without_a_trace() {
     let (daemon, mut guest) = device();
     assert_serves(&daemon, &mut guest);
-    let before = daemon.open_descriptors();
+    let (before, _) = daemon.at_rest();
     for _ in 0..200 {
         assert_serves(&daemon, &mut guest);
     }

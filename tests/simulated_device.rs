@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
 use std::time::Duration;
 
-use common::daemon::{Daemon, GUEST_CID, eventually};
+use common::daemon::{Daemon, GUEST_CID};
 use common::sim::host::{
     accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, dial, from_guest,
     from_host, listen, pattern, read_ok,
@@ -365,7 +365,7 @@ fn the_death_of_a_stopped_vmm_closes_the_streams() {
 #[test]
 fn a_hundred_vmms_one_after_the_other_leave_nothing() {
     let mut daemon = Daemon::start();
-    let mut settled = 0;
+    let mut settled = (0, 0);
     for i in 0..100 {
         let mut guest = SimGuest::start(&daemon, Setup::default());
         // Some go with connections open, in mid-handshake, or stopped.
@@ -382,13 +382,11 @@ fn a_hundred_vmms_one_after_the_other_leave_nothing() {
         assert_closed(&client);
         if i == 4 {
             // By now whatever is made once is made.
-            settled = daemon.open_descriptors();
+            settled = daemon.at_rest();
         }
     }
     daemon.assert_alive();
-    eventually("no more descriptors than after the first VMMs", || {
-        daemon.open_descriptors() <= settled
-    });
+    assert_eq!(daemon.at_rest(), settled, "descriptors and threads");
 }
 
 fn assert_serves_after_request(daemon: &Daemon, guest: &mut SimGuest) {

@@ -595,7 +595,7 @@ fn a_flood_of_credit_requests_with_no_rx_buffer() {
 fn connections_and_resets_in_a_flood() {
     let (daemon, mut guest) = device();
     let _listener = listen(&daemon, PORT);
-    let before = daemon.open_descriptors();
+    let (before, _) = daemon.at_rest();
     for round in 0..50 {
         for port in 0..60 {
             let flow = Flow::new(round * 100 + port, PORT);

@@ -39,7 +39,7 @@ fn without_descriptors_clients_wait_and_the_others_go_on() {
     let daemon = Daemon::start();
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let stream = from_guest(&daemon, &mut guest, &flow(1));
-    limit_descriptors(&daemon, daemon.open_descriptors() + 4);
+    limit_descriptors(&daemon, daemon.at_rest().0 + 4);
     let clients: Vec<_> = (0..20).map(|_| connect(&daemon.uds_path())).collect();
     eventually("accept to pause", || {
         daemon.log().contains("clients must wait")
@@ -284,11 +284,9 @@ fn a_thousand_vmms_leave_nothing_behind() {
         assert_closed_after_bytes(&stream);
     };
     (0..20).for_each(|_| visit());
-    let settled = (daemon.open_descriptors(), daemon.threads());
+    let settled = daemon.at_rest();
     (0..1000).for_each(|_| visit());
-    eventually("the last VMM to be forgotten", || {
-        (daemon.open_descriptors(), daemon.threads()) == settled
-    });
+    assert_eq!(daemon.at_rest(), settled, "descriptors and threads");
 }
 
 /// The stream has ended, as an end or as a reset.

@@ -87,6 +87,25 @@ impl Daemon {
             .count()
     }
 
+    /// How many descriptors and threads the daemon has when nothing is under way: two looks apart in time agree.
+    pub fn at_rest(&self) -> (usize, usize) {
+        let look = || (self.open_descriptors(), self.threads());
+        let mut before = look();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            sleep(Duration::from_millis(100));
+            let now = look();
+            if now == before {
+                return now;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the daemon does not come to rest"
+            );
+            before = now;
+        }
+    }
+
     /// How many threads the daemon has.
     pub fn threads(&self) -> usize {
         self.tasks().count()

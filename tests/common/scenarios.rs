@@ -367,7 +367,7 @@ fn expect_refusal_in_guest(guest: &Guest, port: u32) {
 pub fn thousand_connections_leave_nothing(guest: &Guest, daemon: &Daemon) {
     const COUNT: u32 = 1000;
     let (from_guest, from_host) = (new_port(), new_port());
-    let before = daemon.open_descriptors();
+    let (before, _) = daemon.at_rest();
     let _server = EchoServer::start(daemon, from_guest);
     spawn_peer(guest, &format!("sequence {from_guest} {COUNT}")).wait_ok();
 
