@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -103,14 +103,23 @@ fn clear(path: &Path) -> Result<(), ListenerError> {
     }
 }
 
-/// Whether somebody listens at `path`. A full backlog is somebody too, and is not waited for.
-fn answers(path: &Path) -> io::Result<bool> {
+/// Connects to who listens at `path`, without waiting: a full backlog is `WouldBlock`. The stream doesn't block either.
+pub fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    match connect(probe.as_raw_fd(), &UnixAddr::new(path)?) {
-        Ok(()) | Err(nix::Error::EAGAIN) => Ok(true),
-        Err(nix::Error::ECONNREFUSED) => Ok(false),
-        Err(error) => Err(error.into()),
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket.into())
+}
+
+/// Whether somebody listens at `path`. A full backlog is somebody too.
+fn answers(path: &Path) -> io::Result<bool> {
+    match connect_at_once(path) {
+        Ok(_) => Ok(true),
+        Err(error) => match error.kind() {
+            io::ErrorKind::WouldBlock => Ok(true),
+            io::ErrorKind::ConnectionRefused => Ok(false),
+            _ => Err(error),
+        },
     }
 }
 
@@ -170,12 +179,8 @@ mod tests {
         let path = folder.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();
         let mut waiting = Vec::new();
-        while let Ok(fd) = {
-            let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-            let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
-            connect(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).map(|()| fd)
-        } {
-            waiting.push(fd);
+        while let Ok(stream) = connect_at_once(&path) {
+            waiting.push(stream);
         }
         assert!(matches!(
             SocketFile::bind(&path),

@@ -14,14 +14,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::{debug, trace};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
-};
+use nix::sys::socket::{MsgFlags, recv};
 use slab::Slab;
 
 use crate::config::Config;
 use crate::handshake::{Handshake, Progress};
 use crate::header::{Cid, GuestPort, HOST_CID, HostPort, Op, TYPE_STREAM, VsockHeader};
+use crate::listener;
 use crate::packet::{RxBatch, TxBatch, VsockPacket};
 use crate::vsock_conn::{ConnKey, Readiness, Verdict, VsockConnection};
 
@@ -189,10 +188,9 @@ impl VsockThreadBackend {
             let oldest = self.handshakes.first().and_then(|token| self.slot(*token));
             oldest.into_iter().for_each(|slot| self.close(slot, false));
         }
-        let fd = stream.as_raw_fd();
         let peer = Peer::Handshaking(stream, Handshake::default());
         if let Some(slot) = self.insert(peer) {
-            debug!("a client connected (fd {fd})");
+            debug!("{} connected", self.entries[slot].name());
             self.handshakes.insert(self.entries[slot].token);
             self.set_deadline(slot, Some(Instant::now() + HANDSHAKE_TIMEOUT));
         }
@@ -227,11 +225,6 @@ impl VsockThreadBackend {
         self.reset();
     }
 
-    /// How many connections there are, without those that only wait for their host program.
-    pub fn connections(&self) -> usize {
-        self.by_key.len()
-    }
-
     fn close_all(&mut self, which: impl Fn(&Entry) -> bool) {
         let closing: Vec<usize> = self
             .entries
@@ -244,13 +237,17 @@ impl VsockThreadBackend {
         }
     }
 
-    /// The operation of a packet that could belong to a stream connection of our guest's.
+    /// Whether a packet could belong to a stream connection of our guest's.
+    fn is_ours(&self, header: &VsockHeader) -> bool {
+        header.guest_cid == self.guest_cid
+            && header.host_cid == HOST_CID
+            && header.kind == TYPE_STREAM
+    }
+
+    /// The operation of a packet that could.
     fn op(&self, packet: &VsockPacket) -> Option<Op> {
         let header = packet.header();
-        let is_ours = header.guest_cid == self.guest_cid
-            && header.host_cid == HOST_CID
-            && header.kind == TYPE_STREAM;
-        Op::from_raw(header.op).filter(|_| is_ours)
+        Op::from_raw(header.op).filter(|_| self.is_ours(header))
     }
 
     /// Takes one packet, or consecutive RW packets of one connection.
@@ -258,19 +255,13 @@ impl VsockThreadBackend {
         let Some(first) = packets.first() else { return };
         let header = first.header();
         trace!("from the guest, {} times: {header:?}", packets.len());
-        let op = self.op(first);
-        let is_stream = header.host_cid == HOST_CID && header.kind == TYPE_STREAM;
         if header.guest_cid != self.guest_cid {
             self.foreign += packets.len() as u64;
             let (cid, count) = (header.guest_cid.0, self.foreign);
             return debug!("dropped a packet of CID {cid}, {count} of foreign CIDs so far");
         }
-        let slot = self
-            .by_key
-            .get(&ConnKey::of(header))
-            .copied()
-            .filter(|_| is_stream);
-        match (op, slot) {
+        let slot = self.by_key.get(&ConnKey::of(header)).copied();
+        match (self.op(first), slot.filter(|_| self.is_ours(header))) {
             (Some(op), Some(slot)) => {
                 if let Some(conn) = self.connection(slot) {
                     let verdict = match op {
@@ -335,17 +326,7 @@ impl VsockThreadBackend {
 
     /// Connects to the host program that listens for `port`, without waiting for it to accept.
     fn connect_host(&self, port: HostPort) -> io::Result<UnixStream> {
-        let fd = socket(
-            AddressFamily::Unix,
-            SockType::Stream,
-            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
-            None,
-        )?;
-        connect(
-            fd.as_raw_fd(),
-            &UnixAddr::new(&host_port_path(&self.uds_path, port))?,
-        )?;
-        Ok(fd.into())
+        listener::connect_at_once(&host_port_path(&self.uds_path, port))
     }
 
     /// Reads on at a host program's first line.

@@ -10,9 +10,9 @@ use std::os::unix::net::UnixStream;
 
 use common::daemon::{Daemon, eventually};
 use common::sim::host::{
-    accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, connect, dial, fill,
-    from_guest, from_host, listen, pattern, read_exactly, read_ok, read_to_end, recv_bytes,
-    recv_other,
+    FLOW, PORT, accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, connect,
+    device, dial, fill, from_guest, from_host, listen, pattern, read_exactly, read_ok, read_to_end,
+    recv_bytes, recv_other,
 };
 use common::sim::packet::{HOST_CID, NO_RECEIVE, NO_SEND, STREAM};
 use common::sim::{Flow, Op, Packet, Setup, SimGuest};
@@ -22,20 +22,6 @@ use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen as listen_on,
     send, socket,
 };
-
-const PORT: u32 = 1234;
-const FLOW: Flow = Flow {
-    guest_port: 40_000,
-    host_port: PORT,
-    buf_alloc: 262_144,
-    fwd_cnt: 0,
-};
-
-fn device() -> (Daemon, SimGuest) {
-    let daemon = Daemon::start();
-    let guest = SimGuest::start(&daemon, Setup::default());
-    (daemon, guest)
-}
 
 /// A device with one connection that the guest has made.
 fn connected() -> (Daemon, SimGuest, UnixStream) {

@@ -11,28 +11,14 @@ use std::time::Duration;
 use common::daemon::{Daemon, PATIENCE, eventually};
 use common::sim::guest::{RX, TX};
 use common::sim::host::{
-    assert_moves_bytes, assert_same, assert_serves, connect, dial, fill, from_guest, from_host,
-    listen, pattern, read_exactly, recv_bytes,
+    FLOW, PORT, assert_moves_bytes, assert_same, assert_serves, connect, device, dial, fill,
+    from_guest, from_host, listen, pattern, read_exactly, recv_bytes,
 };
 use common::sim::memory::GUEST_BASE;
 use common::sim::packet::HEADER_LEN;
 use common::sim::ring::{F_INDIRECT, F_NEXT, F_WRITE, Indirect, Part, TABLE_LEN};
 use common::sim::vhost_user::Request;
 use common::sim::{Flow, Op, Packet, Setup, SimGuest};
-
-const PORT: u32 = 1234;
-const FLOW: Flow = Flow {
-    guest_port: 40_000,
-    host_port: PORT,
-    buf_alloc: 262_144,
-    fwd_cnt: 0,
-};
-
-fn device() -> (Daemon, SimGuest) {
-    let daemon = Daemon::start();
-    let guest = SimGuest::start(&daemon, Setup::default());
-    (daemon, guest)
-}
 
 fn read_part(addr: u64, len: usize) -> Part {
     Part {

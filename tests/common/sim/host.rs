@@ -7,7 +7,26 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::guest::SimGuest;
 use super::packet::{Flow, Op, Packet};
+use super::setup::Setup;
 use crate::common::daemon::{Daemon, PATIENCE};
+
+/// The host port of [`FLOW`].
+pub const PORT: u32 = 1234;
+
+/// A connection that the guest makes, in tests that need one.
+pub const FLOW: Flow = Flow {
+    guest_port: 40_000,
+    host_port: PORT,
+    buf_alloc: 262_144,
+    fwd_cnt: 0,
+};
+
+/// A daemon with a guest whose device runs.
+pub fn device() -> (Daemon, SimGuest) {
+    let daemon = Daemon::start();
+    let guest = SimGuest::start(&daemon, Setup::default());
+    (daemon, guest)
+}
 
 /// Connects to a socket; reads and writes end after `PATIENCE`.
 pub fn connect(path: &Path) -> UnixStream {
