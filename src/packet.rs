@@ -60,22 +60,20 @@ impl<'m> GuestSlices<'m> {
     }
 
     fn push(&mut self, slice: &VolatileSlice<'m>) {
-        self.iovecs.push(iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        });
+        self.iovecs.push(to_iovec(slice));
     }
 
-    /// Shortens what stands from slice `start` on to `bytes` bytes. It must hold as many.
-    fn cut(&mut self, start: usize, bytes: usize) {
+    /// Shortens the slices in `range` to `bytes` bytes, of which they must hold as many, and answers where they end now.
+    fn cut(&mut self, range: Range<usize>, bytes: usize) -> usize {
         let mut left = bytes;
-        for i in start..self.iovecs.len() {
+        for i in range.clone() {
             if left == 0 {
-                return self.iovecs.truncate(i);
+                return i;
             }
             self.iovecs[i].iov_len = left.min(self.iovecs[i].iov_len);
             left -= self.iovecs[i].iov_len;
         }
+        range.end
     }
 
     /// The slice at `index` as memory that the guest may change at any time.
@@ -93,6 +91,13 @@ impl<'m> GuestSlices<'m> {
             slice.copy_from(part);
             bytes = rest;
         }
+    }
+}
+
+fn to_iovec(slice: &VolatileSlice<'_>) -> iovec {
+    iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: slice.len(),
     }
 }
 
@@ -145,10 +150,12 @@ impl VsockPacket {
     }
 }
 
-/// A batch of packets from the guest, in the order of the TX ring.
+/// A batch of packets from the guest, in the order of the TX ring. First it is given all their chains, then it reads
+/// their headers: the guest wrote those on another processor, and so they are on their way here all at once.
 pub struct TxBatch<'m> {
     memory: &'m GuestMemoryMmap,
     slices: GuestSlices<'m>,
+    chains: Vec<Range<usize>>,
     packets: Vec<VsockPacket>,
     bytes: usize,
     descriptors: usize,
@@ -160,66 +167,87 @@ impl<'m> TxBatch<'m> {
         Self {
             memory,
             slices: GuestSlices::new(),
+            chains: Vec::with_capacity(64),
             packets: Vec::with_capacity(64),
             bytes: 0,
             descriptors: 0,
         }
     }
 
-    /// Adds the packet in `chain`, from a ring of `ring_size` entries. On an error the batch stays as it was.
+    /// Adds a chain from a ring of `ring_size` entries. On an error the batch stays as it was.
     pub fn push(
         &mut self,
         chain: DescriptorChain<&GuestMemoryMmap>,
         ring_size: u16,
     ) -> Result<(), PacketError> {
         let start = self.slices.len();
-        let parsed = self.parse(chain, ring_size);
-        if parsed.is_err() {
-            self.slices.iovecs.truncate(start);
-        }
-        let header = parsed?;
-        self.bytes += header.len as usize;
-        self.packets.push(VsockPacket {
-            header,
-            payload: start..self.slices.len(),
+        let mut bytes = 0;
+        let (slices, descriptors) = (&mut self.slices, &mut self.descriptors);
+        let chain = chain.inspect(|_| *descriptors += 1);
+        let walked = walk(self.memory, chain, ring_size, false, |slice| {
+            if bytes < HEADER_LEN {
+                prefetch(&slice);
+            }
+            bytes += slice.len();
+            slices.push(&slice);
+            Ok(())
         });
-        Ok(())
+        match walked {
+            Ok(()) => {
+                self.bytes += bytes;
+                self.chains.push(start..self.slices.len());
+            }
+            Err(_) => self.slices.iovecs.truncate(start),
+        }
+        walked
     }
 
-    fn parse(
+    /// Makes packets of the chains, and calls `refuse` for each that holds none.
+    pub fn parse(&mut self, mut refuse: impl FnMut(PacketError)) {
+        let mut end = 0;
+        for chain in std::mem::take(&mut self.chains) {
+            match self.parse_chain(chain, end) {
+                Ok(packet) => {
+                    end = packet.payload.end;
+                    self.packets.push(packet);
+                }
+                Err(error) => refuse(error),
+            }
+        }
+        self.slices.iovecs.truncate(end);
+    }
+
+    /// Makes a packet of a chain. What is payload of its slices moves to `start`, where that of the packet before ends.
+    fn parse_chain(
         &mut self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-        ring_size: u16,
-    ) -> Result<VsockHeader, PacketError> {
-        let start = self.slices.len();
+        chain: Range<usize>,
+        start: usize,
+    ) -> Result<VsockPacket, PacketError> {
         let mut bytes = [0; HEADER_LEN];
         let mut filled = 0;
         let mut payload = 0;
-        let slices = &mut self.slices;
-        let walked = &mut self.descriptors;
-        walk(
-            self.memory,
-            chain.inspect(|_| *walked += 1),
-            ring_size,
-            false,
-            |slice| {
-                let part = slice.len().min(HEADER_LEN - filled);
-                slice.copy_to(&mut bytes[filled..filled + part]);
-                filled += part;
-                if part < slice.len() {
-                    let rest = slice.offset(part).map_err(GuestMemoryError::from)?;
-                    payload += rest.len();
-                    slices.push(&rest);
-                }
-                Ok(())
-            },
-        )?;
+        let mut end = start;
+        for index in chain {
+            let slice = self.slices.volatile(index);
+            let part = slice.len().min(HEADER_LEN - filled);
+            slice.copy_to(&mut bytes[filled..filled + part]);
+            filled += part;
+            if part < slice.len() {
+                let rest = slice.offset(part).map_err(GuestMemoryError::from)?;
+                payload += rest.len();
+                self.slices.iovecs[end] = to_iovec(&rest);
+                end += 1;
+            }
+        }
         let header = VsockHeader::from_tx(&bytes);
         if filled < HEADER_LEN || payload < header.len as usize {
             return Err(PacketError::Short);
         }
-        slices.cut(start, header.len as usize);
-        Ok(header)
+        let end = self.slices.cut(start..end, header.len as usize);
+        Ok(VsockPacket {
+            header,
+            payload: start..end,
+        })
     }
 
     /// The packets, in order.
@@ -227,7 +255,7 @@ impl<'m> TxBatch<'m> {
         &self.packets
     }
 
-    /// How many bytes of payload the batch carries.
+    /// How many bytes its chains hold.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -387,7 +415,8 @@ impl<'m> RxBatch<'m> {
             self.payloads.iovecs.truncate(start);
         }
         let capacity = room?.min(payload);
-        self.payloads.cut(start, capacity);
+        let end = self.payloads.cut(start..self.payloads.len(), capacity);
+        self.payloads.iovecs.truncate(end);
         self.capacity += capacity;
         self.buffers.push(RxBuffer {
             head,
@@ -486,6 +515,19 @@ impl<'m> RxBatch<'m> {
         buffer.used = (HEADER_LEN + len) as u32;
         self.filled += 1;
     }
+}
+
+/// Has the processor load the places where a header in `slice` lies, while other things are done.
+fn prefetch(slice: &VolatileSlice<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    for offset in [0, HEADER_LEN - 1] {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let place = slice.ptr_guard().as_ptr().wrapping_add(offset);
+        // SAFETY: a prefetch reads nothing for the program and never faults, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = slice;
 }
 
 /// The bytes in `iovecs`.

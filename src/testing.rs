@@ -91,6 +91,7 @@ pub(crate) fn tx_batch<'m>(
             .unwrap();
         at += u64::from(len);
     }
+    batch.parse(|error| panic!("a good packet is refused: {error}"));
     batch
 }
 

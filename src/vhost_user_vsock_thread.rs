@@ -414,6 +414,7 @@ impl VhostUserVsockThread {
                 break;
             }
         }
+        batch.parse(|error| self.log_malformed(&error));
         self.backend.send_pkts(&batch);
         heads
             .drain(..)
