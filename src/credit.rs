@@ -2,9 +2,7 @@
 //!
 //! Each side tells the other, in every packet, how large its receive buffer is (`buf_alloc`) and how many bytes its
 //! program has taken out of it so far (`fwd_cnt`). What a side has sent and the other has not taken yet must fit that
-//! buffer. All counters run modulo 2^32. What the guest says is not trusted: a count that can't be is no credit.
-
-use std::num::Wrapping;
+//! buffer. In packets the counts run modulo 2^32. What the guest says is not trusted: a count that can't be is no credit.
 
 use crate::header::VsockHeader;
 
@@ -14,17 +12,17 @@ pub struct Credit {
     /// Our receive buffer, as we tell the guest.
     buf_alloc: u32,
     /// Bytes the guest has sent.
-    received: Wrapping<u32>,
+    received: u64,
     /// Bytes of these that the host program has, or will never have.
-    forwarded: Wrapping<u32>,
+    forwarded: u64,
     /// `forwarded` as the guest knows it.
-    told: Wrapping<u32>,
+    told: u64,
     /// The guest's receive buffer.
     guest_buf_alloc: u32,
     /// Bytes the guest's program has taken.
-    guest_forwarded: Wrapping<u32>,
+    guest_forwarded: u32,
     /// Bytes we have sent to the guest.
-    sent: Wrapping<u32>,
+    sent: u64,
 }
 
 impl Credit {
@@ -32,31 +30,31 @@ impl Credit {
     pub fn new(buf_alloc: u32) -> Self {
         Self {
             buf_alloc,
-            received: Wrapping(0),
-            forwarded: Wrapping(0),
-            told: Wrapping(0),
+            received: 0,
+            forwarded: 0,
+            told: 0,
             guest_buf_alloc: 0,
-            guest_forwarded: Wrapping(0),
-            sent: Wrapping(0),
+            guest_forwarded: 0,
+            sent: 0,
         }
     }
 
     /// Learns the guest's side from any packet of the connection.
     pub fn learn(&mut self, header: &VsockHeader) {
         self.guest_buf_alloc = header.buf_alloc;
-        self.guest_forwarded = Wrapping(header.fwd_cnt);
+        self.guest_forwarded = header.fwd_cnt;
     }
 
     /// Puts our side into a packet for the guest, which knows it from then on.
     pub fn tell(&mut self, header: &mut VsockHeader) {
         header.buf_alloc = self.buf_alloc;
-        header.fwd_cnt = self.forwarded.0;
+        header.fwd_cnt = self.forwarded as u32;
         self.told = self.forwarded;
     }
 
     /// How many bytes we may send now.
     pub fn for_us(&self) -> usize {
-        let in_flight = (self.sent - self.guest_forwarded).0;
+        let in_flight = (self.sent as u32).wrapping_sub(self.guest_forwarded);
         self.guest_buf_alloc.saturating_sub(in_flight) as usize
     }
 
@@ -67,30 +65,45 @@ impl Credit {
 
     /// How many bytes the guest may send now, as far as it knows.
     pub fn for_guest(&self) -> usize {
-        self.buf_alloc.saturating_sub((self.received - self.told).0) as usize
+        self.buf_alloc.saturating_sub(self.on_the_way()) as usize
+    }
+
+    /// Bytes of the guest's that take up our buffer, as far as it knows. It never has more than the buffer.
+    fn on_the_way(&self) -> u32 {
+        (self.received - self.told) as u32
+    }
+
+    /// How many bytes the guest has sent in all.
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// How many bytes we have sent in all.
+    pub fn sent(&self) -> u64 {
+        self.sent
     }
 
     /// Counts bytes that we have sent.
     pub fn count_sent(&mut self, bytes: usize) {
-        self.sent += Wrapping(bytes as u32);
+        self.sent += bytes as u64;
     }
 
     /// Counts bytes that the guest has sent.
     pub fn count_received(&mut self, bytes: usize) {
-        self.received += Wrapping(bytes as u32);
+        self.received += bytes as u64;
     }
 
     /// Counts bytes that have left us for the host program, and no longer take up our buffer.
     pub fn count_forwarded(&mut self, bytes: usize) {
-        self.forwarded += Wrapping(bytes as u32);
+        self.forwarded += bytes as u64;
     }
 
     /// Whether the guest should hear of room that it doesn't know of: less than half of what it would use is left to
     /// it. Linux keeps no more on the way than its own buffer holds, so the smaller of both buffers is what it uses.
     pub fn is_due(&self) -> bool {
         let window = self.buf_alloc.min(self.guest_buf_alloc);
-        let on_the_way = (self.received - self.told).0;
-        self.told != self.forwarded && window.saturating_sub(on_the_way) < (window / 2).max(1)
+        self.told != self.forwarded
+            && window.saturating_sub(self.on_the_way()) < (window / 2).max(1)
     }
 }
 
@@ -169,9 +182,9 @@ mod tests {
         ) {
             let buffer = 4096;
             let mut credit = Credit::new(1);
-            credit.sent = Wrapping(start);
-            let mut taken = Wrapping(start);
-            credit.learn(&packet(buffer, taken.0));
+            credit.sent = start.into();
+            let mut taken = start;
+            credit.learn(&packet(buffer, taken));
             let mut on_the_way = 0u32;
             for (wish, take) in steps {
                 let send = wish.min(credit.for_us());
@@ -180,8 +193,8 @@ mod tests {
                 prop_assert!(on_the_way <= buffer);
                 let take = take.min(on_the_way);
                 on_the_way -= take;
-                taken += take;
-                credit.learn(&packet(buffer, taken.0));
+                taken = taken.wrapping_add(take);
+                credit.learn(&packet(buffer, taken));
             }
         }
     }

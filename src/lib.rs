@@ -16,6 +16,7 @@
 //!           vsock_conn      one connection: states, both directions      credit, txbuf, rxqueue, rxops
 //!             packet        packets in guest memory; all unsafe code     header: the 44 bytes and their names
 //! config                    what the daemon is told, and the mistakes in it
+//! stats                     what is counted, and what there is to tell of a connection
 //! ```
 //!
 //! # How a byte travels
@@ -43,6 +44,7 @@ pub mod packet;
 pub mod rxops;
 pub mod rxqueue;
 pub mod server;
+pub mod stats;
 #[cfg(test)]
 mod testing;
 pub mod thread_backend;

@@ -358,6 +358,11 @@ impl RxBuffer {
     pub fn used(&self) -> u32 {
         self.used
     }
+
+    /// How many bytes of these are payload.
+    pub fn payload(&self) -> u64 {
+        u64::from(self.used).saturating_sub(HEADER_LEN as u64)
+    }
 }
 
 /// A batch of the guest's buffers, in the order of the RX ring. What is not filled can go back to the ring.

@@ -131,6 +131,7 @@ fn serve_once(
     if stop.is_requested() {
         Ok(())
     } else {
+        backend.greet();
         serve_vmm(&mut daemon, socket, stop)
     }
 }

@@ -21,7 +21,9 @@ use crate::config::Config;
 use crate::handshake::{Handshake, Progress};
 use crate::header::{Cid, GuestPort, HOST_CID, HostPort, Op, TYPE_STREAM, VsockHeader};
 use crate::listener;
-use crate::packet::{RxBatch, TxBatch, VsockPacket};
+use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
+use crate::rxops::RxOps;
+use crate::stats::{Counters, End, Side, Snapshot};
 use crate::vsock_conn::{ConnKey, Readiness, Verdict, VsockConnection};
 
 /// How long a host program has to say which port it wants. A person types the line by hand.
@@ -87,10 +89,7 @@ pub struct VsockThreadBackend {
     orphans: BTreeSet<Token>,
     next_serial: u32,
     next_host_port: u32,
-    /// Packets that were dropped for their source CID.
-    foreign: u64,
-    /// Resets that were dropped for want of room.
-    lost_resets: u64,
+    counters: Counters,
 }
 
 impl VsockThreadBackend {
@@ -111,14 +110,35 @@ impl VsockThreadBackend {
             orphans: BTreeSet::new(),
             next_serial: 0,
             next_host_port: RandomState::new().build_hasher().finish() as u32,
-            foreign: 0,
-            lost_resets: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    /// What was counted so far, for whoever else sees things happen.
+    pub fn counters(&mut self) -> &mut Counters {
+        &mut self.counters
+    }
+
+    /// What there is to tell now.
+    pub fn snapshot(&self, has_vmm: bool) -> Snapshot {
+        let connected = |(_, entry): (_, &Entry)| match &entry.peer {
+            Peer::Connected(conn) => Some(conn.stats()),
+            _ => None,
+        };
+        Snapshot {
+            has_vmm,
+            counters: self.counters.clone(),
+            handshaking: self.handshakes.len(),
+            connections: self.entries.iter().filter_map(connected).collect(),
         }
     }
 
     /// Takes packets from the guest. Each is consumed, whatever it is.
     pub fn send_pkts(&mut self, batch: &TxBatch<'_>) {
         let mut rest = batch.packets();
+        let len = |packet: &VsockPacket| u64::from(packet.header().len);
+        self.counters.from_guest.packets += rest.len() as u64;
+        self.counters.from_guest.bytes += rest.iter().map(len).sum::<u64>();
         while let Some(first) = rest.first() {
             let run = if self.op(first) == Some(Op::Rw) {
                 let key = ConnKey::of(first.header());
@@ -156,16 +176,19 @@ impl VsockThreadBackend {
     /// Puts what is owed next into `batch`, which was made for [`VsockThreadBackend::rx_demand`] and is not empty.
     pub fn recv_pkts(&mut self, batch: &mut RxBatch<'_>) {
         if let Some(reset) = self.resets.pop_front() {
-            return batch.fill_header(&reset);
+            batch.fill_header(&reset);
+        } else if let Some(slot) = self.ready.pop_front().and_then(|token| self.slot(token)) {
+            self.entries[slot].is_ready = false;
+            if let Some(conn) = self.connection(slot) {
+                let is_stalled = conn.owes() == Some(RxOps::CreditRequest);
+                let verdict = conn.recv_pkt(batch);
+                self.counters.credit_stalls += u64::from(is_stalled);
+                self.settle(slot, verdict);
+            }
         }
-        let Some(slot) = self.ready.pop_front().and_then(|token| self.slot(token)) else {
-            return;
-        };
-        self.entries[slot].is_ready = false;
-        if let Some(conn) = self.connection(slot) {
-            let verdict = conn.recv_pkt(batch);
-            self.settle(slot, verdict);
-        }
+        let filled = batch.filled();
+        self.counters.to_guest.packets += filled.len() as u64;
+        self.counters.to_guest.bytes += filled.iter().map(RxBuffer::payload).sum::<u64>();
     }
 
     /// Takes the readiness of the socket that was registered with `token`.
@@ -186,8 +209,11 @@ impl VsockThreadBackend {
         if self.handshakes.len() >= MAX_HANDSHAKES {
             debug!("{MAX_HANDSHAKES} clients have not named a port yet, dropping the oldest");
             let oldest = self.handshakes.first().and_then(|token| self.slot(*token));
-            oldest.into_iter().for_each(|slot| self.close(slot, false));
+            oldest
+                .into_iter()
+                .for_each(|slot| self.close(slot, End::Crowded, false));
         }
+        self.counters.clients += 1;
         let peer = Peer::Handshaking(stream, Handshake::default());
         if let Some(slot) = self.insert(peer) {
             debug!("{} connected", self.entries[slot].name());
@@ -207,8 +233,7 @@ impl VsockThreadBackend {
             if deadline > now {
                 return;
             }
-            debug!("{}: timed out", self.entries[slot].name());
-            self.close(slot, true);
+            self.close(slot, End::Timeout, true);
         }
     }
 
@@ -233,7 +258,7 @@ impl VsockThreadBackend {
             .map(|(slot, _)| slot)
             .collect();
         for slot in closing {
-            self.close(slot, false);
+            self.close(slot, End::DeviceReset, false);
         }
     }
 
@@ -256,8 +281,8 @@ impl VsockThreadBackend {
         let header = first.header();
         trace!("from the guest, {} times: {header:?}", packets.len());
         if header.guest_cid != self.guest_cid {
-            self.foreign += packets.len() as u64;
-            let (cid, count) = (header.guest_cid.0, self.foreign);
+            self.counters.foreign += packets.len() as u64;
+            let (cid, count) = (header.guest_cid.0, self.counters.foreign);
             return debug!("dropped a packet of CID {cid}, {count} of foreign CIDs so far");
         }
         let slot = self.by_key.get(&ConnKey::of(header)).copied();
@@ -271,7 +296,7 @@ impl VsockThreadBackend {
                     self.settle(slot, verdict);
                 }
             }
-            (None, Some(slot)) => self.close(slot, true),
+            (None, Some(slot)) => self.close(slot, End::Protocol, true),
             (Some(Op::Request), None) => self.open(header),
             (_, None) => self.refuse(header),
         }
@@ -286,14 +311,13 @@ impl VsockThreadBackend {
     }
 
     fn push_reset(&mut self, reset: VsockHeader) {
+        self.counters.resets += 1;
         if self.resets.len() < MAX_RESETS {
             self.resets.push_back(reset);
         } else {
-            self.lost_resets += 1;
-            debug!(
-                "{} resets lost so far: the guest takes none",
-                self.lost_resets
-            );
+            self.counters.resets_lost += 1;
+            let lost = self.counters.resets_lost;
+            debug!("{lost} resets lost so far: the guest takes none");
         }
     }
 
@@ -317,10 +341,14 @@ impl VsockThreadBackend {
         match slot {
             Some(slot) => {
                 self.by_key.insert(ConnKey::of(request), slot);
+                self.counters.opened[Side::Guest as usize] += 1;
                 debug!("{} opened by the guest", self.entries[slot].name());
                 self.settle(slot, Verdict::Open);
             }
-            None => self.refuse(request),
+            None => {
+                self.counters.refused += 1;
+                self.refuse(request);
+            }
         }
     }
 
@@ -359,7 +387,7 @@ impl VsockThreadBackend {
                 }
                 Progress::Invalid => {
                     debug!("{}: no CONNECT line", self.entries[slot].name());
-                    return self.close(slot, false);
+                    return self.close(slot, End::HostGone, false);
                 }
             }
         }
@@ -372,12 +400,13 @@ impl VsockThreadBackend {
         let peer = std::mem::replace(&mut self.entries[slot].peer, Peer::Moving);
         let (Some(key), Peer::Handshaking(stream, _)) = (key, peer) else {
             debug!("guest port {}: no room for one more connection", port.0);
-            return self.close(slot, false);
+            return self.close(slot, End::Crowded, false);
         };
         self.make_room();
         let conn = VsockConnection::requested(self.guest_cid, key, stream, self.tx_buffer_size);
         self.entries[slot].peer = Peer::Connected(Box::new(conn));
         self.by_key.insert(key, slot);
+        self.counters.opened[Side::Host as usize] += 1;
         debug!("{} asked for by a client", self.entries[slot].name());
         self.settle(slot, Verdict::Open);
     }
@@ -410,11 +439,7 @@ impl VsockThreadBackend {
         }
         let oldest = self.orphans.first().and_then(|token| self.slot(*token));
         if let Some(slot) = oldest {
-            debug!(
-                "{}: gives way to a new connection",
-                self.entries[slot].name()
-            );
-            self.close(slot, false);
+            self.close(slot, End::Crowded, false);
         }
     }
 
@@ -461,8 +486,8 @@ impl VsockThreadBackend {
     /// served, watched or closed.
     fn settle(&mut self, slot: usize, verdict: Verdict) {
         match verdict {
-            Verdict::Close => return self.close(slot, false),
-            Verdict::Reset => return self.close(slot, true),
+            Verdict::Close(end) => return self.close(slot, end, false),
+            Verdict::Reset(end) => return self.close(slot, end, true),
             Verdict::Open => {}
         }
         let entry = &mut self.entries[slot];
@@ -499,16 +524,17 @@ impl VsockThreadBackend {
 
     /// Takes an entry out of the table and closes its socket; with `reset`, the guest is told. A connection that has
     /// bytes for its host program stays as an orphan until they are gone, or until it is closed once more.
-    fn close(&mut self, slot: usize, reset: bool) {
+    fn close(&mut self, slot: usize, end: End, reset: bool) {
         self.set_deadline(slot, None);
         let entry = &self.entries[slot];
         let token = entry.token;
-        debug!("{} closed", entry.name());
+        debug!("{} closed: {}", entry.name(), end.name());
         if let Peer::Connected(conn) = &entry.peer {
             let (key, owes_host) = (conn.key(), conn.owes_host());
             let header = conn.reset_header();
             let reset = reset && conn.guest_knows();
             if !self.orphans.contains(&token) {
+                self.counters.ended[end as usize] += 1;
                 self.by_key.remove(&key);
                 if reset {
                     self.push_reset(header);
@@ -518,6 +544,8 @@ impl VsockThreadBackend {
                     return;
                 }
             }
+        } else {
+            self.counters.clients_dropped += 1;
         }
         self.orphans.remove(&token);
         self.handshakes.remove(&token);

@@ -24,6 +24,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use crate::config::Config;
 use crate::look::Look;
 use crate::packet::{PacketError, RxBatch, TxBatch};
+use crate::stats::Snapshot;
 use crate::thread_backend::{Registry, Token, VsockThreadBackend};
 use crate::vring::{GuestMemoryHandle, VsockVring, has_entries, needs_interrupt};
 use crate::vsock_conn::Readiness;
@@ -84,6 +85,7 @@ pub struct VhostUserVsockThread {
     timer: TimerFd,
     wake: EventFd,
     backend: VsockThreadBackend,
+    has_vmm: bool,
     memory: Option<GuestMemoryHandle>,
     rings: [RingProgress; 2],
     /// The guest's driver has started the device.
@@ -96,7 +98,6 @@ pub struct VhostUserVsockThread {
     accept_again: Option<Instant>,
     armed: Option<Instant>,
     look: Look,
-    malformed: u64,
     malformed_logged: Option<Instant>,
     events: Vec<EpollEvent>,
     heads: Vec<u16>,
@@ -136,6 +137,7 @@ impl VhostUserVsockThread {
             listener,
             timer,
             wake,
+            has_vmm: false,
             memory: None,
             rings: Default::default(),
             started: false,
@@ -145,7 +147,6 @@ impl VhostUserVsockThread {
             accept_again: None,
             armed: None,
             look: Look::new(config.busy_poll),
-            malformed: 0,
             malformed_logged: None,
             events: vec![EpollEvent::empty(); MAX_EVENTS],
             heads: Vec::with_capacity(MAX_TX_PACKETS),
@@ -188,12 +189,24 @@ impl VhostUserVsockThread {
         self.backend.reset();
     }
 
+    /// A VMM has come.
+    pub fn connect(&mut self) {
+        self.has_vmm = true;
+        self.backend.counters().sessions += 1;
+    }
+
     /// The VMM is gone, and its memory with it.
     pub fn disconnect(&mut self) {
+        self.has_vmm = false;
         self.reset();
         self.backend.disconnect();
         self.memory = None;
         self.notify_on_empty = false;
+    }
+
+    /// What there is to tell now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.backend.snapshot(self.has_vmm)
     }
 
     /// Does what there is to do.
@@ -236,7 +249,8 @@ impl VhostUserVsockThread {
             match event.data() {
                 LISTENER => self.accepting = self.accept_again.is_none(),
                 TIMER => self.timer_fired(),
-                WAKE | KICK => {}
+                KICK => self.backend.counters().kicks += 1,
+                WAKE => {}
                 token => {
                     let flags = event.events();
                     let has = |wanted| flags.intersects(wanted);
@@ -307,6 +321,7 @@ impl VhostUserVsockThread {
                 }
                 Err(error) if is_shortage(&error) => {
                     if !std::mem::replace(&mut self.short, true) {
+                        self.backend.counters().shortages += 1;
                         warn!("clients must wait: {error}");
                     }
                     self.accepting = false;
@@ -512,10 +527,11 @@ impl VhostUserVsockThread {
     }
 
     /// Interrupts the guest if it wants to know of the buffers that were returned to it.
-    fn notify(&self, state: &mut Ring, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+    fn notify(&mut self, state: &mut Ring, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
         let queue = state.get_queue_mut();
         let wanted = needs_interrupt(queue, memory)?;
         if wanted || (self.notify_on_empty && !has_entries(queue, memory)?) {
+            self.backend.counters().interrupts += 1;
             // A VMM whose end is full has been told, and one without an end polls.
             let _ = state.signal_used_queue();
         }
@@ -575,17 +591,15 @@ impl VhostUserVsockThread {
 
     /// Counts what the guest has sent wrong, and says so now and then.
     fn log_malformed(&mut self, error: &PacketError) {
-        self.malformed += 1;
+        self.backend.counters().malformed += 1;
         let now = Instant::now();
         if self
             .malformed_logged
             .is_none_or(|last| now - last >= LOG_PAUSE)
         {
             self.malformed_logged = Some(now);
-            warn!(
-                "the guest's driver sent {} malformed chains so far, the last: {error}",
-                self.malformed
-            );
+            let count = self.backend.counters().malformed;
+            warn!("the guest's driver sent {count} malformed chains so far, the last: {error}");
         }
     }
 }

@@ -22,6 +22,7 @@ use vmm_sys_util::event::{
 
 use crate::config::Config;
 use crate::header::Cid;
+use crate::stats::Snapshot;
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
 use crate::vring::{GuestMemoryHandle, VsockVring};
 
@@ -70,6 +71,16 @@ impl VhostUserVsockBackend {
         daemon.get_epoll_handlers().iter().try_for_each(|handler| {
             handler.register_listener(worker.epoll().0.as_raw_fd(), EventSet::IN, WORKER_EVENT)
         })
+    }
+
+    /// A VMM has connected.
+    pub fn greet(&self) {
+        self.worker.lock().connect();
+    }
+
+    /// What there is to tell now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.worker.lock().snapshot()
     }
 
     /// Forgets the VMM, after its daemon has ended.

@@ -29,6 +29,7 @@ use crate::header::{
 use crate::packet::{Payload, Read, RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
+use crate::stats::{ConnectionStats, End, Side};
 use crate::txbuf::LocalTxBuf;
 
 /// How long the guest has to answer a REQUEST.
@@ -97,9 +98,9 @@ pub enum Verdict {
     /// It does.
     Open,
     /// It is over, and the guest knows.
-    Close,
+    Close(End),
     /// It is over, and the guest must be told with an RST.
-    Reset,
+    Reset(End),
 }
 
 /// Where a connection is in its life.
@@ -113,6 +114,17 @@ enum State {
     Flushing,
     /// The host program is done and the guest was told so.
     Finishing,
+}
+
+impl State {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Established => "established",
+            Self::Flushing => "flushing",
+            Self::Finishing => "finishing",
+        }
+    }
 }
 
 /// A connection.
@@ -216,16 +228,42 @@ impl VsockConnection {
         self.state != State::Connecting || self.rx_queue.is_empty()
     }
 
+    /// What it owes the guest first.
+    pub fn owes(&self) -> Option<RxOps> {
+        self.rx_queue.peek()
+    }
+
     /// Whether it owes the guest a packet, and how many bytes of payload that packet and the ones right behind it can
     /// have.
     pub fn rx_demand(&self) -> Option<usize> {
-        self.rx_queue.peek().map(|op| match op {
+        self.owes().map(|op| match op {
             RxOps::Rw => {
                 let batch = (self.credit.guest_window() / WINDOW_PART).max(1);
                 self.read_size.min(batch).min(self.credit.for_us())
             }
             _ => 0,
         })
+    }
+
+    /// What there is to tell of it.
+    pub fn stats(&self) -> ConnectionStats {
+        let credit = self.credit.for_us();
+        ConnectionStats {
+            guest_port: self.key.guest,
+            host_port: self.key.host,
+            state: self.state.name(),
+            from_guest: self.credit.received(),
+            to_guest: self.credit.sent(),
+            buffered: self.tx_buf.len(),
+            credit,
+            waits_for: if !self.tx_buf.is_empty() {
+                Some(Side::Host)
+            } else if self.state == State::Connecting || (self.readable && credit == 0) {
+                Some(Side::Guest)
+            } else {
+                None
+            },
+        }
     }
 
     /// The RST that ends it.
@@ -238,12 +276,16 @@ impl VsockConnection {
         self.credit.learn(header);
         let verdict = match op {
             // The guest has lost the connection that we still know.
-            Op::Request => Verdict::Reset,
+            Op::Request => Verdict::Reset(End::Protocol),
             Op::Response if self.state == State::Connecting && self.guest_knows() => {
                 self.establish()
             }
-            Op::Rst => Verdict::Close,
-            Op::Shutdown if self.state == State::Connecting => Verdict::Reset,
+            Op::Rst => Verdict::Close(match self.state {
+                State::Connecting => End::Refused,
+                State::Established => End::GuestReset,
+                State::Flushing | State::Finishing => End::Done,
+            }),
+            Op::Shutdown if self.state == State::Connecting => Verdict::Reset(End::Protocol),
             Op::Shutdown => self.shut_down(header.flags & SHUTDOWN_BOTH),
             Op::CreditRequest if self.state != State::Flushing => {
                 self.rx_queue.add(RxOps::CreditUpdate);
@@ -259,7 +301,7 @@ impl VsockConnection {
     pub fn send_payload(&mut self, batch: &TxBatch<'_>, packets: &[VsockPacket]) -> Verdict {
         let ended = self.guest_shutdown & SHUTDOWN_SEND != 0;
         if self.state == State::Connecting || ended {
-            return Verdict::Reset;
+            return Verdict::Reset(End::Protocol);
         }
         let mut room = self.credit.for_guest();
         let fitting = packets.iter().take_while(|packet| {
@@ -272,12 +314,13 @@ impl VsockConnection {
         let mut verdict = if past.is_empty() {
             Verdict::Open
         } else {
-            Verdict::Reset
+            Verdict::Reset(End::Protocol)
         };
         if let Some(last) = within.last() {
             self.credit.learn(last.header());
-            if self.deliver(&batch.payload(within)) != Verdict::Open {
-                verdict = Verdict::Reset;
+            let delivered = self.deliver(&batch.payload(within));
+            if delivered != Verdict::Open {
+                verdict = delivered;
             }
         }
         self.update_owed();
@@ -335,7 +378,7 @@ impl VsockConnection {
                 self.host_gone();
                 Verdict::Open
             }
-            _ => Verdict::Reset,
+            _ => Verdict::Reset(End::HostGone),
         }
     }
 
@@ -398,7 +441,7 @@ impl VsockConnection {
                 Ok(count) => sent = count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if is_end(&error) => self.stop_delivering(),
-                Err(_) => return Verdict::Reset,
+                Err(_) => return Verdict::Reset(End::HostGone),
             }
             self.writable = sent == len;
         }
@@ -411,7 +454,11 @@ impl VsockConnection {
             payload.copy_to(sent + offset, place);
         });
         // It is kept: the guest's credit is the room in this buffer.
-        if kept { Verdict::Open } else { Verdict::Reset }
+        if kept {
+            Verdict::Open
+        } else {
+            Verdict::Reset(End::Protocol)
+        }
     }
 
     /// Writes what waits for the host program, and does what was to happen behind the last byte.
@@ -424,11 +471,11 @@ impl VsockConnection {
                     return Verdict::Open;
                 }
                 Err(error) if is_end(&error) => self.stop_delivering(),
-                Err(_) => return Verdict::Reset,
+                Err(_) => return Verdict::Reset(End::HostGone),
             }
         }
         if self.state == State::Flushing {
-            return Verdict::Reset;
+            return Verdict::Reset(End::Done);
         }
         if self.guest_shutdown & SHUTDOWN_SEND != 0 {
             let _ = self.stream.shutdown(Shutdown::Write);

@@ -183,7 +183,10 @@ fn a_response_brings_ok_and_then_the_bytes_behind_the_line() {
 fn a_dead_client_is_reset_unless_it_left_bytes() {
     let mut ends = Ends::requested();
     ends.program = UnixStream::pair().unwrap().0;
-    assert_eq!(ends.guest(&packet(Op::Response)), Verdict::Reset);
+    assert_eq!(
+        ends.guest(&packet(Op::Response)),
+        Verdict::Reset(End::HostGone)
+    );
 
     let mut ends = Ends::requested();
     ends.program.write_all(b"last words").unwrap();
@@ -197,10 +200,10 @@ fn a_dead_client_is_reset_unless_it_left_bytes() {
 #[test]
 fn bytes_before_the_answer_or_after_the_end_reset_it() {
     let mut ends = Ends::requested();
-    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset);
+    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset(End::Protocol));
     let mut ends = Ends::established(WINDOW);
     assert_eq!(ends.guest(&shutdown(SHUTDOWN_SEND)), Verdict::Open);
-    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset);
+    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset(End::Protocol));
 }
 
 #[test]
@@ -209,11 +212,11 @@ fn bytes_past_the_credit_reset_it() {
     assert_eq!(ends.guest_writes(&[0; 10]), Verdict::Open);
     assert_eq!(
         ends.guest_writes(&[0; 1]),
-        Verdict::Reset,
+        Verdict::Reset(End::Protocol),
         "the guest was told of no more room"
     );
     let mut ends = Ends::established(10);
-    assert_eq!(ends.guest_writes(&[0; 11]), Verdict::Reset);
+    assert_eq!(ends.guest_writes(&[0; 11]), Verdict::Reset(End::Protocol));
 }
 
 #[test]
@@ -287,7 +290,10 @@ fn a_host_program_that_stops_writing_ends_one_direction() {
         (Op::Shutdown as u16, SHUTDOWN_SEND)
     );
     assert_eq!(ends.guest_writes(b"answer"), Verdict::Open);
-    assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Reset);
+    assert_eq!(
+        ends.guest(&shutdown(SHUTDOWN_BOTH)),
+        Verdict::Reset(End::Done)
+    );
     drop(ends.conn);
     let mut answer = String::new();
     ends.program.read_to_string(&mut answer).unwrap();
@@ -326,7 +332,7 @@ fn a_host_program_that_closes_ends_both_with_one_shutdown() {
     assert_eq!(taken, 10_000);
     assert_eq!(last.last().unwrap().0.flags, SHUTDOWN_BOTH);
     assert!(ends.conn.deadline().is_some(), "the guest has to confirm");
-    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close);
+    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close(End::Done));
 }
 
 #[test]
@@ -371,7 +377,7 @@ fn a_guest_that_stops_receiving_makes_the_programs_writing_fail() {
     assert_eq!(ends.guest_writes(b"still sends"), Verdict::Open);
     assert_eq!(
         ends.guest(&shutdown(SHUTDOWN_SEND)),
-        Verdict::Reset,
+        Verdict::Reset(End::Done),
         "the flags add up"
     );
     drop(ends.conn);
@@ -401,7 +407,7 @@ fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
     let written = ends.fill(2000);
     assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
     assert!(ends.conn.owes_host());
-    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close);
+    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close(End::Done));
     assert!(ends.conn.owes_host(), "the bytes are the host program's");
     let reader = std::thread::spawn({
         let mut program = ends.program.try_clone().unwrap();
@@ -410,7 +416,7 @@ fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
             program.read_to_end(&mut bytes).map(|_| bytes)
         }
     });
-    assert_eq!(ends.flush_to_reader(), Verdict::Reset);
+    assert_eq!(ends.flush_to_reader(), Verdict::Reset(End::Done));
     drop(ends.conn);
     assert_eq!(reader.join().unwrap().unwrap(), written);
 }
@@ -419,7 +425,10 @@ fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
 fn an_abort_does_not_wait() {
     let mut ends = Ends::established(WINDOW);
     ends.fill(2000);
-    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close);
+    assert_eq!(
+        ends.guest(&packet(Op::Rst)),
+        Verdict::Close(End::GuestReset)
+    );
     assert!(!ends.conn.owes_host());
 }
 
@@ -429,13 +438,16 @@ fn a_close_towards_a_program_that_is_gone_is_confirmed_at_once() {
     ends.fill(2000);
     assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
     ends.program = UnixStream::pair().unwrap().0;
-    assert_eq!(ends.gone(), Verdict::Reset);
+    assert_eq!(ends.gone(), Verdict::Reset(End::Done));
 }
 
 #[test]
 fn a_request_for_a_living_connection_resets_it() {
     let mut ends = Ends::established(WINDOW);
-    assert_eq!(ends.guest(&packet(Op::Request)), Verdict::Reset);
+    assert_eq!(
+        ends.guest(&packet(Op::Request)),
+        Verdict::Reset(End::Protocol)
+    );
 }
 
 /// What a guest or a host program may do next.
