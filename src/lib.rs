@@ -17,6 +17,7 @@
 //!             packet        packets in guest memory; all unsafe code     header: the 44 bytes and their names
 //! config                    what the daemon is told, and the mistakes in it
 //! stats                     what is counted, and what there is to tell of a connection
+//! stats_socket              tells it, as the text that metrics makes of it; stats_table shows that to a person
 //! ```
 //!
 //! # How a byte travels
@@ -40,11 +41,14 @@ pub mod handshake;
 pub mod header;
 pub mod listener;
 pub mod look;
+pub mod metrics;
 pub mod packet;
 pub mod rxops;
 pub mod rxqueue;
 pub mod server;
 pub mod stats;
+pub mod stats_socket;
+pub mod stats_table;
 #[cfg(test)]
 mod testing;
 pub mod thread_backend;
