@@ -1,5 +1,6 @@
 //! The bytes of one connection that the guest has sent and the host program has not taken yet.
 
+use std::collections::TryReserveError;
 use std::io::{self, IoSlice, Write};
 
 /// The smallest allocation, in bytes.
@@ -37,12 +38,14 @@ impl LocalTxBuf {
     }
 
     /// Puts `count` bytes behind the others. `copy` is called with an offset into them and the place where they go from
-    /// there on. False, and nothing is put, when they don't fit the limit.
+    /// there on. False, and nothing is put, when they don't fit the limit or the system has no memory for them.
     pub fn push(&mut self, count: usize, mut copy: impl FnMut(usize, &mut [u8])) -> bool {
         if count == 0 || count > self.limit - self.len {
             return count == 0;
         }
-        self.reserve(self.len + count);
+        if self.reserve(self.len + count).is_err() {
+            return false;
+        }
         let end = self.wrap(self.start + self.len);
         let first = count.min(self.ring.len() - end);
         if first > 0 {
@@ -90,19 +93,23 @@ impl LocalTxBuf {
         }
     }
 
-    fn reserve(&mut self, len: usize) {
+    fn reserve(&mut self, len: usize) -> Result<(), TryReserveError> {
         if len <= self.ring.len() {
-            return;
+            return Ok(());
         }
         let size = len
             .next_power_of_two()
             .clamp(FIRST_ALLOCATION, self.limit.max(FIRST_ALLOCATION));
-        let mut ring = vec![0; size].into_boxed_slice();
+        let mut ring = Vec::new();
+        ring.try_reserve_exact(size)?;
+        ring.resize(size, 0);
+        let mut ring = ring.into_boxed_slice();
         let (first, second) = self.parts();
         ring[..first.len()].copy_from_slice(first);
         ring[first.len()..self.len].copy_from_slice(second);
         self.ring = ring;
         self.start = 0;
+        Ok(())
     }
 }
 
@@ -148,6 +155,18 @@ mod tests {
         assert_eq!(buffer.ring.len(), FIRST_ALLOCATION);
         assert_eq!(buffer.flush_to(Vec::new()).unwrap(), 1);
         assert_eq!(buffer.ring.len(), 0);
+    }
+
+    #[test]
+    fn it_refuses_what_there_is_no_memory_for() {
+        let mut buffer = LocalTxBuf::new(100);
+        assert!(push(&mut buffer, b"here"));
+        // As on a machine that has given out all its memory.
+        buffer.limit = usize::MAX;
+        assert!(!buffer.push(1 << 62, |_, _| unreachable!()));
+        let mut out = Vec::new();
+        buffer.flush_to(&mut out).unwrap();
+        assert_eq!(out, b"here");
     }
 
     #[test]
