@@ -36,7 +36,7 @@ pub enum End {
     GuestReset,
     /// The guest sent what does not fit: an operation out of place, more than its credit, an unknown type.
     Protocol,
-    /// The host program is gone, or its socket failed.
+    /// The host program is gone, or the system failed: its socket, or memory for its bytes.
     HostGone,
     /// The guest did not answer in time.
     Timeout,

@@ -274,6 +274,9 @@ impl VsockConnection {
     /// Takes a packet without payload from the guest.
     pub fn send_pkt(&mut self, op: Op, header: &VsockHeader) -> Verdict {
         self.credit.learn(header);
+        if !self.tx_buf.is_empty() {
+            self.probe();
+        }
         let verdict = match op {
             // The guest has lost the connection that we still know.
             Op::Request => Verdict::Reset(End::Protocol),
@@ -333,13 +336,14 @@ impl VsockConnection {
         self.halting |= ready.halting | ready.gone;
         self.writable |= ready.writable;
         let waiting = !self.tx_buf.is_empty();
-        if ready == Readiness::WRITABLE && !waiting {
+        if (waiting && !ready.writable) || (!waiting && ready == Readiness::WRITABLE) {
             self.probe();
         }
         if ready.gone && self.state != State::Connecting {
             self.host_gone();
         }
-        let verdict = if waiting && (self.writable || self.gone) {
+        let dropped = waiting && self.tx_buf.is_empty();
+        let verdict = if dropped || waiting && self.writable {
             self.flush()
         } else {
             Verdict::Open
@@ -407,11 +411,13 @@ impl VsockConnection {
         Verdict::Open
     }
 
-    /// Looks whether the host program has stopped reading. Nothing else tells: its socket only seems to have room, as
-    /// when it has read something.
+    /// Looks whether the host program has stopped reading. Nothing else tells: a socket with room seems to have got more,
+    /// as when the program has read something, and a full one has no event at all. So that one is looked at when
+    /// anything else happens to the connection.
     fn probe(&mut self) {
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        let ours = self.guest_shutdown & SHUTDOWN_SEND != 0;
+        // Behind the last byte, it is we who have ended this direction.
+        let ours = self.guest_shutdown & SHUTDOWN_SEND != 0 && self.tx_buf.is_empty();
         if !ours && send(self.stream.as_raw_fd(), &[], flags) == Err(nix::Error::EPIPE) {
             self.stop_delivering();
         }
@@ -453,11 +459,11 @@ impl VsockConnection {
         let kept = self.tx_buf.push(len - sent, |offset, place| {
             payload.copy_to(sent + offset, place);
         });
-        // It is kept: the guest's credit is the room in this buffer.
+        // The guest's credit is the room in this buffer: only where the system has no memory are bytes lost.
         if kept {
             Verdict::Open
         } else {
-            Verdict::Reset(End::Protocol)
+            Verdict::Reset(End::HostGone)
         }
     }
 

@@ -402,6 +402,46 @@ fn a_host_program_that_stops_reading_ends_the_guests_sending() {
 }
 
 #[test]
+fn a_host_program_that_stops_reading_a_full_socket_is_found_out_by_whatever_comes_next() {
+    let next: [fn(&mut Ends) -> Verdict; 3] = [
+        |ends| ends.guest(&packet(Op::CreditRequest)),
+        |ends| ends.guest(&packet(Op::CreditUpdate)),
+        |ends| {
+            ends.program.write_all(b"still speaks").unwrap();
+            ends.readable()
+        },
+    ];
+    for next in next {
+        let mut ends = Ends::established(WINDOW);
+        ends.fill(2000);
+        ends.program.shutdown(Shutdown::Read).unwrap();
+        assert_eq!(next(&mut ends), Verdict::Open);
+        assert!(ends.conn.tx_buf.is_empty());
+        let packets = ends.packets();
+        let (last, _) = packets.last().unwrap();
+        assert_eq!(
+            (last.op, last.flags),
+            (Op::Shutdown as u16, SHUTDOWN_RECEIVE)
+        );
+        // What still comes is dropped, at the cost of no credit.
+        (0..10).for_each(|_| {
+            assert_eq!(ends.guest_writes(&[0; 1000]), Verdict::Open);
+            ends.packets();
+        });
+    }
+}
+
+#[test]
+fn a_close_towards_a_program_that_stops_reading_a_full_socket_is_confirmed() {
+    let mut ends = Ends::established(WINDOW);
+    ends.fill(2000);
+    assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
+    ends.program.shutdown(Shutdown::Read).unwrap();
+    ends.program.write_all(b"still speaks").unwrap();
+    assert_eq!(ends.readable(), Verdict::Reset(End::Done));
+}
+
+#[test]
 fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
     let mut ends = Ends::established(WINDOW);
     let written = ends.fill(2000);
