@@ -8,7 +8,7 @@
 //! Names are the specifications'. Arrows point downwards: nothing below knows anything above it.
 //!
 //! ```text
-//! main                      arguments, logging, signals, exit code
+//! main                      arguments, logging, signals, exit code       log_writer: the log's way to stderr
 //!   server                  both sockets, one VMM after the other        listener: a socket and its file
 //!     vhu_vsock             the device as the vhost-user library sees it vring: the library's rings, mended
 //!       vhost_user_vsock_thread   the worker: rings, epoll, timer        look: whether to look before sleep
@@ -40,6 +40,7 @@ pub mod credit;
 pub mod handshake;
 pub mod header;
 pub mod listener;
+pub mod log_writer;
 pub mod look;
 pub mod metrics;
 pub mod packet;

@@ -2,7 +2,8 @@
 
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::io::{self, Write};
+use std::env;
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
@@ -10,14 +11,19 @@ use std::time::Duration;
 
 use clap::Parser;
 use clap::error::ErrorKind;
+use env_logger::{Target, WriteStyle};
 use log::LevelFilter;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vhost_user_vsock::config::Config;
 use vhost_user_vsock::header::Cid;
+use vhost_user_vsock::log_writer::LogWriter;
 use vhost_user_vsock::server::{self, ServerError, Stop};
 
 const USAGE_ERROR: u8 = 2;
+
+/// How long the last lines of the log may take, where nobody seems to read them.
+const LAST_LINES: Duration = Duration::from_millis(300);
 
 const EXAMPLE: &str = "\
 Example:
@@ -91,19 +97,27 @@ impl Args {
 fn main() -> ExitCode {
     let args = match Args::try_parse() {
         Ok(args) => args,
-        Err(error) if error.use_stderr() => return fail(&one_line(&error), USAGE_ERROR),
+        Err(error) if error.use_stderr() => {
+            return fail(io::stderr(), &one_line(&error), USAGE_ERROR);
+        }
         Err(error) => {
             // Help or version. A closed stdout leaves nobody to tell.
             let _ = error.print();
             return ExitCode::SUCCESS;
         }
     };
-    init_log(args.verbose);
-    match run(&args.config()) {
+    let mut log = match LogWriter::start(io::stderr()) {
+        Ok(log) => log,
+        Err(error) => return fail(io::stderr(), &format!("can't log: {error}"), 1),
+    };
+    init_log(args.verbose, log.clone());
+    let code = match run(&args.config()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error @ ServerError::Config(_)) => fail(&error.to_string(), USAGE_ERROR),
-        Err(error) => fail(&error.to_string(), 1),
-    }
+        Err(error @ ServerError::Config(_)) => fail(&mut log, &error.to_string(), USAGE_ERROR),
+        Err(error) => fail(&mut log, &error.to_string(), 1),
+    };
+    log.drain(LAST_LINES);
+    code
 }
 
 /// Serves until SIGTERM or SIGINT. SIGPIPE is ignored, as Rust does it for every program.
@@ -121,9 +135,9 @@ fn run(config: &Config) -> Result<(), ServerError> {
     server::run(config, &stop)
 }
 
-fn fail(message: &str, code: u8) -> ExitCode {
+fn fail(mut out: impl Write, message: &str, code: u8) -> ExitCode {
     // A closed or full stderr leaves nobody to tell.
-    let _ = writeln!(io::stderr(), "vhost-user-vsock: {message}");
+    let _ = out.write_all(format!("vhost-user-vsock: {message}\n").as_bytes());
     ExitCode::from(code)
 }
 
@@ -148,14 +162,23 @@ fn one_line(error: &clap::Error) -> String {
     format!("{}{hint}", message.trim_start_matches("error: "))
 }
 
-fn init_log(verbose: u8) {
+fn init_log(verbose: u8, log: LogWriter) {
     let level = match verbose {
         0 => LevelFilter::Info,
         1 => LevelFilter::Debug,
         _ => LevelFilter::Trace,
     };
+    let in_colour =
+        io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
+    let style = if in_colour {
+        WriteStyle::Always
+    } else {
+        WriteStyle::Never
+    };
     env_logger::Builder::new()
         .filter_level(level)
+        .write_style(style)
         .parse_default_env()
+        .target(Target::Pipe(Box::new(log)))
         .init();
 }
