@@ -33,6 +33,17 @@ impl Daemon {
     pub fn start_with(options: &[&str]) -> Self {
         let folder = TempDir::with_prefix("vsock-test-").unwrap();
         let log = fs::File::create(folder.path().join("log")).unwrap();
+        Self::start_in(folder, options, log.into())
+    }
+
+    /// Starts a daemon whose log goes to `stderr`, in place of where the test can read it.
+    pub fn start_logging_to(stderr: impl Into<Stdio>, options: &[&str]) -> Self {
+        let folder = TempDir::with_prefix("vsock-test-").unwrap();
+        fs::write(folder.path().join("log"), "").unwrap();
+        Self::start_in(folder, options, stderr.into())
+    }
+
+    fn start_in(folder: TempDir, options: &[&str], stderr: Stdio) -> Self {
         let child = Command::new(binary())
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--socket")
@@ -41,8 +52,8 @@ impl Daemon {
             .arg(folder.path().join("vm.vsock"))
             .args(options)
             .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
+            .stdout(Stdio::null())
+            .stderr(stderr)
             .spawn()
             .unwrap();
         let mut daemon = Self { child, folder };
@@ -109,6 +120,14 @@ impl Daemon {
     /// How many threads the daemon has.
     pub fn threads(&self) -> usize {
         self.tasks().count()
+    }
+
+    /// The daemon's own memory in KiB, without that of guests and of files.
+    pub fn anonymous_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+        let number = line.unwrap().split_whitespace().nth(1);
+        number.unwrap().parse().unwrap()
     }
 
     /// Processor time that the daemon's threads have used.

@@ -11,6 +11,7 @@ pub mod packet;
 pub mod ring;
 pub mod setup;
 pub mod stack;
+pub mod survivor;
 pub mod vhost_user;
 
 pub use guest::SimGuest;
@@ -18,3 +19,4 @@ pub use guest::SimGuest;
 pub use packet::{Flow, Op, Packet};
 pub use setup::{HeaderPlace, Setup, TxLayout};
 pub use stack::{GuestStack, GuestStream};
+pub use survivor::{Dice, Survivor};
