@@ -1,0 +1,215 @@
+use std::sync::mpsc;
+use std::thread;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tempfile::TempDir;
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
+use crate::testing::{self, WRITE, tx_batch};
+
+/// Where the rings' descriptors lie, their avail and used rings, a packet or buffer, and an indirect table.
+const DESCRIPTORS: [u64; 2] = [0x1_0000, 0x2_0000];
+const INDICES: [u64; 2] = [0x3_0000, 0x4_0000];
+const BUFFER: u64 = 0x5_0000;
+const TABLE: u64 = 0x6_0000;
+const MEMORY: usize = 0x10_0000;
+
+/// A worker and two rings of a guest that offers each buffer again as soon as it comes back: the used ring lies over the
+/// avail ring, and is ahead of it by the whole ring. However long the worker takes buffers, there are always more.
+struct Endless {
+    worker: VhostUserVsockThread,
+    memory: GuestMemoryMmap,
+    vrings: Vec<VsockVring>,
+    _folder: TempDir,
+}
+
+impl Endless {
+    fn new(ring_size: u16) -> Self {
+        let folder = TempDir::new().unwrap();
+        let config = Config {
+            guest_cid: Cid(4),
+            socket: folder.path().join("vhost"),
+            uds_path: folder.path().join("uds"),
+            tx_buffer_size: 1 << 16,
+            queue_size: 1024,
+            max_connections: 16,
+            busy_poll: Duration::ZERO,
+        };
+        let listener = UnixListener::bind(&config.uds_path).unwrap();
+        let mut worker = VhostUserVsockThread::new(&config, listener).unwrap();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let handle = GuestMemoryHandle::new(memory.clone());
+        let ring = |index: usize| {
+            let vring = VsockVring::new(handle.clone(), 1024).unwrap();
+            vring.set_queue_size(ring_size);
+            vring
+                .set_queue_info(DESCRIPTORS[index], INDICES[index], INDICES[index])
+                .unwrap();
+            vring.set_queue_next_used(ring_size);
+            memory
+                .write_obj(ring_size.to_le(), GuestAddress(INDICES[index] + 2))
+                .unwrap();
+            vring
+        };
+        let vrings = vec![ring(RX_RING), ring(TX_RING)];
+        worker.set_memory(handle);
+        Self {
+            worker,
+            memory,
+            vrings,
+            _folder: folder,
+        }
+    }
+
+    fn write_descriptor(&self, at: u64, area: testing::Area, next: u16) {
+        let (addr, len, flags) = area;
+        let memory = &self.memory;
+        memory.write_obj(addr.to_le(), GuestAddress(at)).unwrap();
+        memory.write_obj(len.to_le(), GuestAddress(at + 8)).unwrap();
+        memory
+            .write_obj(flags.to_le(), GuestAddress(at + 12))
+            .unwrap();
+        memory
+            .write_obj(next.to_le(), GuestAddress(at + 14))
+            .unwrap();
+    }
+
+    /// Starts a ring all of whose descriptors are the same.
+    fn start(&self, ring: usize, area: testing::Area) {
+        let vring = &self.vrings[ring];
+        let size = vring.get_ref().get_queue().size();
+        for slot in 0..u64::from(size) {
+            self.write_descriptor(DESCRIPTORS[ring] + 16 * slot, area, 0);
+        }
+        vring.set_queue_ready(true);
+        vring.set_enabled(true);
+    }
+
+    /// Lays a packet over an indirect table of so many descriptors of one byte.
+    fn write_table(&self, packet: &[u8], descriptors: u16) -> testing::Area {
+        self.memory
+            .write_slice(packet, GuestAddress(BUFFER))
+            .unwrap();
+        for index in 0..descriptors {
+            let is_last = index + 1 == descriptors;
+            let flags = if is_last { 0 } else { VRING_DESC_F_NEXT as u16 };
+            let byte = (BUFFER + u64::from(index), 1, flags);
+            self.write_descriptor(TABLE + 16 * u64::from(index), byte, index + 1);
+        }
+        (
+            TABLE,
+            16 * u32::from(descriptors),
+            VRING_DESC_F_INDIRECT as u16,
+        )
+    }
+
+    /// Lets the guest owe so many resets.
+    fn owe_resets(&mut self, count: u32) {
+        let memory = testing::memory();
+        for port in 0..count {
+            let packets = [(packet(port, Op::CreditRequest), &b""[..])];
+            self.worker.backend.send_pkts(&tx_batch(&memory, &packets));
+        }
+    }
+
+    /// Takes a turn, and answers how many buffers it took from `ring`.
+    #[track_caller]
+    fn turn(mut self, ring: usize) -> (Self, u16) {
+        let (done, wait) = mpsc::channel();
+        thread::spawn(move || {
+            let before = self.vrings[ring].queue_next_avail();
+            self.worker.turn(&self.vrings);
+            let after = self.vrings[ring].queue_next_avail();
+            done.send((self, after.wrapping_sub(before)))
+        });
+        wait.recv_timeout(Duration::from_secs(20))
+            .expect("a turn without an end")
+    }
+
+    /// Whether the worker will be woken at once.
+    fn is_awake(&self) -> bool {
+        let mut fds = [PollFd::new(self.worker.epoll.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
+    }
+}
+
+fn packet(port: u32, op: Op) -> VsockHeader {
+    VsockHeader::to_guest(Cid(4), GuestPort(port), HostPort(9), op)
+}
+
+/// Turns that take buffers, but no more than `limit` each, and leave the rest to the next.
+#[track_caller]
+fn assert_bounded(mut endless: Endless, ring: usize, limit: usize) {
+    for _ in 0..3 {
+        let taken;
+        (endless, taken) = endless.turn(ring);
+        assert!(taken > 0, "nothing was taken");
+        assert!(
+            usize::from(taken) <= limit,
+            "{taken} taken, {limit} expected"
+        );
+        assert!(endless.is_awake(), "the rest is forgotten");
+    }
+}
+
+#[test]
+fn a_turn_takes_a_bounded_number_of_packets() {
+    let endless = Endless::new(1024);
+    let header = packet(1, Op::Rst).to_tx();
+    endless
+        .memory
+        .write_slice(&header, GuestAddress(BUFFER))
+        .unwrap();
+    endless.start(TX_RING, (BUFFER, 44, 0));
+    assert_bounded(endless, TX_RING, MAX_ROUNDS * MAX_TX_PACKETS);
+}
+
+#[test]
+fn a_turn_takes_a_bounded_number_of_descriptors() {
+    // As long as the ring, and one longer: the first are packets, the others are not.
+    for descriptors in [1024, 1025] {
+        let endless = Endless::new(1024);
+        let table = endless.write_table(&packet(1, Op::Rst).to_tx(), descriptors);
+        endless.start(TX_RING, table);
+        let chains_in_a_round = MAX_TX_DESCRIPTORS / 1024 + 1;
+        assert_bounded(endless, TX_RING, MAX_ROUNDS * chains_in_a_round);
+    }
+}
+
+#[test]
+fn a_turn_takes_a_bounded_number_of_bytes() {
+    let endless = Endless::new(1024);
+    let header = VsockHeader {
+        len: 60_000,
+        ..packet(1, Op::Rw)
+    };
+    endless
+        .memory
+        .write_slice(&header.to_tx(), GuestAddress(BUFFER))
+        .unwrap();
+    endless.start(TX_RING, (BUFFER, 44 + 60_000, 0));
+    assert_bounded(endless, TX_RING, MAX_ROUNDS * (MAX_TX_BYTES / 60_000 + 1));
+}
+
+#[test]
+fn a_turn_gives_a_bounded_number_of_bad_buffers_back() {
+    for bad in [(BUFFER, 43, WRITE), (BUFFER, 100, 0), (1 << 40, 100, WRITE)] {
+        let mut endless = Endless::new(64);
+        endless.start(RX_RING, bad);
+        endless.owe_resets(1);
+        assert_bounded(endless, RX_RING, MAX_ROUNDS * 64);
+    }
+}
+
+#[test]
+fn a_turn_gives_the_guest_a_bounded_number_of_packets() {
+    let mut endless = Endless::new(64);
+    endless.start(RX_RING, (BUFFER, 100, WRITE));
+    endless.owe_resets(1024);
+    let (endless, given) = endless.turn(RX_RING);
+    assert_eq!(usize::from(given), MAX_ROUNDS * MAX_RX_BATCHES);
+    assert!(endless.is_awake());
+}
