@@ -2,8 +2,10 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
+use nix::unistd::{Gid, Group};
 use thiserror::Error;
 
 use crate::header::Cid;
@@ -40,6 +42,110 @@ pub struct Config {
     pub max_connections: usize,
     /// How long to look for more work before the worker sleeps.
     pub busy_poll: Duration,
+    /// What the daemon may still do once it serves.
+    pub sandbox: Sandbox,
+    /// Who may connect to both sockets.
+    pub access: SocketAccess,
+}
+
+/// What the daemon gives up before it serves. [`sandbox`](crate::sandbox) says what that is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sandbox {
+    /// All that the kernel lets it give up.
+    #[default]
+    Auto,
+    /// All of it, or it does not serve.
+    Strict,
+    /// Nothing.
+    Off,
+}
+
+impl Sandbox {
+    /// The names of all of them, as they are written.
+    pub const NAMES: [&str; 3] = ["auto", "strict", "off"];
+}
+
+impl FromStr for Sandbox {
+    type Err = ConfigError;
+
+    fn from_str(name: &str) -> Result<Self, ConfigError> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "strict" => Ok(Self::Strict),
+            "off" => Ok(Self::Off),
+            _ => Err(ConfigError::Sandbox),
+        }
+    }
+}
+
+/// The permissions of a socket's file. To connect takes the one to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketMode(pub u32);
+
+impl SocketMode {
+    /// The owner alone.
+    pub const OWNER: Self = Self(0o600);
+    /// The owner and the group.
+    pub const GROUP: Self = Self(0o660);
+}
+
+impl FromStr for SocketMode {
+    type Err = ConfigError;
+
+    /// Reads octal digits.
+    fn from_str(digits: &str) -> Result<Self, ConfigError> {
+        let is_octal = digits.bytes().all(|digit| (b'0'..b'8').contains(&digit));
+        let mode = u32::from_str_radix(digits, 8).ok();
+        let mode = mode.filter(|mode| is_octal && *mode <= 0o777);
+        mode.map(Self).ok_or(ConfigError::SocketMode)
+    }
+}
+
+/// The group of a socket's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketGroup(pub Gid);
+
+impl FromStr for SocketGroup {
+    type Err = ConfigError;
+
+    /// Looks for a group of this name, and takes a number that is no name as it is.
+    fn from_str(name: &str) -> Result<Self, ConfigError> {
+        let group = Group::from_name(name).map_err(ConfigError::Groups)?;
+        // The highest number stands for none.
+        let number = || name.parse().ok().filter(|number| *number != u32::MAX);
+        let gid = group.map(|group| group.gid);
+        let gid = gid.or_else(|| number().map(Gid::from_raw));
+        gid.map(Self).ok_or(ConfigError::SocketGroup)
+    }
+}
+
+/// Who may connect to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// The permissions of its file.
+    pub mode: SocketMode,
+    /// The group of its file, where it is not the daemon's.
+    pub group: Option<SocketGroup>,
+}
+
+impl SocketAccess {
+    /// What was asked for, and what goes with it. Who names a group wants it to connect.
+    pub fn new(mode: Option<SocketMode>, group: Option<SocketGroup>) -> Self {
+        let usual = match group {
+            Some(_) => SocketMode::GROUP,
+            None => SocketMode::OWNER,
+        };
+        Self {
+            mode: mode.unwrap_or(usual),
+            group,
+        }
+    }
+}
+
+impl Default for SocketAccess {
+    fn default() -> Self {
+        Self::new(None, None)
+    }
 }
 
 /// A mistake in a [`Config`].
@@ -102,6 +208,18 @@ pub enum ConfigError {
     /// A look is meant to be short.
     #[error("--busy-poll={0}: look for at most {max} microseconds", max = MAX_BUSY_POLL.as_micros())]
     BusyPoll(u128),
+    /// There is no such sandbox.
+    #[error("it is one of {}", Sandbox::NAMES.join(", "))]
+    Sandbox,
+    /// These are no permissions.
+    #[error("permissions are octal digits, from 0 to 777")]
+    SocketMode,
+    /// There is no such group.
+    #[error("there is no group of this name, and it is no number of one")]
+    SocketGroup,
+    /// Nobody knows whether there is.
+    #[error("the groups can't be read: {0}")]
+    Groups(nix::Error),
 }
 
 impl Config {
@@ -198,6 +316,8 @@ mod tests {
             queue_size: 1024,
             max_connections: 1024,
             busy_poll: Duration::from_micros(50),
+            sandbox: Sandbox::Auto,
+            access: SocketAccess::default(),
         }
     }
 
@@ -274,5 +394,51 @@ mod tests {
         assert!(refused(|config| config.queue_size = 1).contains("power of two"));
         assert!(refused(|config| config.max_connections = 0).contains("at least one"));
         assert!(refused(|config| config.busy_poll = Duration::from_secs(1)).contains("10000"));
+    }
+
+    #[test]
+    fn every_sandbox_has_a_name() {
+        let read = Sandbox::NAMES.map(|name| name.parse::<Sandbox>().unwrap());
+        assert_eq!(read, [Sandbox::Auto, Sandbox::Strict, Sandbox::Off]);
+        assert_eq!("on".parse::<Sandbox>(), Err(ConfigError::Sandbox));
+    }
+
+    #[test]
+    fn modes_are_octal() {
+        for (digits, mode) in [("600", 0o600), ("0660", 0o660), ("0", 0), ("777", 0o777)] {
+            assert_eq!(digits.parse(), Ok(SocketMode(mode)), "{digits}");
+        }
+        for digits in [
+            "",
+            "1000",
+            "0o600",
+            "+600",
+            "-1",
+            "8",
+            "rw-",
+            "77777777777777",
+        ] {
+            let mode = digits.parse::<SocketMode>();
+            assert_eq!(mode, Err(ConfigError::SocketMode), "{digits}");
+        }
+    }
+
+    #[test]
+    fn a_group_has_a_name_or_a_number() {
+        assert_eq!("root".parse(), Ok(SocketGroup(Gid::from_raw(0))));
+        assert_eq!("54321".parse(), Ok(SocketGroup(Gid::from_raw(54321))));
+        for group in ["", "no such group", "-1", "4294967295", "4294967296"] {
+            let read = group.parse::<SocketGroup>();
+            assert_eq!(read, Err(ConfigError::SocketGroup), "{group}");
+        }
+    }
+
+    #[test]
+    fn a_named_group_may_connect() {
+        let group = Some(SocketGroup(Gid::from_raw(5)));
+        assert_eq!(SocketAccess::new(None, None).mode, SocketMode::OWNER);
+        assert_eq!(SocketAccess::new(None, group).mode, SocketMode::GROUP);
+        let given = Some(SocketMode(0o640));
+        assert_eq!(SocketAccess::new(given, group).mode, SocketMode(0o640));
     }
 }

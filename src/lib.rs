@@ -10,6 +10,7 @@
 //! ```text
 //! main                      arguments, logging, signals, exit code       log_writer: the log's way to stderr
 //!   server                  both sockets, one VMM after the other        listener: a socket and its file
+//!     sandbox               what the daemon gives up before it serves    calls: what each file needs of it
 //!     vhu_vsock             the device as the vhost-user library sees it vring: the library's rings, mended
 //!       vhost_user_vsock_thread   the worker: rings, epoll, timer        look: whether to look before sleep
 //!         thread_backend    the table of connections, resets, limits     handshake: the CONNECT line
@@ -35,6 +36,7 @@
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]
 
+pub mod calls;
 pub mod config;
 pub mod credit;
 pub mod handshake;
@@ -46,6 +48,7 @@ pub mod metrics;
 pub mod packet;
 pub mod rxops;
 pub mod rxqueue;
+pub mod sandbox;
 pub mod server;
 pub mod stats;
 pub mod stats_socket;

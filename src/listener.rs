@@ -1,17 +1,46 @@
 //! A listening Unix socket, and the file that is its name.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg};
+use libc::{O_NOFOLLOW, O_PATH, c_int};
+use nix::fcntl::{AtFlags, Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::fchownat;
 use thiserror::Error;
+
+use crate::calls::{Argument, Call};
+use crate::config::SocketAccess;
+
+/// To connect to a host program; to accept; to share a listening socket; to remove a socket's file if it is ours.
+pub(crate) const CALLS: &[Call] = &[
+    Call::only(
+        libc::SYS_socket,
+        &[
+            Argument::Is(0, libc::AF_UNIX),
+            Argument::Is(
+                1,
+                libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
+            ),
+        ],
+    ),
+    Call::any(libc::SYS_connect),
+    Call::any(libc::SYS_accept4),
+    Call::only(libc::SYS_ioctl, &[Argument::Is(1, libc::FIONBIO as c_int)]),
+    Call::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
+    Call::any(libc::SYS_close),
+    Call::any(libc::SYS_statx),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_unlink),
+    Call::only(libc::SYS_unlinkat, &[Argument::Is(2, 0)]),
+];
 
 /// Why a socket could not be made.
 #[derive(Debug, Error)]
@@ -25,6 +54,9 @@ pub enum ListenerError {
     /// The system refused.
     #[error("{0}: can't listen there: {1}")]
     Io(PathBuf, io::Error),
+    /// The system does not let these connect to it.
+    #[error("{0}: can't set its mode and group: {1}")]
+    Access(PathBuf, io::Error),
 }
 
 /// A listening socket. Its file is removed with it.
@@ -36,20 +68,33 @@ pub struct SocketFile {
     identity: (u64, u64),
 }
 
+/// Makes every socket file from now on its owner's alone, until it is said who else may connect: nobody slips in between.
+/// This holds for all threads of the process at once, and so it is set before there are any, and never back.
+pub fn tighten_umask() {
+    umask(Mode::from_bits_truncate(0o177));
+}
+
 impl SocketFile {
-    /// Listens at `path`. A socket file there that nobody listens at any more is replaced.
-    pub fn bind(path: &Path) -> Result<Self, ListenerError> {
+    /// Listens at `path`, for those who are given access. A socket file there that nobody listens at any more is replaced.
+    pub fn bind(path: &Path, access: SocketAccess) -> Result<Self, ListenerError> {
         let failed = |error: io::Error| ListenerError::Io(path.to_owned(), error);
         // Two daemons that start at once both see the same stale file: one after the other.
         let _turn = lock_folder(path);
         clear(path)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
-        let file = fs::symlink_metadata(path).map_err(failed)?;
-        Ok(Self {
+        let mut options = OpenOptions::new();
+        // The file itself, whatever stands at the path later.
+        let file = options.read(true).custom_flags(O_PATH | O_NOFOLLOW);
+        let file = file.open(path).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let socket = Self {
             listener,
             path: path.to_owned(),
-            identity: (file.dev(), file.ino()),
-        })
+            identity: (metadata.dev(), metadata.ino()),
+        };
+        give_access(&file, access)
+            .map_err(|error| ListenerError::Access(path.to_owned(), error))?;
+        Ok(socket)
     }
 
     /// The listening socket once more.
@@ -74,13 +119,24 @@ impl Drop for SocketFile {
     }
 }
 
+/// Lets who shall connect to the socket of this file. The group comes first: the mode is not meant for another.
+fn give_access(file: &File, access: SocketAccess) -> io::Result<()> {
+    if let Some(group) = access.group {
+        fchownat(file, "", None, Some(group.0), AtFlags::AT_EMPTY_PATH)?;
+    }
+    let mode = access.mode.0;
+    if file.metadata()?.mode() & 0o777 == mode {
+        return Ok(());
+    }
+    // A file that is only known by its place takes no mode by its descriptor, other than so.
+    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+    fs::set_permissions(itself, Permissions::from_mode(mode))
+}
+
 /// Waits for the folder of `path` to be nobody else's, until the answer is dropped. Somebody who is no daemon may hold it
 /// for long: after a second it goes without.
 fn lock_folder(path: &Path) -> Option<Flock<File>> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let mut folder = File::open(folder.unwrap_or(Path::new("."))).ok()?;
+    let mut folder = File::open(folder(path)).ok()?;
     for _ in 0..100 {
         match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Some(lock),
@@ -89,6 +145,13 @@ fn lock_folder(path: &Path) -> Option<Flock<File>> {
         thread::sleep(Duration::from_millis(10));
     }
     None
+}
+
+/// The folder that a path is in.
+pub fn folder(path: &Path) -> &Path {
+    let folder = path.parent();
+    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
 }
 
 /// Makes room at `path`, where nothing may be but a dead socket.
@@ -133,9 +196,9 @@ mod tests {
         let folder = TempDir::new().unwrap();
         let path = folder.path().join("socket");
         drop(UnixListener::bind(&path).unwrap());
-        let socket = SocketFile::bind(&path).unwrap();
+        let socket = SocketFile::bind(&path, SocketAccess::default()).unwrap();
         assert!(matches!(
-            SocketFile::bind(&path),
+            SocketFile::bind(&path, SocketAccess::default()),
             Err(ListenerError::InUse(_))
         ));
         drop(socket);
@@ -148,7 +211,7 @@ mod tests {
         let path = folder.path().join("socket");
         fs::write(&path, "precious").unwrap();
         assert!(matches!(
-            SocketFile::bind(&path),
+            SocketFile::bind(&path, SocketAccess::default()),
             Err(ListenerError::NoSocket(_))
         ));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
@@ -159,14 +222,14 @@ mod tests {
         let folder = TempDir::new().unwrap();
         let held = File::open(folder.path()).unwrap();
         let _held = Flock::lock(held, FlockArg::LockExclusive).unwrap();
-        SocketFile::bind(&folder.path().join("socket")).unwrap();
+        SocketFile::bind(&folder.path().join("socket"), SocketAccess::default()).unwrap();
     }
 
     #[test]
     fn only_its_own_file_is_removed() {
         let folder = TempDir::new().unwrap();
         let path = folder.path().join("socket");
-        let socket = SocketFile::bind(&path).unwrap();
+        let socket = SocketFile::bind(&path, SocketAccess::default()).unwrap();
         fs::remove_file(&path).unwrap();
         fs::write(&path, "somebody else's").unwrap();
         drop(socket);
@@ -183,7 +246,7 @@ mod tests {
             waiting.push(stream);
         }
         assert!(matches!(
-            SocketFile::bind(&path),
+            SocketFile::bind(&path, SocketAccess::default()),
             Err(ListenerError::InUse(_))
         ));
     }

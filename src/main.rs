@@ -10,15 +10,16 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use env_logger::{Target, WriteStyle};
 use log::LevelFilter;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use vhost_user_vsock::config::Config;
+use vhost_user_vsock::config::{Config, Sandbox, SocketAccess, SocketGroup, SocketMode};
 use vhost_user_vsock::header::Cid;
 use vhost_user_vsock::log_writer::LogWriter;
-use vhost_user_vsock::server::{self, ServerError, Stop};
+use vhost_user_vsock::server::{Server, ServerError, Stop};
 
 const USAGE_ERROR: u8 = 2;
 
@@ -75,6 +76,19 @@ struct Args {
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 100)]
     busy_poll: u64,
 
+    /// Who may connect to both sockets, in octal [default: 600, or 660 with a group]
+    #[arg(long, value_name = "MODE")]
+    socket_mode: Option<SocketMode>,
+
+    /// Name or number of the group of both sockets
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<SocketGroup>,
+
+    /// Give up what serving does not need: as far as the kernel can, wholly or not at all
+    #[arg(long, value_name = "SANDBOX", default_value = "auto",
+        value_parser = PossibleValuesParser::new(Sandbox::NAMES).try_map(|name| name.parse::<Sandbox>()))]
+    sandbox: Sandbox,
+
     /// Log more: -v what connections do, -vv everything. RUST_LOG=<filter> overrides it
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -90,6 +104,8 @@ impl Args {
             queue_size: self.queue_size,
             max_connections: self.max_connections,
             busy_poll: Duration::from_micros(self.busy_poll),
+            sandbox: self.sandbox,
+            access: SocketAccess::new(self.socket_mode, self.socket_group),
         }
     }
 }
@@ -122,8 +138,10 @@ fn main() -> ExitCode {
 
 /// Serves until SIGTERM or SIGINT. SIGPIPE is ignored, as Rust does it for every program.
 fn run(config: &Config) -> Result<(), ServerError> {
-    let stop = Stop::new()?;
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let stop = Stop::new()?;
+    let server = Server::start(config)?;
+    // A thread that was there before would not be in the sandbox.
     let signalled = stop.clone();
     thread::Builder::new()
         .name("signals".into())
@@ -132,7 +150,7 @@ fn run(config: &Config) -> Result<(), ServerError> {
                 signalled.request();
             }
         })?;
-    server::run(config, &stop)
+    server.run(&stop)
 }
 
 fn fail(mut out: impl Write, message: &str, code: u8) -> ExitCode {

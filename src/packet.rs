@@ -19,7 +19,11 @@ use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileSlice};
 
+use crate::calls::Call;
 use crate::header::{HEADER_LEN, VsockHeader};
+
+/// To move payload between guest memory and a socket.
+pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_sendmsg), Call::any(libc::SYS_recvmsg)];
 
 /// How many slices the kernel takes in one call (`UIO_MAXIOV`).
 const MAX_SLICES: usize = 1024;

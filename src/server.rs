@@ -14,9 +14,24 @@ use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error, ShutdownHandle, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use crate::calls::Call;
 use crate::config::{Config, ConfigError};
-use crate::listener::{ListenerError, SocketFile};
+use crate::listener::{self, ListenerError, SocketFile};
+use crate::sandbox::{self, SandboxError};
 use crate::vhu_vsock::VhostUserVsockBackend;
+
+/// To wait for a VMM and for the wish to stop, which a signal brings: its handler sends a byte to the thread that reads
+/// it. And for the log.
+pub(crate) const CALLS: &[Call] = &[
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_poll),
+    Call::any(libc::SYS_ppoll),
+    Call::any(libc::SYS_restart_syscall),
+    Call::any(libc::SYS_rt_sigreturn),
+    Call::any(libc::SYS_sendto),
+    Call::any(libc::SYS_recvfrom),
+    Call::any(libc::SYS_write),
+];
 
 /// How long to wait before the next try to serve, in milliseconds.
 const RETRY: u16 = 100;
@@ -30,6 +45,9 @@ pub enum ServerError {
     /// A socket can't be made.
     #[error(transparent)]
     Listener(#[from] ListenerError),
+    /// It must not serve without a sandbox that it can't have.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The system refused something that every daemon needs.
     #[error("can't serve: {0}")]
     Io(#[from] io::Error),
@@ -81,28 +99,50 @@ impl Stop {
     }
 }
 
-/// Serves one VMM after the other until `stop` asks for the end. Both sockets are gone afterwards.
-pub fn run(config: &Config, stop: &Stop) -> Result<(), ServerError> {
-    config.check()?;
-    raise_descriptor_limit();
-    let socket = SocketFile::bind(&config.socket)?;
-    let uds = SocketFile::bind(&config.uds_path)?;
-    let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
-    info!(
-        "CID {}: waiting for a VMM at {}, for host programs at {}",
-        config.guest_cid.0,
-        config.socket.display(),
-        config.uds_path.display()
-    );
-    while !stop.is_requested() {
-        if let Err(error) = serve(&backend, &socket, stop) {
-            // Descriptors or memory have run out, which passes.
-            warn!("{error}");
-            wait_for(&[stop.0.event.as_fd()], RETRY)?;
-        }
+/// The daemon with both its sockets, which go with it.
+pub struct Server {
+    socket: SocketFile,
+    /// Held for its file. The worker has the socket.
+    _uds: SocketFile,
+    backend: Arc<VhostUserVsockBackend>,
+}
+
+impl Server {
+    /// Makes both sockets and enters the sandbox. The process may have no thread but the calling one, which alone enters
+    /// it, with those it starts later.
+    pub fn start(config: &Config) -> Result<Self, ServerError> {
+        config.check()?;
+        raise_descriptor_limit();
+        listener::tighten_umask();
+        let socket = SocketFile::bind(&config.socket, config.access)?;
+        let uds = SocketFile::bind(&config.uds_path, config.access)?;
+        let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
+        sandbox::enter(config)?;
+        info!(
+            "CID {}: waiting for a VMM at {}, for host programs at {}",
+            config.guest_cid.0,
+            config.socket.display(),
+            config.uds_path.display()
+        );
+        Ok(Self {
+            socket,
+            _uds: uds,
+            backend,
+        })
     }
-    info!("stopped");
-    Ok(())
+
+    /// Serves one VMM after the other until `stop` asks for the end.
+    pub fn run(self, stop: &Stop) -> Result<(), ServerError> {
+        while !stop.is_requested() {
+            if let Err(error) = serve(&self.backend, &self.socket, stop) {
+                // Descriptors or memory have run out, which passes.
+                warn!("{error}");
+                wait_for(&[stop.0.event.as_fd()], RETRY)?;
+            }
+        }
+        info!("stopped");
+        Ok(())
+    }
 }
 
 /// Waits for a VMM and serves it until it is gone.

@@ -17,6 +17,7 @@ use log::{debug, trace};
 use nix::sys::socket::{MsgFlags, recv};
 use slab::Slab;
 
+use crate::calls::Call;
 use crate::config::Config;
 use crate::handshake::{Handshake, Progress};
 use crate::header::{Cid, GuestPort, HOST_CID, HostPort, Op, TYPE_STREAM, VsockHeader};
@@ -25,6 +26,9 @@ use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::stats::{Counters, End, Side, Snapshot};
 use crate::vsock_conn::{ConnKey, Readiness, Verdict, VsockConnection};
+
+/// To read the `CONNECT` line, and no more.
+pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_recvfrom)];
 
 /// How long a host program has to say which port it wants. A person types the line by hand.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -3,6 +3,11 @@
 use std::collections::TryReserveError;
 use std::io::{self, IoSlice, Write};
 
+use crate::calls::Call;
+
+/// To flush what has waited.
+pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_writev)];
+
 /// The smallest allocation, in bytes.
 const FIRST_ALLOCATION: usize = 16 * 1024;
 

@@ -21,6 +21,7 @@ use vhost_user_backend::{VringState, VringT};
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
+use crate::calls::Call;
 use crate::config::Config;
 use crate::look::Look;
 use crate::packet::{PacketError, RxBatch, TxBatch};
@@ -28,6 +29,18 @@ use crate::stats::Snapshot;
 use crate::thread_backend::{Registry, Token, VsockThreadBackend};
 use crate::vring::{GuestMemoryHandle, VsockVring, has_entries, needs_interrupt};
 use crate::vsock_conn::Readiness;
+
+/// To wait for sockets and kicks, to set the timer, to wake itself, and to give way to others. Sockets are accepted as
+/// `listener` says.
+pub(crate) const CALLS: &[Call] = &[
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_epoll_wait),
+    Call::any(libc::SYS_epoll_pwait),
+    Call::any(libc::SYS_epoll_ctl),
+    Call::any(libc::SYS_timerfd_settime),
+    Call::any(libc::SYS_write),
+    Call::any(libc::SYS_sched_yield),
+];
 
 /// The ring of the guest's buffers for packets to it.
 pub const RX_RING: usize = 0;

@@ -20,11 +20,40 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
+use crate::calls::{Argument, Call};
 use crate::config::Config;
 use crate::header::Cid;
 use crate::stats::Snapshot;
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
 use crate::vring::{GuestMemoryHandle, VsockVring};
+
+/// For the vhost-user library: the VMM's messages with their descriptors, the guest's memory, and the worker's events.
+pub(crate) const CALLS: &[Call] = &[
+    Call::any(libc::SYS_recvmsg),
+    Call::any(libc::SYS_sendmsg),
+    Call::only(libc::SYS_getsockopt, &[Argument::Is(1, libc::SOL_SOCKET)]),
+    Call::any(libc::SYS_shutdown),
+    Call::any(libc::SYS_close),
+    Call::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
+    // Guest memory holds no code.
+    Call::only(
+        libc::SYS_mmap,
+        &[Argument::Bits {
+            index: 2,
+            mask: libc::PROT_EXEC,
+            value: 0,
+        }],
+    ),
+    Call::any(libc::SYS_munmap),
+    Call::any(libc::SYS_epoll_create1),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_epoll_wait),
+    Call::any(libc::SYS_epoll_pwait),
+    Call::any(libc::SYS_epoll_ctl),
+    Call::any(libc::SYS_eventfd2),
+    Call::any(libc::SYS_read),
+    Call::any(libc::SYS_write),
+];
 
 /// RX, TX and event queue (virtio 1.2, 5.10.2). The event queue is not used: it tells of migrations.
 const NUM_QUEUES: usize = 3;

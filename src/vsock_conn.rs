@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
+use crate::calls::Call;
 use crate::credit::Credit;
 use crate::header::{
     Cid, GuestPort, HostPort, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, VsockHeader,
@@ -31,6 +32,18 @@ use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
 use crate::stats::{ConnectionStats, End, Side};
 use crate::txbuf::LocalTxBuf;
+
+/// For the `OK` line, to look at what a socket holds and whether its other end is there, and to end one direction of it.
+pub(crate) const CALLS: &[Call] = &[
+    Call::any(libc::SYS_write),
+    Call::any(libc::SYS_recvfrom),
+    Call::any(libc::SYS_sendto),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_poll),
+    Call::any(libc::SYS_ppoll),
+    Call::any(libc::SYS_shutdown),
+    Call::any(libc::SYS_close),
+];
 
 /// How long the guest has to answer a REQUEST.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);

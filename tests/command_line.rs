@@ -52,6 +52,9 @@ fn help_teaches_with_an_example_and_version_tells() {
         "--queue-size",
         "--max-connections",
         "--busy-poll",
+        "--sandbox",
+        "--socket-mode",
+        "--socket-group",
         "--verbose",
         "CONNECT 1234",
         "vhost-user-vsock-pci",
@@ -95,6 +98,12 @@ fn wrong_values_are_refused() {
         "--queue-size=65536",
         "--max-connections=0",
         "--busy-poll=1000000",
+        "--sandbox=on",
+        "--socket-mode=0800",
+        "--socket-mode=1777",
+        "--socket-mode=rw",
+        "--socket-group=no such group",
+        "--socket-group=4294967295",
     ] {
         let option = wrong.split('=').next().unwrap();
         assert_refused(&start("4", &socket, &uds, &[wrong]), USE, option);

@@ -1,0 +1,275 @@
+//! What the daemon gives up before it serves, so that a guest, a VMM or a host program that took it over would have little.
+//!
+//! It has its sockets and descriptors by then. What it still needs of the system is to move bytes between descriptors, to
+//! connect to `<uds-path>_<port>`, to start a thread for each VMM, and to remove its two sockets in the end. All else goes:
+//! capabilities, new privileges, core dumps and being traced by others of its user, the file system (Landlock), and every
+//! system call that no file of this crate lists (seccomp).
+
+use std::collections::BTreeMap;
+use std::env;
+use std::path::Path;
+
+use caps::CapSet;
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, PathFdError,
+    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, Scope,
+};
+use libc::{c_int, c_long};
+use log::warn;
+use nix::sys::prctl::{set_dumpable, set_no_new_privs};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::getpid;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
+use thiserror::Error;
+
+use crate::calls::{Argument, Call};
+use crate::config::{Config, Sandbox};
+use crate::{
+    listener, look, packet, server, thread_backend, txbuf, vhost_user_vsock_thread, vhu_vsock,
+    vring, vsock_conn,
+};
+
+/// The Landlock of Linux 6.12, which has all that the sandbox asks for but one.
+const LANDLOCK: ABI = ABI::V6;
+
+/// A later one, with a right for connecting to Unix sockets.
+const LANDLOCK_OF_SOCKETS: ABI = ABI::V9;
+
+/// The signal for the C library's own use, whose handler glibc installs with the first thread.
+const SIGNAL_OF_THREADS: c_int = 33;
+
+/// For the language and its libraries, whatever the daemon does: memory, locks, threads, and the end, be it a panic's.
+const CALLS: &[Call] = &[
+    // The heap, and the stacks of threads. No memory ever becomes code.
+    Call::any(libc::SYS_brk),
+    Call::only(libc::SYS_mmap, NOT_EXECUTABLE),
+    Call::only(libc::SYS_mprotect, NOT_EXECUTABLE),
+    Call::any(libc::SYS_mremap),
+    Call::any(libc::SYS_munmap),
+    Call::any(libc::SYS_madvise),
+    Call::any(libc::SYS_futex),
+    Call::any(libc::SYS_getrandom),
+    // A thread's start and end. The call for a process is the same, but has not these flags.
+    Call::only(libc::SYS_clone, A_THREAD),
+    Call::any(libc::SYS_rseq),
+    Call::any(libc::SYS_set_robust_list),
+    Call::any(libc::SYS_sched_getaffinity),
+    Call::any(libc::SYS_sigaltstack),
+    Call::any(libc::SYS_rt_sigprocmask),
+    Call::only(
+        libc::SYS_rt_sigaction,
+        &[Argument::Is(0, SIGNAL_OF_THREADS)],
+    ),
+    Call::only(libc::SYS_prctl, &[Argument::Is(0, libc::PR_SET_NAME)]),
+    Call::only(libc::SYS_prctl, &[Argument::Is(0, libc::PR_SET_VMA)]),
+    Call::any(libc::SYS_exit),
+    // A panic's message, an abort, and the end by a signal of memory, whose handler gives it back to the system.
+    Call::any(libc::SYS_write),
+    Call::any(libc::SYS_getcwd),
+    Call::any(libc::SYS_getpid),
+    Call::any(libc::SYS_gettid),
+    Call::only(libc::SYS_tgkill, &[Argument::Ourselves(0)]),
+    Call::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGABRT)]),
+    Call::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGSEGV)]),
+    Call::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGBUS)]),
+    Call::any(libc::SYS_exit_group),
+];
+
+const NOT_EXECUTABLE: &[Argument] = &[Argument::Bits {
+    index: 2,
+    mask: libc::PROT_EXEC,
+    value: 0,
+}];
+
+const A_THREAD: &[Argument] = &[Argument::Bits {
+    index: 0,
+    mask: libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD,
+    value: libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD,
+}];
+
+/// Files that the libraries would look at now and then, and do without: how much memory there is, where a panic was. No
+/// file at all can be opened, not even without Landlock.
+const FILES: &[Call] = &[
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_open),
+    Call::any(libc::SYS_openat),
+    Call::any(libc::SYS_openat2),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_readlink),
+    Call::any(libc::SYS_readlinkat),
+];
+
+/// The kernel can't look into the arguments of this one. Where it is missing, threads are made by the older `clone`.
+const UNREADABLE: &[Call] = &[Call::any(libc::SYS_clone3)];
+
+/// Why the daemon does not serve.
+#[derive(Debug, Error)]
+#[error("--sandbox=strict: {missing}; --sandbox=auto does without")]
+pub struct SandboxError {
+    missing: String,
+}
+
+/// A part of the sandbox that the system doesn't give.
+#[derive(Debug, Error)]
+enum Missing {
+    #[error("core dumps stay possible: {0}")]
+    CoreLimit(nix::Error),
+    #[error("other processes of the user can read its memory: {0}")]
+    Dumpable(nix::Error),
+    #[error("new privileges stay possible: {0}")]
+    NewPrivileges(nix::Error),
+    #[error("capabilities are kept: {0}")]
+    Capabilities(caps::errors::CapsError),
+    #[error("no Landlock in this kernel")]
+    NoLandlock,
+    #[error("Landlock is not enabled in this kernel")]
+    LandlockDisabled,
+    #[error("this kernel's Landlock is version {0:?} of {LANDLOCK:?}")]
+    OldLandlock(ABI),
+    #[error("no Landlock: {0}")]
+    Landlock(#[from] RulesetError),
+    #[error("no Landlock: {0}")]
+    Folder(#[from] PathFdError),
+    #[error("no seccomp: {0}")]
+    Seccomp(#[from] seccompiler::Error),
+    #[error("no seccomp: {0}")]
+    Filter(#[from] seccompiler::BackendError),
+}
+
+/// Gives up all that serving does not need, for the calling thread and those that it starts from now on. The two sockets
+/// of `config` are there already.
+pub fn enter(config: &Config) -> Result<(), SandboxError> {
+    if config.sandbox == Sandbox::Off {
+        return Ok(());
+    }
+    // The order matters: privileges may be needed to find the folders, and the last part forbids what the others do.
+    let parts = [
+        setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(Missing::CoreLimit),
+        set_no_new_privs().map_err(Missing::NewPrivileges),
+        leave_files(&config.socket, &config.uds_path),
+        drop_capabilities().map_err(Missing::Capabilities),
+        set_dumpable(false).map_err(Missing::Dumpable),
+        leave_calls(),
+    ];
+    let missing = parts.into_iter().filter_map(Result::err);
+    let missing: Vec<String> = missing.map(|missing| missing.to_string()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let missing = missing.join("; ");
+    if config.sandbox == Sandbox::Strict {
+        return Err(SandboxError { missing });
+    }
+    warn!("the sandbox is incomplete: {missing}");
+    Ok(())
+}
+
+/// Drops all capabilities. Even root is then an ordinary user, to whom root's files belong.
+fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
+    // Only who may set capabilities may take them off the bounding set. Others can't gain by it: there are no new
+    // privileges.
+    if caps::has_cap(None, CapSet::Effective, caps::Capability::CAP_SETPCAP)? {
+        caps::clear(None, CapSet::Bounding)?;
+    }
+    caps::clear(None, CapSet::Ambient)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    // And with them the effective ones.
+    caps::clear(None, CapSet::Permitted)
+}
+
+/// Leaves the file system with Landlock, but for removing both sockets and, where Landlock knows of that, connecting to
+/// host programs. TCP, abstract sockets and signals to others are left as well.
+fn leave_files(socket: &Path, uds_path: &Path) -> Result<(), Missing> {
+    let folder = |path, access: BitFlags<AccessFs>| -> Result<_, Missing> {
+        Ok(PathBeneath::new(
+            PathFd::new(listener::folder(path))?,
+            access,
+        ))
+    };
+    let connect_and_remove = AccessFs::RemoveFile | AccessFs::ResolveUnix;
+    let status = Ruleset::default()
+        .handle_access(AccessFs::from_all(LANDLOCK_OF_SOCKETS))?
+        .handle_access(AccessNet::from_all(LANDLOCK))?
+        .scope(Scope::from_all(LANDLOCK))?
+        .create()?
+        .add_rule(folder(socket, AccessFs::RemoveFile.into())?)?
+        .add_rule(folder(uds_path, connect_and_remove)?)?
+        .restrict_self()?;
+    match status.landlock {
+        LandlockStatus::NotEnabled => Err(Missing::LandlockDisabled),
+        LandlockStatus::NotImplemented => Err(Missing::NoLandlock),
+        LandlockStatus::Available { effective_abi, .. } if effective_abi < LANDLOCK => {
+            Err(Missing::OldLandlock(effective_abi))
+        }
+        LandlockStatus::Available { .. } => Ok(()),
+    }
+}
+
+/// Makes every call that is not listed the last one, in all threads.
+fn leave_calls() -> Result<(), Missing> {
+    let allowed = [
+        CALLS,
+        server::CALLS,
+        listener::CALLS,
+        vhu_vsock::CALLS,
+        vring::CALLS,
+        vhost_user_vsock_thread::CALLS,
+        look::CALLS,
+        thread_backend::CALLS,
+        vsock_conn::CALLS,
+        txbuf::CALLS,
+        packet::CALLS,
+    ];
+    let refuse = |calls: &[Call], error: c_int| {
+        let error = SeccompAction::Errno(error as u32);
+        compile(&[calls], error, SeccompAction::Allow)
+    };
+    let known = [&allowed[..], &[FILES, UNREADABLE]].concat();
+    // The strictest of them decides.
+    let filters = [
+        refuse(FILES, libc::EACCES)?,
+        refuse(UNREADABLE, libc::ENOSYS)?,
+        // The last one: it allows no other.
+        compile(&known, SeccompAction::Allow, SeccompAction::KillProcess)?,
+    ];
+    for filter in filters {
+        seccompiler::apply_filter_all_threads(&filter)?;
+    }
+    Ok(())
+}
+
+/// A filter that answers each of `calls` with `listed` and all others with `other`.
+fn compile(
+    calls: &[&[Call]],
+    listed: SeccompAction,
+    other: SeccompAction,
+) -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules: BTreeMap<c_long, Vec<SeccompRule>> = BTreeMap::new();
+    let calls = || calls.iter().copied().flatten();
+    for call in calls() {
+        let rules = rules.entry(call.number).or_default();
+        if !call.arguments.is_empty() {
+            let conditions = call.arguments.iter().map(condition);
+            rules.push(SeccompRule::new(conditions.collect::<Result<_, _>>()?)?);
+        }
+    }
+    // One that is free somewhere is free.
+    for call in calls().filter(|call| call.arguments.is_empty()) {
+        rules.insert(call.number, Vec::new());
+    }
+    let arch = env::consts::ARCH.try_into()?;
+    SeccompFilter::new(rules, other, listed, arch)?.try_into()
+}
+
+fn condition(argument: &Argument) -> Result<SeccompCondition, seccompiler::BackendError> {
+    use SeccompCmpOp::{Eq, MaskedEq};
+    let (index, op, value) = match *argument {
+        Argument::Is(index, value) => (index, Eq, value),
+        Argument::Bits { index, mask, value } => (index, MaskedEq(mask as u32 as u64), value),
+        Argument::Ourselves(index) => (index, Eq, getpid().as_raw()),
+    };
+    SeccompCondition::new(index, SeccompCmpArgLen::Dword, op, value as u32 as u64)
+}
