@@ -9,5 +9,6 @@ pub mod host;
 pub mod qemu;
 pub mod scenarios;
 pub mod sim;
+pub mod tracer;
 pub mod uml;
 pub mod uml_proxy;
