@@ -16,7 +16,7 @@ use parking_lot::{Condvar, Mutex};
 pub const MAX_LINES: usize = 1024;
 
 /// Where the log's lines go, one with each `write`. That never waits and never fails. All clones are one queue.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct LogWriter(Arc<Shared>);
 
 #[derive(Default)]
@@ -37,14 +37,13 @@ struct Queue {
 }
 
 impl LogWriter {
-    /// Starts a thread that writes to `out`.
-    pub fn start(mut out: impl Write + Send + 'static) -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let log = Self(shared.clone());
+    /// Starts the thread that writes to `out`. The lines so far have waited for it.
+    pub fn start(&self, mut out: impl Write + Send + 'static) -> io::Result<()> {
+        let shared = self.0.clone();
         thread::Builder::new()
             .name("log".into())
             .spawn(move || shared.write_to(&mut out))?;
-        Ok(log)
+        Ok(())
     }
 
     /// Waits until all lines have been written, or the time is over.
@@ -109,8 +108,9 @@ mod tests {
     #[test]
     fn lines_are_written_in_their_order() {
         let (reader, writer) = io::pipe().unwrap();
-        let mut log = LogWriter::start(writer).unwrap();
+        let mut log = LogWriter::default();
         (0..100).for_each(|number| writeln!(log, "line {number}").unwrap());
+        log.start(writer).unwrap();
         log.drain(PATIENCE);
         let lines = BufReader::new(reader).lines().take(100);
         for (number, line) in lines.enumerate() {
@@ -121,7 +121,8 @@ mod tests {
     #[test]
     fn a_pipe_that_nobody_reads_stops_nobody() {
         let (reader, writer) = io::pipe().unwrap();
-        let mut log = LogWriter::start(writer).unwrap();
+        let mut log = LogWriter::default();
+        log.start(writer).unwrap();
         let line = [b'x'; 999];
         // More than the pipe and the queue hold.
         (0..10_000).for_each(|_| log.write_all(&[&line[..], b"\n"].concat()).unwrap());

@@ -122,12 +122,14 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
-    let mut log = match LogWriter::start(io::stderr()) {
-        Ok(log) => log,
-        Err(error) => return fail(io::stderr(), &format!("can't log: {error}"), 1),
-    };
+    let mut log = LogWriter::default();
     init_log(args.verbose, log.clone());
-    let code = match run(&args.config()) {
+    let started = start(&args.config());
+    // A thread that was there before would not be in the sandbox.
+    if let Err(error) = log.start(io::stderr()) {
+        return fail(io::stderr(), &format!("can't log: {error}"), 1);
+    }
+    let code = match started.and_then(|(server, signals)| run(server, signals)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ ServerError::Config(_)) => fail(&mut log, &error.to_string(), USAGE_ERROR),
         Err(error) => fail(&mut log, &error.to_string(), 1),
@@ -136,13 +138,15 @@ fn main() -> ExitCode {
     code
 }
 
+/// Starts the server. A signal that comes meanwhile waits until it runs.
+fn start(config: &Config) -> Result<(Server, Signals), ServerError> {
+    let signals = Signals::new([SIGTERM, SIGINT])?;
+    Ok((Server::start(config)?, signals))
+}
+
 /// Serves until SIGTERM or SIGINT. SIGPIPE is ignored, as Rust does it for every program.
-fn run(config: &Config) -> Result<(), ServerError> {
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+fn run(server: Server, mut signals: Signals) -> Result<(), ServerError> {
     let stop = Stop::new()?;
-    let server = Server::start(config)?;
-    // A thread that was there before would not be in the sandbox.
-    let signalled = stop.clone();
     thread::Builder::new()
         .name("signals".into())
         .spawn(move || {

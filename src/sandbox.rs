@@ -28,8 +28,8 @@ use thiserror::Error;
 use crate::calls::{Argument, Call};
 use crate::config::{Config, Sandbox};
 use crate::{
-    listener, look, packet, server, thread_backend, txbuf, vhost_user_vsock_thread, vhu_vsock,
-    vring, vsock_conn,
+    listener, look, packet, server, stats_socket, thread_backend, txbuf, vhost_user_vsock_thread,
+    vhu_vsock, vring, vsock_conn,
 };
 
 /// The Landlock of Linux 6.12, which has all that the sandbox asks for but one.
@@ -218,6 +218,7 @@ fn leave_calls() -> Result<(), Missing> {
         vring::CALLS,
         vhost_user_vsock_thread::CALLS,
         look::CALLS,
+        stats_socket::CALLS,
         thread_backend::CALLS,
         vsock_conn::CALLS,
         txbuf::CALLS,

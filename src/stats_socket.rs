@@ -8,8 +8,25 @@ use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 
+use crate::calls::{Argument, Call};
 use crate::metrics;
 use crate::stats::Snapshot;
+
+/// To accept as `listener` says, to read a request and to answer it in a bounded time.
+pub(crate) const CALLS: &[Call] = &[
+    Call::only(libc::SYS_setsockopt, &timeout(libc::SO_RCVTIMEO)),
+    Call::only(libc::SYS_setsockopt, &timeout(libc::SO_SNDTIMEO)),
+    Call::any(libc::SYS_read),
+    Call::any(libc::SYS_recvfrom),
+    Call::any(libc::SYS_sendto),
+    Call::any(libc::SYS_write),
+    Call::any(libc::SYS_shutdown),
+    Call::any(libc::SYS_clock_nanosleep),
+];
+
+const fn timeout(option: libc::c_int) -> [Argument; 2] {
+    [Argument::Is(1, libc::SOL_SOCKET), Argument::Is(2, option)]
+}
 
 /// How long a client may take to say that it speaks HTTP. One that says nothing gets the bare text then.
 const REQUEST_TIME: Duration = Duration::from_millis(200);

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
-use crate::calls::Call;
+use crate::calls::{Argument, Call};
 use crate::credit::Credit;
 use crate::header::{
     Cid, GuestPort, HostPort, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, VsockHeader,
@@ -33,8 +33,15 @@ use crate::rxqueue::RxQueue;
 use crate::stats::{ConnectionStats, End, Side};
 use crate::txbuf::LocalTxBuf;
 
-/// For the `OK` line, to look at what a socket holds and whether its other end is there, and to end one direction of it.
+/// For a larger socket buffer and the `OK` line, to look at what a socket holds and whether its other end is there, and to end one direction of it.
 pub(crate) const CALLS: &[Call] = &[
+    Call::only(
+        libc::SYS_setsockopt,
+        &[
+            Argument::Is(1, libc::SOL_SOCKET),
+            Argument::Is(2, libc::SO_SNDBUF),
+        ],
+    ),
     Call::any(libc::SYS_write),
     Call::any(libc::SYS_recvfrom),
     Call::any(libc::SYS_sendto),

@@ -7,6 +7,7 @@ use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::config::{Sandbox, SocketAccess};
 use crate::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
 use crate::testing::{self, WRITE, tx_batch};
 
@@ -37,6 +38,8 @@ impl Endless {
             queue_size: 1024,
             max_connections: 16,
             busy_poll: Duration::ZERO,
+            sandbox: Sandbox::Off,
+            access: SocketAccess::default(),
         };
         let listener = UnixListener::bind(&config.uds_path).unwrap();
         let mut worker = VhostUserVsockThread::new(&config, listener).unwrap();
@@ -123,7 +126,7 @@ impl Endless {
             let before = self.vrings[ring].queue_next_avail();
             self.worker.turn(&self.vrings);
             let after = self.vrings[ring].queue_next_avail();
-            done.send((self, after.wrapping_sub(before)))
+            let _ = done.send((self, after.wrapping_sub(before)));
         });
         wait.recv_timeout(Duration::from_secs(20))
             .expect("a turn without an end")
