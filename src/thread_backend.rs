@@ -580,3 +580,6 @@ fn host_port_path(uds_path: &Path, port: HostPort) -> PathBuf {
     path.push(format!("_{}", port.0));
     path.into()
 }
+
+#[cfg(test)]
+mod tests;

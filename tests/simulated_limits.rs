@@ -284,9 +284,12 @@ fn a_thousand_vmms_leave_nothing_behind() {
         assert_closed_after_bytes(&stream);
     };
     (0..20).for_each(|_| visit());
-    let settled = daemon.at_rest();
+    let (settled, before) = (daemon.at_rest(), daemon.anonymous_kib());
     (0..1000).for_each(|_| visit());
     assert_eq!(daemon.at_rest(), settled, "descriptors and threads");
+    // 2 KiB that each leaves behind would show.
+    let grown = daemon.anonymous_kib().saturating_sub(before);
+    assert!(grown < 2000, "{grown} KiB");
 }
 
 /// The stream has ended, as an end or as a reset.

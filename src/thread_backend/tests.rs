@@ -1,0 +1,77 @@
+use std::os::unix::net::UnixListener;
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::testing::{memory, tx_batch};
+
+/// An event loop in which nothing happens.
+struct NoEvents;
+
+impl Registry for NoEvents {
+    fn register(&self, _socket: BorrowedFd<'_>, _token: Token) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The table of a guest that never takes a packet, and a host program that listens for it.
+struct Table {
+    backend: VsockThreadBackend,
+    listener: UnixListener,
+    _folder: TempDir,
+}
+
+const PORT: HostPort = HostPort(1234);
+
+impl Table {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        let config = Config {
+            guest_cid: Cid(4),
+            socket: folder.path().join("vhost"),
+            uds_path: folder.path().join("uds"),
+            tx_buffer_size: 1 << 16,
+            queue_size: 128,
+            max_connections: 16,
+            busy_poll: Duration::ZERO,
+        };
+        Self {
+            backend: VsockThreadBackend::new(&config, Box::new(NoEvents)),
+            listener: UnixListener::bind(host_port_path(&config.uds_path, PORT)).unwrap(),
+            _folder: folder,
+        }
+    }
+
+    fn send(&mut self, port: u32, op: Op) {
+        let memory = memory();
+        let header = VsockHeader::to_guest(Cid(4), GuestPort(port), PORT, op);
+        self.backend.send_pkts(&tx_batch(&memory, &[(header, b"")]));
+    }
+}
+
+#[test]
+fn connections_that_come_and_go_while_the_guest_takes_nothing_leave_nothing() {
+    let mut table = Table::new();
+    for port in 0..1000 {
+        table.send(port, Op::Request);
+        table.listener.accept().unwrap();
+        assert_eq!(table.backend.entries.len(), 1);
+        table.send(port, Op::Rst);
+        assert!(table.backend.ready.len() <= 66, "the ready queue grows");
+    }
+    let backend = &table.backend;
+    assert!(backend.entries.is_empty() && backend.by_key.is_empty());
+    assert!(backend.deadlines.is_empty() && backend.orphans.is_empty());
+    assert!(backend.handshakes.is_empty() && backend.resets.is_empty());
+}
+
+#[test]
+fn resets_that_the_guest_does_not_take_are_dropped_beyond_a_limit() {
+    let mut table = Table::new();
+    for port in 0..2 * MAX_RESETS as u32 {
+        table.send(port, Op::CreditRequest);
+        table.send(port, Op::Rst);
+    }
+    assert_eq!(table.backend.resets.len(), MAX_RESETS);
+    assert_eq!(table.backend.lost_resets, MAX_RESETS as u64);
+}
