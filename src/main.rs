@@ -147,6 +147,7 @@ fn start(config: &Config) -> Result<(Server, Signals), ServerError> {
 /// Serves until SIGTERM or SIGINT. SIGPIPE is ignored, as Rust does it for every program.
 fn run(server: Server, mut signals: Signals) -> Result<(), ServerError> {
     let stop = Stop::new()?;
+    let signalled = stop.clone();
     thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
