@@ -1,5 +1,7 @@
 //! What the daemon is told to do, and the mistakes in it.
 
+use std::fmt;
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -31,9 +33,11 @@ pub struct Config {
     /// The guest's CID.
     pub guest_cid: Cid,
     /// The vhost-user socket, for the VMM.
-    pub socket: PathBuf,
+    pub socket: Socket,
     /// The socket for host programs, and the beginning of the paths where they listen themselves.
     pub uds_path: PathBuf,
+    /// The descriptor of the socket for host programs, where somebody has made it already.
+    pub uds_fd: Option<RawFd>,
     /// The buffer of each connection for bytes that the guest sends, in bytes.
     pub tx_buffer_size: u32,
     /// The largest ring that is offered to the guest, in entries.
@@ -42,10 +46,30 @@ pub struct Config {
     pub max_connections: usize,
     /// How long to look for more work before the worker sleeps.
     pub busy_poll: Duration,
+    /// The socket that tells what the daemon counts.
+    pub stats_path: Option<PathBuf>,
     /// What the daemon may still do once it serves.
     pub sandbox: Sandbox,
     /// Who may connect to both sockets.
     pub access: SocketAccess,
+}
+
+/// Where a listening socket comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Socket {
+    /// The daemon makes it at this path, and removes it in the end.
+    Path(PathBuf),
+    /// It is there already, as this descriptor.
+    Inherited(RawFd),
+}
+
+impl fmt::Display for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Inherited(fd) => write!(f, "descriptor {fd}"),
+        }
+    }
 }
 
 /// What the daemon gives up before it serves. [`sandbox`](crate::sandbox) says what that is.
@@ -188,14 +212,12 @@ pub enum ConfigError {
         /// The folder.
         folder: PathBuf,
     },
-    /// Both sockets would be the same file.
-    #[error("--socket and --uds-path are both {0}: the two sockets need two paths")]
-    SamePath(PathBuf),
-    /// The guest could connect to the vhost-user socket.
-    #[error(
-        "--socket {0}: this is where the guest's connections to a port go, choose another name"
-    )]
-    SocketIsPort(PathBuf),
+    /// Two sockets would be the same file.
+    #[error("{0} {1}: this is the path of another socket, each needs its own")]
+    SamePath(&'static str, PathBuf),
+    /// The guest could connect to it.
+    #[error("{0} {1}: this is where the guest's connections to a port go, choose another name")]
+    SocketIsPort(&'static str, PathBuf),
     /// No connection could work with this buffer.
     #[error("--tx-buffer-size={0}: a buffer has from 1 to {MAX_TX_BUFFER} bytes")]
     TxBufferSize(u32),
@@ -217,6 +239,12 @@ pub enum ConfigError {
     /// There is no such group.
     #[error("there is no group of this name, and it is no number of one")]
     SocketGroup,
+    /// The daemon serves one VM.
+    #[error("{0} times --vm: each VM has a daemon of its own")]
+    Vms(usize),
+    /// The service manager has made something else than was expected.
+    #[error("the sockets of the service manager: {0}")]
+    Activation(String),
     /// Nobody knows whether there is.
     #[error("the groups can't be read: {0}")]
     Groups(nix::Error),
@@ -228,14 +256,18 @@ impl Config {
         if !(3..u64::from(u32::MAX)).contains(&self.guest_cid.0) {
             return Err(ConfigError::Cid(self.guest_cid.0));
         }
-        let socket = check_path("--socket", &self.socket, "", "")?;
         let why = " so that the longest port fits behind it";
         let uds_path = check_path("--uds-path", &self.uds_path, LONGEST_PORT, why)?;
-        if socket == uds_path {
-            return Err(ConfigError::SamePath(self.socket.clone()));
-        }
-        if is_port_of(&socket, &uds_path) {
-            return Err(ConfigError::SocketIsPort(self.socket.clone()));
+        let mut taken = vec![uds_path.clone()];
+        for (option, path) in self.other_sockets() {
+            let real = check_path(option, path, "", "")?;
+            if taken.contains(&real) {
+                return Err(ConfigError::SamePath(option, path.to_owned()));
+            }
+            if is_port_of(&real, &uds_path) {
+                return Err(ConfigError::SocketIsPort(option, path.to_owned()));
+            }
+            taken.push(real);
         }
         if !(1..=MAX_TX_BUFFER).contains(&self.tx_buffer_size) {
             return Err(ConfigError::TxBufferSize(self.tx_buffer_size));
@@ -251,6 +283,35 @@ impl Config {
         }
         Ok(())
     }
+}
+
+impl Config {
+    /// The sockets that the daemon makes besides the one for host programs, with their options.
+    fn other_sockets(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let socket = match &self.socket {
+            Socket::Path(path) => Some(path),
+            Socket::Inherited(_) => None,
+        };
+        let socket = socket.map(|path| ("--socket", path.as_path()));
+        let stats = self
+            .stats_path
+            .as_deref()
+            .map(|path| ("--stats-path", path));
+        socket.into_iter().chain(stats)
+    }
+
+    /// The folders of all sockets.
+    pub fn folders(&self) -> impl Iterator<Item = &Path> {
+        let others = self.other_sockets().map(|(_, path)| path);
+        others.chain([self.uds_path.as_path()]).map(folder)
+    }
+}
+
+/// The folder that a path is in.
+pub fn folder(path: &Path) -> &Path {
+    let folder = path.parent();
+    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
 }
 
 /// Whether a path is that of a host program which listens for a port of the guest's.
@@ -287,12 +348,7 @@ fn check_path(
         path: path.to_owned(),
     };
     let file = path.file_name().ok_or_else(no_file)?;
-    let parent = path.parent().ok_or_else(no_file)?;
-    let folder = if parent.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        parent
-    };
+    let folder = folder(path);
     match folder.canonicalize() {
         Ok(real) if real.is_dir() => Ok(real.join(file)),
         _ => Err(ConfigError::NoFolder {
@@ -306,19 +362,10 @@ fn check_path(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
 
     fn config() -> Config {
-        Config {
-            guest_cid: Cid(4),
-            socket: "/tmp/vhost4.socket".into(),
-            uds_path: "/tmp/vm4.vsock".into(),
-            tx_buffer_size: 262_144,
-            queue_size: 1024,
-            max_connections: 1024,
-            busy_poll: Duration::from_micros(50),
-            sandbox: Sandbox::Auto,
-            access: SocketAccess::default(),
-        }
+        testing::config(Path::new("/tmp"))
     }
 
     fn refused(change: impl FnOnce(&mut Config)) -> String {
@@ -349,10 +396,13 @@ mod tests {
     #[test]
     fn paths_must_fit_with_the_longest_port() {
         let path = |len: usize| PathBuf::from(format!("/tmp/{}", "x".repeat(len - 5)));
-        assert!(refused(|config| config.socket = path(108)).contains("108 bytes are too long"));
+        assert!(
+            refused(|config| config.socket = Socket::Path(path(108)))
+                .contains("108 bytes are too long")
+        );
         assert!(refused(|config| config.uds_path = path(97)).contains("the limit is 96"));
         let config = Config {
-            socket: path(107),
+            socket: Socket::Path(path(107)),
             uds_path: path(96),
             ..config()
         };
@@ -368,9 +418,11 @@ mod tests {
 
     #[test]
     fn the_guest_must_not_reach_the_vhost_user_socket() {
-        assert!(refused(|config| config.socket = "/tmp/vm4.vsock_1".into()).contains("port"));
+        assert!(
+            refused(|config| config.socket = Socket::Path("/tmp/uds_1".into())).contains("port")
+        );
         let config = Config {
-            socket: "/tmp/vm4.vsock_vhost".into(),
+            socket: Socket::Path("/tmp/uds_vhost".into()),
             ..config()
         };
         assert_eq!(config.check(), Ok(()));
@@ -378,12 +430,16 @@ mod tests {
 
     #[test]
     fn a_missing_folder_is_named() {
-        let message = refused(|config| config.socket = "/nowhere/at/all.socket".into());
+        let message =
+            refused(|config| config.socket = Socket::Path("/nowhere/at/all.socket".into()));
         assert!(
             message.contains("the folder /nowhere/at does not exist"),
             "{message}"
         );
-        assert!(refused(|config| config.socket = "/".into()).contains("not the path of a file"));
+        assert!(
+            refused(|config| config.socket = Socket::Path("/".into()))
+                .contains("not the path of a file")
+        );
     }
 
     #[test]

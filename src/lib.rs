@@ -8,7 +8,7 @@
 //! Names are the specifications'. Arrows point downwards: nothing below knows anything above it.
 //!
 //! ```text
-//! main                      arguments, logging, signals, exit code       log_writer: the log's way to stderr
+//! main                      arguments (cli), logging, signals, exit code       log_writer: the log's way to stderr
 //!   server                  both sockets, one VMM after the other        listener: a socket and its file
 //!     sandbox               what the daemon gives up before it serves    calls: what each file needs of it
 //!     vhu_vsock             the device as the vhost-user library sees it vring: the library's rings, mended
@@ -37,6 +37,7 @@
 #![warn(unreachable_pub)]
 
 pub mod calls;
+pub mod cli;
 pub mod config;
 pub mod credit;
 pub mod handshake;

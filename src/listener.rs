@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -11,13 +11,16 @@ use std::time::Duration;
 
 use libc::{O_NOFOLLOW, O_PATH, c_int};
 use nix::fcntl::{AtFlags, Flock, FlockArg};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
+};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::fchownat;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use thiserror::Error;
 
 use crate::calls::{Argument, Call};
-use crate::config::SocketAccess;
+use crate::config::{SocketAccess, folder};
 
 /// To connect to a host program; to accept; to share a listening socket; to remove a socket's file if it is ours.
 pub(crate) const CALLS: &[Call] = &[
@@ -54,15 +57,25 @@ pub enum ListenerError {
     /// The system refused.
     #[error("{0}: can't listen there: {1}")]
     Io(PathBuf, io::Error),
+    /// What was inherited is no socket that listens.
+    #[error("descriptor {0}: {1}")]
+    Inherited(RawFd, io::Error),
     /// The system does not let these connect to it.
     #[error("{0}: can't set its mode and group: {1}")]
     Access(PathBuf, io::Error),
 }
 
-/// A listening socket. Its file is removed with it.
+/// A listening socket. If its file was made with it, it is removed with it.
 #[derive(Debug)]
 pub struct SocketFile {
     listener: UnixListener,
+    /// Goes with it.
+    _file: Option<OwnFile>,
+}
+
+/// The file of a socket of ours.
+#[derive(Debug)]
+struct OwnFile {
     path: PathBuf,
     /// Device and inode of the file, so that another's is not removed.
     identity: (u64, u64),
@@ -87,14 +100,32 @@ impl SocketFile {
         let file = options.read(true).custom_flags(O_PATH | O_NOFOLLOW);
         let file = file.open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
-        let socket = Self {
-            listener,
+        let own = OwnFile {
             path: path.to_owned(),
             identity: (metadata.dev(), metadata.ino()),
+        };
+        let socket = Self {
+            listener,
+            _file: Some(own),
         };
         give_access(&file, access)
             .map_err(|error| ListenerError::Access(path.to_owned(), error))?;
         Ok(socket)
+    }
+
+    /// Takes the listening socket with this number, which whoever started the daemon has made.
+    pub fn inherit(fd: RawFd) -> Result<Self, ListenerError> {
+        let failed = |error: io::Error| ListenerError::Inherited(fd, error);
+        let listener = UnixListener::from(duplicate(fd).map_err(failed)?);
+        // Both fail where it is no Unix socket, or another kind of one.
+        listener.local_addr().map_err(failed)?;
+        match getsockopt(&listener, sockopt::AcceptConn).map_err(|error| failed(error.into()))? {
+            true => Ok(Self {
+                listener,
+                _file: None,
+            }),
+            false => Err(failed(io::Error::other("not a socket that listens"))),
+        }
     }
 
     /// The listening socket once more.
@@ -109,7 +140,14 @@ impl AsFd for SocketFile {
     }
 }
 
-impl Drop for SocketFile {
+/// A descriptor of this process by its number. It is taken from the process itself, as it were from another one: that
+/// fails, and harms nobody, where the number is none.
+fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    let process = pidfd_open(getpid(), PidfdFlags::empty())?;
+    Ok(pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?)
+}
+
+impl Drop for OwnFile {
     fn drop(&mut self) {
         let is_ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
@@ -145,13 +183,6 @@ fn lock_folder(path: &Path) -> Option<Flock<File>> {
         thread::sleep(Duration::from_millis(10));
     }
     None
-}
-
-/// The folder that a path is in.
-pub fn folder(path: &Path) -> &Path {
-    let folder = path.parent();
-    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
-    folder.unwrap_or(Path::new("."))
 }
 
 /// Makes room at `path`, where nothing may be but a dead socket.

@@ -26,7 +26,7 @@ use seccompiler::{
 use thiserror::Error;
 
 use crate::calls::{Argument, Call};
-use crate::config::{Config, Sandbox};
+use crate::config::{Config, Sandbox, folder};
 use crate::{
     listener, look, packet, server, stats_socket, thread_backend, txbuf, vhost_user_vsock_thread,
     vhu_vsock, vring, vsock_conn,
@@ -149,7 +149,7 @@ pub fn enter(config: &Config) -> Result<(), SandboxError> {
     let parts = [
         setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(Missing::CoreLimit),
         set_no_new_privs().map_err(Missing::NewPrivileges),
-        leave_files(&config.socket, &config.uds_path),
+        leave_files(config),
         drop_capabilities().map_err(Missing::Capabilities),
         set_dumpable(false).map_err(Missing::Dumpable),
         leave_calls(),
@@ -180,24 +180,23 @@ fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
     caps::clear(None, CapSet::Permitted)
 }
 
-/// Leaves the file system with Landlock, but for removing both sockets and, where Landlock knows of that, connecting to
+/// Leaves the file system with Landlock, but for removing the sockets and, where Landlock knows of that, connecting to
 /// host programs. TCP, abstract sockets and signals to others are left as well.
-fn leave_files(socket: &Path, uds_path: &Path) -> Result<(), Missing> {
-    let folder = |path, access: BitFlags<AccessFs>| -> Result<_, Missing> {
-        Ok(PathBeneath::new(
-            PathFd::new(listener::folder(path))?,
-            access,
-        ))
-    };
-    let connect_and_remove = AccessFs::RemoveFile | AccessFs::ResolveUnix;
-    let status = Ruleset::default()
+fn leave_files(config: &Config) -> Result<(), Missing> {
+    let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(LANDLOCK_OF_SOCKETS))?
         .handle_access(AccessNet::from_all(LANDLOCK))?
         .scope(Scope::from_all(LANDLOCK))?
-        .create()?
-        .add_rule(folder(socket, AccessFs::RemoveFile.into())?)?
-        .add_rule(folder(uds_path, connect_and_remove)?)?
-        .restrict_self()?;
+        .create()?;
+    let mut allow = |folder: &Path, access: BitFlags<AccessFs>| -> Result<(), Missing> {
+        (&mut ruleset).add_rule(PathBeneath::new(PathFd::new(folder)?, access))?;
+        Ok(())
+    };
+    for folder in config.folders() {
+        allow(folder, AccessFs::RemoveFile.into())?;
+    }
+    allow(folder(&config.uds_path), AccessFs::ResolveUnix.into())?;
+    let status = ruleset.restrict_self()?;
     match status.landlock {
         LandlockStatus::NotEnabled => Err(Missing::LandlockDisabled),
         LandlockStatus::NotImplemented => Err(Missing::NoLandlock),

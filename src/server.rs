@@ -15,9 +15,10 @@ use vhost_user_backend::{Error, ShutdownHandle, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::calls::Call;
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, Socket};
 use crate::listener::{self, ListenerError, SocketFile};
 use crate::sandbox::{self, SandboxError};
+use crate::stats_socket;
 use crate::vhu_vsock::VhostUserVsockBackend;
 
 /// To wait for a VMM and for the wish to stop, which a signal brings: its handler sends a byte to the thread that reads
@@ -99,34 +100,47 @@ impl Stop {
     }
 }
 
-/// The daemon with both its sockets, which go with it.
+/// The daemon with its sockets, which go with it.
 pub struct Server {
     socket: SocketFile,
-    /// Held for its file. The worker has the socket.
-    _uds: SocketFile,
+    /// Held for their files. Others have the sockets.
+    _others: [Option<SocketFile>; 2],
     backend: Arc<VhostUserVsockBackend>,
 }
 
 impl Server {
-    /// Makes both sockets and enters the sandbox. The process may have no thread but the calling one, which alone enters
+    /// Makes the sockets and enters the sandbox. The process may have no thread but the calling one, which alone enters
     /// it, with those it starts later.
     pub fn start(config: &Config) -> Result<Self, ServerError> {
         config.check()?;
         raise_descriptor_limit();
         listener::tighten_umask();
-        let socket = SocketFile::bind(&config.socket, config.access)?;
-        let uds = SocketFile::bind(&config.uds_path, config.access)?;
+        let socket = match &config.socket {
+            Socket::Path(path) => SocketFile::bind(path, config.access)?,
+            Socket::Inherited(fd) => SocketFile::inherit(*fd)?,
+        };
+        let uds = match config.uds_fd {
+            Some(fd) => SocketFile::inherit(fd)?,
+            None => SocketFile::bind(&config.uds_path, config.access)?,
+        };
+        let stats = config.stats_path.as_ref();
+        let stats = stats.map(|path| SocketFile::bind(path, config.access));
+        let stats = stats.transpose()?;
         let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
         sandbox::enter(config)?;
         info!(
             "CID {}: waiting for a VMM at {}, for host programs at {}",
             config.guest_cid.0,
-            config.socket.display(),
+            config.socket,
             config.uds_path.display()
         );
+        if let Some(stats) = &stats {
+            let backend = backend.clone();
+            stats_socket::serve(stats.listener()?, move || backend.snapshot())?;
+        }
         Ok(Self {
             socket,
-            _uds: uds,
+            _others: [Some(uds), stats],
             backend,
         })
     }

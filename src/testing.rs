@@ -1,4 +1,7 @@
-//! Guest memory and descriptor chains for the unit tests.
+//! A configuration, guest memory and descriptor chains for the unit tests.
+
+use std::path::Path;
+use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
@@ -7,11 +10,29 @@ use virtio_queue::mock::MockSplitQueue;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::header::VsockHeader;
+use crate::config::{Config, Sandbox, Socket, SocketAccess};
+use crate::header::{Cid, VsockHeader};
 use crate::packet::{RxBatch, TxBatch};
 
 /// The size of the rings these chains are from.
 pub(crate) const RING_SIZE: u16 = 64;
+
+/// A small device whose sockets are in `folder`.
+pub(crate) fn config(folder: &Path) -> Config {
+    Config {
+        guest_cid: Cid(4),
+        socket: Socket::Path(folder.join("vhost")),
+        uds_path: folder.join("uds"),
+        uds_fd: None,
+        tx_buffer_size: 1 << 16,
+        queue_size: 1024,
+        max_connections: 16,
+        busy_poll: Duration::ZERO,
+        stats_path: None,
+        sandbox: Sandbox::Off,
+        access: SocketAccess::default(),
+    }
+}
 
 /// Where the second region of the memory begins, right behind the first.
 pub(crate) const BORDER: u64 = 0x10000;

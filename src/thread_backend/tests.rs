@@ -3,7 +3,7 @@ use std::os::unix::net::UnixListener;
 use tempfile::TempDir;
 
 use super::*;
-use crate::testing::{memory, tx_batch};
+use crate::testing::{self, memory, tx_batch};
 
 /// An event loop in which nothing happens.
 struct NoEvents;
@@ -26,15 +26,7 @@ const PORT: HostPort = HostPort(1234);
 impl Table {
     fn new() -> Self {
         let folder = TempDir::new().unwrap();
-        let config = Config {
-            guest_cid: Cid(4),
-            socket: folder.path().join("vhost"),
-            uds_path: folder.path().join("uds"),
-            tx_buffer_size: 1 << 16,
-            queue_size: 128,
-            max_connections: 16,
-            busy_poll: Duration::ZERO,
-        };
+        let config = testing::config(folder.path());
         Self {
             backend: VsockThreadBackend::new(&config, Box::new(NoEvents)),
             listener: UnixListener::bind(host_port_path(&config.uds_path, PORT)).unwrap(),
@@ -73,5 +65,5 @@ fn resets_that_the_guest_does_not_take_are_dropped_beyond_a_limit() {
         table.send(port, Op::Rst);
     }
     assert_eq!(table.backend.resets.len(), MAX_RESETS);
-    assert_eq!(table.backend.lost_resets, MAX_RESETS as u64);
+    assert_eq!(table.backend.counters.resets_lost, MAX_RESETS as u64);
 }

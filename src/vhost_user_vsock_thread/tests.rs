@@ -7,7 +7,6 @@ use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::config::{Sandbox, SocketAccess};
 use crate::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
 use crate::testing::{self, WRITE, tx_batch};
 
@@ -30,17 +29,7 @@ struct Endless {
 impl Endless {
     fn new(ring_size: u16) -> Self {
         let folder = TempDir::new().unwrap();
-        let config = Config {
-            guest_cid: Cid(4),
-            socket: folder.path().join("vhost"),
-            uds_path: folder.path().join("uds"),
-            tx_buffer_size: 1 << 16,
-            queue_size: 1024,
-            max_connections: 16,
-            busy_poll: Duration::ZERO,
-            sandbox: Sandbox::Off,
-            access: SocketAccess::default(),
-        };
+        let config = testing::config(folder.path());
         let listener = UnixListener::bind(&config.uds_path).unwrap();
         let mut worker = VhostUserVsockThread::new(&config, listener).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
