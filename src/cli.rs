@@ -79,15 +79,15 @@ pub struct Args {
     #[arg(long, value_name = "STATS_PATH")]
     stats_path: Option<PathBuf>,
 
-    /// Who may connect to the sockets, in octal [default: 600, or 660 with a group]
+    /// Permissions of the sockets, in octal; to connect takes `w` [default: 600, with a group 660]
     #[arg(long, value_name = "MODE")]
     socket_mode: Option<SocketMode>,
 
-    /// Name or number of the group of the sockets
+    /// Group of the sockets, by name or number, in place of the daemon's own
     #[arg(long, value_name = "GROUP")]
     socket_group: Option<SocketGroup>,
 
-    /// Give up what serving does not need: as far as the kernel can, wholly or not at all
+    /// Give up what serving does not need: as far as the kernel can, wholly or not start, or nothing
     #[arg(long, value_name = "SANDBOX", default_value = "auto",
         value_parser = PossibleValuesParser::new(Sandbox::NAMES).try_map(|name| name.parse::<Sandbox>()))]
     sandbox: Sandbox,

@@ -8,17 +8,18 @@
 //! Names are the specifications'. Arrows point downwards: nothing below knows anything above it.
 //!
 //! ```text
-//! main                      arguments (cli), logging, signals, exit code       log_writer: the log's way to stderr
-//!   server                  both sockets, one VMM after the other        listener: a socket and its file
-//!     sandbox               what the daemon gives up before it serves    calls: what each file needs of it
+//! main                      logging, signals, exit code              log_writer: the log's way to stderr
+//!   server                  the sockets, one VMM after the other     listener: a socket and its file
+//!     sandbox               what the daemon gives up before it serves
 //!     vhu_vsock             the device as the vhost-user library sees it vring: the library's rings, mended
 //!       vhost_user_vsock_thread   the worker: rings, epoll, timer        look: whether to look before sleep
 //!         thread_backend    the table of connections, resets, limits     handshake: the CONNECT line
 //!           vsock_conn      one connection: states, both directions      credit, txbuf, rxqueue, rxops
 //!             packet        packets in guest memory; all unsafe code     header: the 44 bytes and their names
-//! config                    what the daemon is told, and the mistakes in it
+//! cli, config               what the daemon is told, and the mistakes in it
 //! stats                     what is counted, and what there is to tell of a connection
 //! stats_socket              tells it, as the text that metrics makes of it; stats_table shows that to a person
+//! calls                     how a file lists the system calls that it makes
 //! ```
 //!
 //! # How a byte travels

@@ -28,7 +28,7 @@ use thiserror::Error;
 use crate::calls::{Argument, Call};
 use crate::config::{Config, Sandbox, folder};
 use crate::{
-    listener, look, packet, server, stats_socket, thread_backend, txbuf, vhost_user_vsock_thread,
+    listener, look, packet, stats_socket, thread_backend, txbuf, vhost_user_vsock_thread,
     vhu_vsock, vring, vsock_conn,
 };
 
@@ -140,8 +140,8 @@ enum Missing {
 }
 
 /// Gives up all that serving does not need, for the calling thread and those that it starts from now on. The two sockets
-/// of `config` are there already.
-pub fn enter(config: &Config) -> Result<(), SandboxError> {
+/// of `config` are there already. Besides the calls that are listed below the caller, its own can be made.
+pub fn enter(config: &Config, callers: &[Call]) -> Result<(), SandboxError> {
     if config.sandbox == Sandbox::Off {
         return Ok(());
     }
@@ -152,7 +152,7 @@ pub fn enter(config: &Config) -> Result<(), SandboxError> {
         leave_files(config),
         drop_capabilities().map_err(Missing::Capabilities),
         set_dumpable(false).map_err(Missing::Dumpable),
-        leave_calls(),
+        leave_calls(callers),
     ];
     let missing = parts.into_iter().filter_map(Result::err);
     let missing: Vec<String> = missing.map(|missing| missing.to_string()).collect();
@@ -208,10 +208,10 @@ fn leave_files(config: &Config) -> Result<(), Missing> {
 }
 
 /// Makes every call that is not listed the last one, in all threads.
-fn leave_calls() -> Result<(), Missing> {
+fn leave_calls(callers: &[Call]) -> Result<(), Missing> {
     let allowed = [
         CALLS,
-        server::CALLS,
+        callers,
         listener::CALLS,
         vhu_vsock::CALLS,
         vring::CALLS,

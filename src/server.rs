@@ -23,7 +23,7 @@ use crate::vhu_vsock::VhostUserVsockBackend;
 
 /// To wait for a VMM and for the wish to stop, which a signal brings: its handler sends a byte to the thread that reads
 /// it. And for the log.
-pub(crate) const CALLS: &[Call] = &[
+const CALLS: &[Call] = &[
     #[cfg(target_arch = "x86_64")]
     Call::any(libc::SYS_poll),
     Call::any(libc::SYS_ppoll),
@@ -127,7 +127,7 @@ impl Server {
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
         let stats = stats.transpose()?;
         let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
-        sandbox::enter(config)?;
+        sandbox::enter(config, CALLS)?;
         info!(
             "CID {}: waiting for a VMM at {}, for host programs at {}",
             config.guest_cid.0,

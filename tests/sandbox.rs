@@ -18,7 +18,7 @@ use common::tracer::{Outcome, Traced};
 use nix::errno::Errno;
 use nix::libc::{self, c_long};
 use nix::sys::signal::Signal;
-use nix::unistd::{geteuid, getgroups, getpid};
+use nix::unistd::{geteuid, getgid, getgroups, getpid};
 use seccompiler::{SeccompAction, SeccompFilter};
 use tempfile::TempDir;
 
@@ -385,7 +385,8 @@ fn both_sockets_have_the_mode_and_the_group_that_was_asked_for() {
     let group = if geteuid().is_root() {
         54_321
     } else {
-        getgroups().unwrap()[0].as_raw()
+        let groups = getgroups().unwrap();
+        groups.first().copied().unwrap_or(getgid()).as_raw()
     };
     let own = access(&TempDir::new().unwrap().path().join(".")).1;
     let (mode, chosen) = ("--socket-mode=0606", format!("--socket-group={group}"));

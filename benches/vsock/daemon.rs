@@ -131,14 +131,23 @@ impl Daemon {
         Ok(Duration::from(clock.now()?))
     }
 
-    /// A field of /proc/PID/smaps_rollup, in KiB.
-    pub fn memory(&self, field: &str) -> io::Result<f64> {
-        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid()))?;
-        rollup
-            .lines()
-            .filter_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
-            .find_map(|rest| rest.split_whitespace().next()?.parse().ok())
-            .ok_or_else(|| io::Error::other(format!("no {field} in smaps_rollup")))
+    /// The memory that is its own, in KiB, and all of its memory.
+    pub fn memory(&self) -> io::Result<(f64, f64)> {
+        // Of a sandboxed daemon, all but root see only the numbers that the kernel rounds.
+        self.kib("smaps_rollup", ["Anonymous", "Rss"])
+            .or_else(|_| self.kib("status", ["RssAnon", "VmRSS"]))
+    }
+
+    /// Two fields of a file in /proc/PID.
+    fn kib(&self, file: &str, fields: [&str; 2]) -> io::Result<(f64, f64)> {
+        let text = fs::read_to_string(format!("/proc/{}/{file}", self.pid()))?;
+        let field = |name: &str| {
+            text.lines()
+                .filter_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+                .find_map(|rest| rest.split_whitespace().next()?.parse().ok())
+                .ok_or_else(|| io::Error::other(format!("no {name} in {file}")))
+        };
+        Ok((field(fields[0])?, field(fields[1])?))
     }
 }
 

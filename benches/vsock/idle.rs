@@ -20,11 +20,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The start of a daemon, and its memory before anybody has connected.
 pub fn start_up(daemon: &Daemon) -> Result<Sample, String> {
     sleep(REST);
-    let memory = |field| daemon.memory(field).map_err(|error| error.to_string());
+    let (anon, rss) = daemon.memory().map_err(|error| error.to_string())?;
     Ok(Sample::from([
         (key::START_UP_MS, daemon.start_up.as_secs_f64() * 1e3),
-        (key::ANON_KIB, memory("Anonymous")?),
-        (key::RSS_KIB, memory("Rss")?),
+        (key::ANON_KIB, anon),
+        (key::RSS_KIB, rss),
     ]))
 }
 
@@ -43,20 +43,18 @@ fn measure(daemon: &Daemon, count: usize, timing: &Timing) -> io::Result<Sample>
     // The first connection pays for what is made once.
     let _first = exchange(&uds_path)?;
     sleep(REST);
-    let (anon, rss) = (daemon.memory("Anonymous")?, daemon.memory("Rss")?);
+    let (anon, rss) = daemon.memory()?;
     let mut open = Vec::new();
     for i in 1..=count {
         let stream = exchange(&uds_path);
         open.push(stream.map_err(|error| io::Error::other(format!("connection {i}: {error}")))?);
     }
     sleep(REST);
-    let per_conn = |before, after: f64| (after - before) / count as f64;
+    let (anon_now, rss_now) = daemon.memory()?;
+    let per_conn = |grown: f64| grown / count as f64;
     let mut sample = Sample::from([
-        (
-            key::ANON_KIB_PER_CONN,
-            per_conn(anon, daemon.memory("Anonymous")?),
-        ),
-        (key::RSS_KIB_PER_CONN, per_conn(rss, daemon.memory("Rss")?)),
+        (key::ANON_KIB_PER_CONN, per_conn(anon_now - anon)),
+        (key::RSS_KIB_PER_CONN, per_conn(rss_now - rss)),
     ]);
     let before = daemon.cpu()?;
     sleep(timing.window);

@@ -91,11 +91,18 @@ impl Daemon {
         fs::read_to_string(self.folder.path().join("log")).unwrap()
     }
 
-    /// How many descriptors the daemon has open.
+    /// How many descriptors the daemon has open. Its sandbox lets nobody but root see them, but from Linux 6.2 on the size
+    /// of their folder is their number.
     pub fn open_descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid()))
-            .unwrap()
-            .count()
+        let folder = format!("/proc/{}/fd", self.pid());
+        match fs::read_dir(&folder) {
+            Ok(descriptors) => descriptors.count(),
+            Err(error) => {
+                let size = fs::metadata(&folder).unwrap().len();
+                assert_ne!(size, 0, "{folder} takes root, or Linux 6.2: {error}");
+                size as usize
+            }
+        }
     }
 
     /// How many descriptors and threads the daemon has when nothing is under way: two looks apart in time agree.

@@ -4,14 +4,14 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::libc::user_regs_struct;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -27,6 +27,7 @@ const PATH_VARIABLE: &str = "TRACED_PATH=";
 /// A daemon whose first thread is traced. Only the thread that has started it may use it. It is killed, by pid, when this
 /// is dropped.
 pub struct Traced {
+    child: Child,
     pid: Pid,
     folder: TempDir,
     path: u64,
@@ -56,7 +57,7 @@ impl Traced {
     pub fn start(options: &[&str], path: &Path) -> Self {
         let folder = TempDir::with_prefix("vsock-test-").unwrap();
         let log = File::create(folder.path().join("log")).unwrap();
-        let mut launcher = Command::new("/bin/sh")
+        let mut child = Command::new("/bin/sh")
             .args(["-c", LAUNCH, "sh"])
             .arg(binary())
             .arg(format!("--guest-cid={GUEST_CID}"))
@@ -72,16 +73,17 @@ impl Traced {
             .spawn()
             .unwrap();
         let mut ready = [0];
-        let mut stdout = launcher.stdout.take().unwrap();
+        let mut stdout = child.stdout.take().unwrap();
         stdout.read_exact(&mut ready).unwrap();
-        let pid = Pid::from_raw(launcher.id() as i32);
+        let pid = Pid::from_raw(child.id() as i32);
         let options = Options::PTRACE_O_EXITKILL
             | Options::PTRACE_O_TRACEEXEC
             | Options::PTRACE_O_TRACESYSGOOD;
         ptrace::seize(pid, options)
             .expect("a process may trace its child: kernel.yama.ptrace_scope");
-        launcher.stdin.take().unwrap().write_all(b"\n").unwrap();
+        child.stdin.take().unwrap().write_all(b"\n").unwrap();
         let mut traced = Self {
+            child,
             pid,
             folder,
             path: 0,
@@ -241,11 +243,8 @@ impl Traced {
 impl Drop for Traced {
     fn drop(&mut self) {
         if !self.ended {
-            let _ = kill(self.pid, Signal::SIGKILL);
-            let killed =
-                |status| matches!(status, WaitStatus::Signaled(..) | WaitStatus::Exited(..));
-            while waitpid(self.pid, Some(WaitPidFlag::__WALL)).is_ok_and(|status| !killed(status)) {
-            }
+            let _ = self.child.kill();
+            let _ = self.child.wait();
         }
     }
 }
