@@ -167,6 +167,8 @@ pub struct VsockConnection {
     writable: bool,
     /// Both directions of the socket are over.
     gone: bool,
+    /// Bytes of the guest's came after the host program had stopped reading, and were dropped.
+    dropped: bool,
     /// What the guest will no more do, as flags of SHUTDOWN.
     guest_shutdown: u32,
     /// What the host program will no more do.
@@ -215,6 +217,7 @@ impl VsockConnection {
             halting: true,
             writable: true,
             gone: false,
+            dropped: false,
             guest_shutdown: 0,
             host_shutdown: 0,
             told_shutdown: 0,
@@ -473,6 +476,7 @@ impl VsockConnection {
         }
         if self.host_shutdown & SHUTDOWN_RECEIVE != 0 {
             self.credit.count_forwarded(len);
+            self.dropped = true;
             return Verdict::Open;
         }
         self.credit.count_forwarded(sent);
@@ -603,9 +607,10 @@ impl VsockConnection {
         if self.credit.is_due() {
             self.rx_queue.add(RxOps::CreditUpdate);
         }
-        // A host program that is gone ends both directions with one SHUTDOWN, behind the last byte it wrote.
+        // A host program that is gone ends both directions with one SHUTDOWN, behind the last byte it wrote. But a guest that
+        // goes on sending is told first that nobody takes it: it may never read so far.
         let untold = self.host_shutdown & !self.told_shutdown;
-        if untold != 0 && !(self.gone && reading) {
+        if untold != 0 && (self.dropped || !(self.gone && reading)) {
             self.rx_queue.add(RxOps::Shutdown);
         }
     }

@@ -348,6 +348,32 @@ fn what_comes_for_a_program_that_is_gone_is_taken_and_dropped() {
 }
 
 #[test]
+fn a_guest_that_sends_to_a_program_that_is_gone_hears_so_before_it_has_read_all() {
+    let mut ends = Ends::established(WINDOW);
+    ends.program.write_all(&[7; 10_000]).unwrap();
+    ends.program = UnixStream::pair().unwrap().0;
+    assert_eq!(ends.gone(), Verdict::Open);
+    let before = ends.packets();
+    let is_shutdown = |(header, _): &(VsockHeader, _)| header.op == Op::Shutdown as u16;
+    assert!(!before.iter().any(is_shutdown), "bytes are left");
+    assert_eq!(ends.guest_writes(&[1; 1000]), Verdict::Open);
+    let told = ends.packets();
+    let told: Vec<_> = told.iter().map(|(it, _)| (it.op, it.flags)).collect();
+    assert_eq!(told, [(Op::Shutdown as u16, SHUTDOWN_RECEIVE)]);
+
+    let update = VsockHeader {
+        buf_alloc: 20_000,
+        ..packet(Op::CreditUpdate)
+    };
+    assert_eq!(ends.guest(&update), Verdict::Open);
+    let after = ends.packets();
+    let bytes = |packets: &[(VsockHeader, Vec<u8>)]| packets.iter().map(|(_, it)| it.len()).sum();
+    let (early, late): (usize, usize) = (bytes(&before), bytes(&after));
+    assert_eq!(early + late, 10_000);
+    assert_eq!(after.last().unwrap().0.flags, SHUTDOWN_BOTH);
+}
+
+#[test]
 fn a_guest_that_stops_sending_ends_the_programs_reading_behind_the_last_byte() {
     let mut ends = Ends::established(WINDOW);
     let written = ends.fill(2000);
