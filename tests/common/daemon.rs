@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
@@ -10,6 +11,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+
+use super::watchdog::Watchdog;
 
 /// The guest's CID in every test that has no reason for another.
 pub const GUEST_CID: u64 = 4;
@@ -20,6 +23,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// A running daemon. It is killed, by pid, when this is dropped.
 pub struct Daemon {
     child: Child,
+    watchdog: Watchdog,
     folder: TempDir,
 }
 
@@ -51,12 +55,18 @@ impl Daemon {
             .arg("--uds-path")
             .arg(folder.path().join("vm.vsock"))
             .args(options)
+            // An interrupt from the terminal is for the test, which then ends the daemon.
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr)
             .spawn()
             .unwrap();
-        let mut daemon = Self { child, folder };
+        let mut daemon = Self {
+            watchdog: Watchdog::start(child.id()),
+            child,
+            folder,
+        };
         daemon.wait_for_sockets();
         daemon
     }
@@ -202,6 +212,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        self.watchdog.dismiss();
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {

@@ -9,12 +9,14 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
+
+use super::watchdog::Watchdog;
 
 /// How long a guest may take to boot; it bounds a failing run.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -25,7 +27,7 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(200);
 /// A VMM and the processes it has started. All are killed when this is dropped.
 pub struct Vmm {
     child: Child,
-    watchdog: Child,
+    watchdog: Watchdog,
     killed: bool,
 }
 
@@ -37,7 +39,7 @@ impl Vmm {
         prepare(&mut command);
         let child = command.spawn().unwrap();
         Self {
-            watchdog: start_watchdog(child.id()),
+            watchdog: Watchdog::start(child.id()),
             child,
             killed: false,
         }
@@ -49,23 +51,20 @@ impl Vmm {
             return;
         }
         // The watchdog first: it must not meet a new owner of the group's id.
-        let _ = self.watchdog.kill();
-        let _ = self.watchdog.wait();
+        self.watchdog.dismiss();
         let _ = killpg(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
         let _ = self.child.wait();
     }
-}
 
-/// Kills the process group `group` when this process ends in a way that drops nothing.
-fn start_watchdog(group: u32) -> Child {
-    Command::new("sh")
-        // Its standard input ends with this process.
-        .args(["-c", "read -r _; kill -KILL -- -$1", "sh"])
-        .arg(group.to_string())
-        .process_group(0)
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap()
+    /// Lets the VMM do nothing until it is continued, or goes on with it.
+    pub fn freeze(&self, frozen: bool) {
+        let signal = if frozen {
+            Signal::SIGSTOP
+        } else {
+            Signal::SIGCONT
+        };
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
 }
 
 impl Drop for Vmm {

@@ -12,3 +12,4 @@ pub mod sim;
 pub mod tracer;
 pub mod uml;
 pub mod uml_proxy;
+pub mod watchdog;

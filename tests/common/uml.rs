@@ -66,6 +66,11 @@ impl Uml {
     pub fn kill(mut self) {
         self.vmm.kill();
     }
+
+    /// Lets the guest do nothing until it is continued, or goes on with it.
+    pub fn freeze(&self, frozen: bool) {
+        self.vmm.freeze(frozen);
+    }
 }
 
 impl Deref for Uml {
