@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{JoinHandle, spawn};
@@ -142,20 +143,28 @@ impl GuestStack {
     /// The next connection made to `port`.
     #[track_caller]
     pub fn accept(&self, port: u32) -> GuestStream {
-        let mut key = None;
-        self.shared.wait(|state| {
-            key = state.listeners.get_mut(&port)?.pop_front();
-            key.map(|_| ())
-        });
-        GuestStream {
+        self.try_accept(port)
+            .expect("nobody connected to the guest")
+    }
+
+    /// The next connection made to `port`; none when nobody comes in time, or the VMM is killed.
+    pub fn try_accept(&self, port: u32) -> Option<GuestStream> {
+        let key = self.shared.wait(|state| {
+            let waiting = state.listeners.get_mut(&port)?.pop_front();
+            (waiting.is_some() || state.stop).then_some(waiting)
+        })??;
+        Some(GuestStream {
             shared: self.shared.clone(),
-            key: key.expect("nobody connected to the guest"),
-        }
+            key,
+        })
     }
 
     /// Connects to a host port.
     pub fn connect(&self, port: u32) -> io::Result<GuestStream> {
         let mut state = self.shared.lock();
+        if state.stop {
+            return Err(ErrorKind::NotConnected.into());
+        }
         state.next_port += 1;
         let mut flow = Flow::new(state.next_port, port);
         flow.buf_alloc = state.guest.setup.buf_alloc;
@@ -174,8 +183,12 @@ impl GuestStack {
         if answered.is_none() {
             return Err(ErrorKind::TimedOut.into());
         }
-        let open = self.shared.lock().conns[&key].phase == Phase::Open;
-        if open {
+        let was_open = {
+            let conn = &self.shared.lock().conns[&key];
+            // It may have ended again since.
+            conn.phase == Phase::Open || conn.aborted || conn.peer_shutdown != 0
+        };
+        if was_open {
             Ok(stream)
         } else {
             Err(ErrorKind::ConnectionRefused.into())
@@ -203,6 +216,21 @@ impl GuestStack {
         state.guest.start_rings();
         drop(state);
         self.shared.wake();
+    }
+
+    /// Kills the VMM: its connection to the daemon is cut, and every stream with it.
+    pub fn kill(&self) {
+        let mut state = self.shared.lock();
+        state.stop = true;
+        // An error says that the daemon was quicker.
+        let _ = state.guest.frontend.stream().shutdown(Shutdown::Both);
+        for conn in state.conns.values_mut() {
+            conn.aborted |= conn.phase == Phase::Open;
+            conn.phase = Phase::Gone;
+        }
+        drop(state);
+        self.shared.wake();
+        self.shared.changed.notify_all();
     }
 
     /// How many connections are not gone.
@@ -485,9 +513,12 @@ impl GuestStream {
 
     fn control(&self, make: impl FnOnce(&mut Conn) -> Option<Packet>) {
         let mut state = self.shared.lock();
-        if let Some(packet) = state.conns.get_mut(&self.key).and_then(make) {
-            state.control.push_back(packet);
-        }
+        let made = state.conns.get_mut(&self.key).and_then(|conn| {
+            let packet = make(conn)?;
+            conn.told_fwd_cnt = packet.fwd_cnt;
+            Some(packet)
+        });
+        state.control.extend(made);
         drop(state);
         self.shared.wake();
     }
@@ -519,10 +550,14 @@ impl GuestStream {
     /// Waits until the connection is gone: reset by the daemon, or by ourselves in answer to its close.
     #[track_caller]
     pub fn wait_gone(&self) {
-        let gone = self
-            .shared
-            .wait(|state| (state.conns.get(&self.key)?.phase == Phase::Gone).then_some(()));
-        assert!(gone.is_some(), "the connection {:?} stays", self.key);
+        assert!(self.is_gone(), "the connection {:?} stays", self.key);
+    }
+
+    /// As `wait_gone`, and says whether it is.
+    pub fn is_gone(&self) -> bool {
+        let gone =
+            |state: &mut State| (state.conns.get(&self.key)?.phase == Phase::Gone).then_some(());
+        self.shared.wait(gone).is_some()
     }
 }
 
