@@ -1,6 +1,6 @@
-# demo, test and bench install what they need; as root, or through sudo.
+# demo, test, soak and bench install what they need; as root, or through sudo.
 
-.PHONY: bench build demo lint test
+.PHONY: bench build demo lint soak test
 
 rival := target/vhost-device-vsock
 
@@ -22,6 +22,13 @@ bench: build
 	cargo bench --locked --bench vsock -- --binary ours=target/release/vhost-user-vsock \
 		--binary existing=$(rival)/bin/vhost-device-vsock \
 		--json target/benchmark.json --svg docs/benchmark.svg $(BENCH)
+
+# Lets a simulated and a real guest do all that guests do, at random, for SOAK_SECONDS. SOAK_SEED repeats a run. The first
+# interrupt is for the soak alone, which then comes to its end.
+soak:
+	tests/install-guests.sh
+	cargo test --release --locked --test soak --no-run
+	trap '' INT; SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --release --locked --test soak
 
 lint:
 	cargo fmt --check

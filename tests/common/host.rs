@@ -99,7 +99,8 @@ impl Listener {
         accepted.unwrap()
     }
 
-    fn try_accept(&self) -> Option<UnixStream> {
+    /// The next connection, if one waits.
+    pub fn try_accept(&self) -> Option<UnixStream> {
         match self.socket.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false).unwrap();
@@ -189,11 +190,18 @@ impl Pattern {
 
     /// Panics unless the stream's bytes from `offset` on are `bytes`.
     pub fn check(&self, offset: usize, bytes: &[u8]) {
-        let expected = self.at(offset, bytes.len());
-        if bytes != expected {
-            let differs = bytes.iter().zip(expected).position(|(a, b)| a != b);
-            panic!("a wrong byte at {}", offset + differs.unwrap_or_default());
+        if let Some(differs) = self.difference(offset, bytes) {
+            panic!("a wrong byte at {}", offset + differs);
         }
+    }
+
+    /// The first of `bytes` that differs from the stream's bytes from `offset` on.
+    pub fn difference(&self, offset: usize, bytes: &[u8]) -> Option<usize> {
+        let expected = self.at(offset, bytes.len());
+        if bytes == expected {
+            return None;
+        }
+        bytes.iter().zip(expected).position(|(a, b)| a != b)
     }
 }
 

@@ -22,7 +22,7 @@ pub enum Opener {
 }
 
 /// Starts peer.py in the guest with `arguments`.
-fn spawn_peer(guest: &Guest, arguments: &str) -> GuestProcess {
+pub fn spawn_peer(guest: &Guest, arguments: &str) -> GuestProcess {
     guest.spawn(&format!("exec /usr/bin/python3 $GUEST/peer.py {arguments}"))
 }
 

@@ -5,6 +5,7 @@ The bytes of a stream follow a pattern that both ends compute, so every byte is 
 
 import errno
 import hashlib
+import random
 import socket
 import sys
 import threading
@@ -185,6 +186,120 @@ def do_hold(port):
         print("end")
     except OSError as failure:
         print(errno.errorcode[failure.errno])
+
+
+class SoakEnd:
+    """The guest's end of one connection of the soak; `tests/soak/ends.rs` does the same for the host."""
+
+    STRIDE = 104_729
+    ENDLESS = 256 << 20
+
+    def __init__(self, line, patterns):
+        self.line = f"connection {line.strip()}"
+        words = iter(line.split())
+        self.number, self.kind, self.opener, self.port, self.delay = int(next(words)), next(words), next(words), next(words), float(next(words))
+        self.mine, self.theirs = SoakPart(words), SoakPart(words)
+        self.patterns = patterns
+        self.start = self.number * self.STRIDE
+        self.listener = listen(self.port) if self.opener == "Host" else None
+        self.failures = []
+
+    def run(self):
+        try:
+            self.play()
+        except OSError as failure:
+            self.fail(f"{failure}")
+
+    def fail(self, what):
+        self.failures.append(f"{self.line}: {what}")
+
+    def play(self):
+        time.sleep(self.delay)
+        if self.kind == "Refused":
+            return self.be_refused()
+        stream = self.listener.accept()[0] if self.listener else connect(self.port)
+        with stream:
+            if self.mine.ending == "Close":
+                return self.send(stream)
+            sender = threading.Thread(target=self.send_and_finish, args=(stream,))
+            sender.start()
+            self.receive(stream)
+            sender.join()
+
+    def be_refused(self):
+        try:
+            connect(self.port)
+        except (ConnectionResetError, ConnectionRefusedError):
+            return
+        self.fail("connected to nobody")
+
+    def send_and_finish(self, stream):
+        self.send(stream)
+        try:
+            stream.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # The other end was quicker.
+
+    def send(self, stream):
+        sizes = random.Random(self.number)
+        endless = self.mine.ending == "Endless"
+        total = self.ENDLESS if endless else self.mine.size
+        sent = 0
+        try:
+            while sent < total:
+                size = min(int(self.mine.write ** sizes.random()), total - sent)
+                sent += stream.send(self.patterns[0].at(self.start + sent, size))
+        except OSError as failure:
+            if self.theirs.ending != "Close" or failure.errno not in (errno.EPIPE, errno.ECONNRESET):
+                self.fail(f"after {sent} bytes sent: {failure}")
+            return
+        if endless:
+            self.fail(f"{sent} bytes are taken although the other end has left")
+
+    def receive(self, stream):
+        sizes = random.Random(self.number)
+        total, received, stall = self.theirs.size, 0, self.mine.stall
+        while True:
+            if received >= self.mine.stall_at:
+                time.sleep(stall)
+                stall = 0
+            try:
+                data = stream.recv(int((1 << 17) ** sizes.random()))
+            except OSError as failure:
+                # Linux says ENOTCONN behind a close that came before our own shutdown.
+                if self.theirs.ending != "Close" or failure.errno not in (errno.ECONNRESET, errno.ENOTCONN):
+                    self.fail(f"after {received} bytes received: {failure}")
+                    return
+                break
+            if not data:
+                break
+            expected = self.patterns[1].at(self.start + received, len(data))
+            if data != expected:
+                differs = next(i for i, (a, b) in enumerate(zip(data, expected)) if a != b)
+                return self.fail(f"a wrong byte at offset {received + differs}")
+            received += len(data)
+        if received != total:
+            self.fail(f"ended after {received} of {total} bytes")
+
+
+class SoakPart:
+    """What one end does, from the words of a plan."""
+
+    def __init__(self, words):
+        self.size, self.write, self.stall_at = int(next(words)), int(next(words)), int(next(words))
+        self.stall, self.ending = float(next(words)), next(words)
+
+
+def do_soak(ready, plans):
+    """Plays the guest's ends of the connections in the file `plans`, a line each; connects to port `ready` before."""
+    patterns = Pattern("guest"), Pattern("host")
+    with open(plans) as lines:
+        ends = [SoakEnd(line, patterns) for line in lines]
+    connect(ready).close()
+    run_all([(end.run, ()) for end in ends])
+    failures = [failure for end in ends for failure in end.failures]
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 globals()[f"do_{sys.argv[1]}"](*sys.argv[2:])
