@@ -6,16 +6,17 @@ use std::time::{Duration, Instant};
 
 use super::common::daemon::{Daemon, PATIENCE};
 
-/// How much more resident memory than after the warm-up is no leak, in bytes. In use is the same then as now, but the
+/// How much more memory of its own than after the warm-up is no leak, in KiB. In use is the same then as now, but the
 /// allocator keeps what was freed, and how much depends on which connections came together.
-const MEMORY_MARGIN: usize = 2 << 20;
+const MEMORY_MARGIN: u64 = 2048;
 
 /// What the daemon has at rest.
 #[derive(Clone, Copy, Debug)]
 pub struct Rest {
     descriptors: usize,
     threads: usize,
-    memory: usize,
+    /// In KiB.
+    memory: u64,
 }
 
 impl Rest {
@@ -25,7 +26,7 @@ impl Rest {
         Self {
             descriptors,
             threads,
-            memory: daemon.resident_memory(),
+            memory: daemon.anonymous_kib(),
         }
     }
 
@@ -36,7 +37,7 @@ impl Rest {
             let now = Self {
                 descriptors: daemon.open_descriptors(),
                 threads: daemon.threads(),
-                memory: daemon.resident_memory(),
+                memory: daemon.anonymous_kib(),
             };
             if (now.descriptors, now.threads) == (start.descriptors, start.threads) {
                 return Ok(now);
@@ -72,10 +73,8 @@ impl fmt::Display for Rest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} KiB resident, {} descriptors, {} threads",
-            self.memory / 1024,
-            self.descriptors,
-            self.threads
+            "{} KiB of memory, {} descriptors, {} threads",
+            self.memory, self.descriptors, self.threads
         )
     }
 }
