@@ -25,7 +25,7 @@ const USAGE_ERROR: u8 = 2;
 const CLEAR: &str = "\x1b[H\x1b[2J";
 
 /// How long the last lines of the log may take, where nobody seems to read them.
-const LAST_LINES: Duration = Duration::from_millis(300);
+const LAST_LINES: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     // Whatever else is asked for: QEMU's conventions have it so.
