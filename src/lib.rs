@@ -10,7 +10,7 @@
 //! ```text
 //! main                      logging, signals, exit code              log_writer: the log's way to stderr
 //!   server                  the sockets, one VMM after the other     listener: a socket and its file
-//!     sandbox               what the daemon gives up before it serves
+//!     sandbox               what the daemon gives up before it serves    service: what the service manager is told
 //!     vhu_vsock             the device as the vhost-user library sees it vring: the library's rings, mended
 //!       vhost_user_vsock_thread   the worker: rings, epoll, timer        look: whether to look before sleep
 //!         thread_backend    the table of connections, resets, limits     handshake: the CONNECT line
@@ -52,6 +52,7 @@ pub mod rxops;
 pub mod rxqueue;
 pub mod sandbox;
 pub mod server;
+pub mod service;
 pub mod stats;
 pub mod stats_socket;
 pub mod stats_table;

@@ -5,11 +5,17 @@
 //! may be shared with other programs, which a flag against waiting would surprise.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::env;
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use env_logger::{Target, WriteStyle};
+use log::{Level, LevelFilter};
 use parking_lot::{Condvar, Mutex};
 
 /// How many lines wait to be written. One more is dropped, and counted.
@@ -37,6 +43,43 @@ struct Queue {
 }
 
 impl LogWriter {
+    /// Makes this the way of the process's log, at the level of so many `-v`, unless RUST_LOG says otherwise. A terminal
+    /// gets colours, the journal the priority of each line (sd-daemon(3)) and no time, since it has its own.
+    pub fn install(verbose: u8) -> Self {
+        let level = match verbose {
+            0 => LevelFilter::Info,
+            1 => LevelFilter::Debug,
+            _ => LevelFilter::Trace,
+        };
+        let in_colour =
+            io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
+        let style = if in_colour {
+            WriteStyle::Always
+        } else {
+            WriteStyle::Never
+        };
+        let log = Self::default();
+        let mut builder = env_logger::Builder::new();
+        if is_journal(io::stderr()) {
+            builder.format(|line, record| {
+                let priority = match record.level() {
+                    Level::Error => 3,
+                    Level::Warn => 4,
+                    Level::Info => 6,
+                    Level::Debug | Level::Trace => 7,
+                };
+                writeln!(line, "<{priority}>{}: {}", record.target(), record.args())
+            });
+        }
+        builder
+            .filter_level(level)
+            .write_style(style)
+            .parse_default_env()
+            .target(Target::Pipe(Box::new(log.clone())))
+            .init();
+        log
+    }
+
     /// Starts the thread that writes to `out`. The lines so far have waited for it.
     pub fn start(&self, mut out: impl Write + Send + 'static) -> io::Result<()> {
         let shared = self.0.clone();
@@ -56,6 +99,14 @@ impl LogWriter {
             }
         }
     }
+}
+
+/// Whether this is the socket that the journal has given us, by the device and file that JOURNAL_STREAM names.
+fn is_journal(stream: impl AsFd) -> bool {
+    let file = stream.as_fd().try_clone_to_owned().map(File::from);
+    let metadata = file.and_then(|file| file.metadata());
+    let given = metadata.map(|data| format!("{}:{}", data.dev(), data.ino()));
+    given.is_ok_and(|given| env::var("JOURNAL_STREAM").is_ok_and(|journal| journal == given))
 }
 
 impl Write for LogWriter {

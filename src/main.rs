@@ -3,14 +3,11 @@
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::env;
-use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use env_logger::{Target, WriteStyle};
-use log::LevelFilter;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vhost_user_vsock::cli::{self, Activation, Args, Command};
@@ -20,9 +17,6 @@ use vhost_user_vsock::server::{Server, ServerError, Stop};
 use vhost_user_vsock::stats_table;
 
 const USAGE_ERROR: u8 = 2;
-
-/// Puts the cursor home and empties a terminal.
-const CLEAR: &str = "\x1b[H\x1b[2J";
 
 /// How long the last lines of the log may take, where nobody seems to read them.
 const LAST_LINES: Duration = Duration::from_millis(500);
@@ -48,15 +42,17 @@ fn main() -> ExitCode {
         }
     };
     match &args.command {
-        Some(Command::Stats { path, watch }) => show_stats(path, *watch),
+        Some(Command::Stats { path, watch }) => match stats_table::show(path, *watch) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(io::stderr(), &format!("{}: {error}", path.display()), 1),
+        },
         None => serve(&args, &activation),
     }
 }
 
 /// Runs the daemon.
 fn serve(args: &Args, activation: &Activation) -> ExitCode {
-    let mut log = LogWriter::default();
-    init_log(args.verbose, log.clone());
+    let mut log = LogWriter::install(args.verbose);
     let config = args.config(activation).map_err(ServerError::from);
     let started = config.and_then(|config| start(&config));
     // A thread that was there before would not be in the sandbox.
@@ -70,23 +66,6 @@ fn serve(args: &Args, activation: &Activation) -> ExitCode {
     };
     log.drain(LAST_LINES);
     code
-}
-
-/// Shows what a daemon counts, once or every `watch` seconds.
-fn show_stats(path: &Path, watch: Option<u32>) -> ExitCode {
-    loop {
-        let page = match stats_table::read(path) {
-            Ok(page) => page,
-            Err(error) => return fail(io::stderr(), &format!("{}: {error}", path.display()), 1),
-        };
-        let Some(seconds) = watch else {
-            return print(page.trim_end());
-        };
-        if print(&format!("{CLEAR}{}", page.trim_end())) != ExitCode::SUCCESS {
-            return ExitCode::FAILURE;
-        }
-        thread::sleep(Duration::from_secs(seconds.max(1).into()));
-    }
 }
 
 fn print(text: &str) -> ExitCode {
@@ -120,25 +99,4 @@ fn fail(mut out: impl Write, message: &str, code: u8) -> ExitCode {
     // A closed or full stderr leaves nobody to tell.
     let _ = out.write_all(format!("vhost-user-vsock: {message}\n").as_bytes());
     ExitCode::from(code)
-}
-
-fn init_log(verbose: u8, log: LogWriter) {
-    let level = match verbose {
-        0 => LevelFilter::Info,
-        1 => LevelFilter::Debug,
-        _ => LevelFilter::Trace,
-    };
-    let in_colour =
-        io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
-    let style = if in_colour {
-        WriteStyle::Always
-    } else {
-        WriteStyle::Never
-    };
-    env_logger::Builder::new()
-        .filter_level(level)
-        .write_style(style)
-        .parse_default_env()
-        .target(Target::Pipe(Box::new(log)))
-        .init();
 }

@@ -28,7 +28,7 @@ use thiserror::Error;
 use crate::calls::{Argument, Call};
 use crate::config::{Config, Sandbox, folder};
 use crate::{
-    listener, look, packet, stats_socket, thread_backend, txbuf, vhost_user_vsock_thread,
+    listener, look, packet, service, stats_socket, thread_backend, txbuf, vhost_user_vsock_thread,
     vhu_vsock, vring, vsock_conn,
 };
 
@@ -217,6 +217,7 @@ fn leave_calls(callers: &[Call]) -> Result<(), Missing> {
         vring::CALLS,
         vhost_user_vsock_thread::CALLS,
         look::CALLS,
+        service::CALLS,
         stats_socket::CALLS,
         thread_backend::CALLS,
         vsock_conn::CALLS,

@@ -18,6 +18,7 @@ use crate::calls::Call;
 use crate::config::{Config, ConfigError, Socket};
 use crate::listener::{self, ListenerError, SocketFile};
 use crate::sandbox::{self, SandboxError};
+use crate::service::ServiceManager;
 use crate::stats_socket;
 use crate::vhu_vsock::VhostUserVsockBackend;
 
@@ -105,6 +106,7 @@ pub struct Server {
     socket: SocketFile,
     /// Held for their files. Others have the sockets.
     _others: [Option<SocketFile>; 2],
+    manager: ServiceManager,
     backend: Arc<VhostUserVsockBackend>,
 }
 
@@ -127,6 +129,7 @@ impl Server {
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
         let stats = stats.transpose()?;
         let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
+        let manager = ServiceManager::from_env()?;
         sandbox::enter(config, CALLS)?;
         info!(
             "CID {}: waiting for a VMM at {}, for host programs at {}",
@@ -138,9 +141,11 @@ impl Server {
             let backend = backend.clone();
             stats_socket::serve(stats.listener()?, move || backend.snapshot())?;
         }
+        backend.report_to(manager.ready()?);
         Ok(Self {
             socket,
             _others: [Some(uds), stats],
+            manager,
             backend,
         })
     }
@@ -154,6 +159,7 @@ impl Server {
                 wait_for(&[stop.0.event.as_fd()], RETRY)?;
             }
         }
+        self.manager.stopping();
         info!("stopped");
         Ok(())
     }

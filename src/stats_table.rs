@@ -1,15 +1,33 @@
 //! What a daemon has counted, as a person reads it: the other end of [`crate::stats_socket`].
 
 use std::collections::BTreeMap;
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
 use prometheus_parse::{Sample, Scrape, Value};
 
 use crate::metrics::PREFIX;
+
+/// Puts the cursor home and empties a terminal.
+const CLEAR: &str = "\x1b[H\x1b[2J";
+
+/// Prints what [`read`] gives, once or every so many seconds.
+pub fn show(path: &Path, every: Option<u32>) -> io::Result<()> {
+    let mut out = io::stdout();
+    loop {
+        let page = read(path)?;
+        let Some(seconds) = every else {
+            return writeln!(out, "{}", page.trim_end());
+        };
+        writeln!(out, "{CLEAR}{}", page.trim_end())?;
+        thread::sleep(Duration::from_secs(seconds.max(1).into()));
+    }
+}
 
 /// Reads the counters of the daemon whose stats socket is at `path`: a line for the device, one for its connections so
 /// far, and a table of those at the moment.

@@ -123,6 +123,11 @@ impl VsockThreadBackend {
         &mut self.counters
     }
 
+    /// How many connections there are.
+    pub fn connections(&self) -> usize {
+        self.by_key.len()
+    }
+
     /// What there is to tell now.
     pub fn snapshot(&self, has_vmm: bool) -> Snapshot {
         let connected = |(_, entry): (_, &Entry)| match &entry.peer {

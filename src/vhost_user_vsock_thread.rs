@@ -217,6 +217,11 @@ impl VhostUserVsockThread {
         self.notify_on_empty = false;
     }
 
+    /// Whether there is a VMM, and how many connections.
+    pub fn status(&self) -> (bool, usize) {
+        (self.has_vmm, self.backend.connections())
+    }
+
     /// What there is to tell now.
     pub fn snapshot(&self) -> Snapshot {
         self.backend.snapshot(self.has_vmm)

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
+use std::sync::OnceLock;
 
 use log::debug;
 use parking_lot::{Mutex, MutexGuard};
@@ -23,6 +24,7 @@ use vmm_sys_util::event::{
 use crate::calls::{Argument, Call};
 use crate::config::Config;
 use crate::header::Cid;
+use crate::service::Status;
 use crate::stats::Snapshot;
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
 use crate::vring::{GuestMemoryHandle, VsockVring};
@@ -77,6 +79,7 @@ pub struct VhostUserVsockBackend {
     requests: Mutex<Option<Backend>>,
     /// The descriptor with which the library's worker thread is told to end, and which it doesn't close.
     exit: Mutex<Option<RawFd>>,
+    status: OnceLock<Status>,
 }
 
 impl VhostUserVsockBackend {
@@ -88,6 +91,7 @@ impl VhostUserVsockBackend {
             worker: Mutex::new(VhostUserVsockThread::new(config, listener)?),
             requests: Mutex::default(),
             exit: Mutex::default(),
+            status: OnceLock::new(),
         })
     }
 
@@ -104,7 +108,22 @@ impl VhostUserVsockBackend {
 
     /// A VMM has connected.
     pub fn greet(&self) {
-        self.worker.lock().connect();
+        let mut worker = self.worker.lock();
+        worker.connect();
+        self.report(&worker);
+    }
+
+    fn report(&self, worker: &VhostUserVsockThread) {
+        if let Some(status) = self.status.get() {
+            let (has_vmm, connections) = worker.status();
+            status.set(has_vmm, connections);
+        }
+    }
+
+    /// Reports what happens to `status` from now on.
+    pub fn report_to(&self, status: Status) {
+        // There is one service manager.
+        let _ = self.status.set(status);
     }
 
     /// What there is to tell now.
@@ -114,7 +133,10 @@ impl VhostUserVsockBackend {
 
     /// Forgets the VMM, after its daemon has ended.
     pub fn detach(&self) {
-        self.worker.lock().disconnect();
+        let mut worker = self.worker.lock();
+        worker.disconnect();
+        self.report(&worker);
+        drop(worker);
         *self.requests.lock() = None;
         if let Some(exit) = self.exit.lock().take() {
             let _ = nix::unistd::close(exit);
@@ -200,6 +222,7 @@ impl VhostUserBackend for VhostUserVsockBackend {
     ) -> io::Result<()> {
         let mut worker = self.worker.lock();
         worker.turn(vrings);
+        self.report(&worker);
         // A worker with enough to do would not let the VMM's messages in.
         MutexGuard::unlock_fair(worker);
         Ok(())
