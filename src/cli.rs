@@ -265,3 +265,49 @@ pub fn one_line(error: &clap::Error) -> String {
     };
     format!("{}{hint}", message.trim_start_matches("error: "))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_is_read_as_the_other_daemon_reads_it() {
+        let vm: Vm = "guest-cid=5,socket=/a,uds-path=/b,tx-buffer-size=9,queue-size=64"
+            .parse()
+            .unwrap();
+        assert_eq!((vm.guest_cid, vm.tx_buffer_size, vm.queue_size), (5, 9, 64));
+        assert_eq!((vm.socket, vm.uds_path), ("/a".into(), "/b".into()));
+        for (text, mistake) in [
+            ("guest-cid=5,socket=/a", "uds-path= is missing"),
+            (
+                "guest-cid=x,socket=/a,uds-path=/b",
+                "guest-cid=x: not a number",
+            ),
+            (
+                "guest-cid=5,socket=/a,uds-path=/b,groups=c",
+                "groups: no such key",
+            ),
+            ("guest-cid", "not KEY=VALUE"),
+        ] {
+            let error = text.parse::<Vm>().err().unwrap();
+            assert!(error.contains(mistake), "{error}");
+        }
+    }
+
+    #[test]
+    fn sockets_of_the_service_manager_have_names_or_an_order() {
+        let new = |sockets: &[(RawFd, &str)]| {
+            Activation::new(sockets.iter().map(|(fd, name)| (*fd, (*name).to_owned())))
+        };
+        let taken = |socket, uds| Ok(Activation { socket, uds });
+        assert_eq!(new(&[]), taken(None, None));
+        assert_eq!(new(&[(3, "x.socket")]), taken(Some(3), None));
+        assert_eq!(new(&[(3, "x"), (4, "x")]), taken(Some(3), Some(4)));
+        assert_eq!(
+            new(&[(3, "host"), (4, "vhost-user")]),
+            taken(Some(4), Some(3))
+        );
+        assert!(new(&[(3, "host"), (4, "host")]).is_err());
+        assert!(new(&[(3, "a"), (4, "b"), (5, "c")]).is_err());
+    }
+}

@@ -411,9 +411,11 @@ mod tests {
 
     #[test]
     fn the_same_file_by_two_names_is_refused() {
-        assert!(
-            refused(|config| config.uds_path = "/tmp/./vhost4.socket".into()).contains("two paths")
-        );
+        let message = refused(|config| config.uds_path = "/tmp/./vhost".into());
+        assert!(message.contains("its own"), "{message}");
+        let stats_path = Some("/tmp/./uds".into());
+        let message = refused(|config| config.stats_path = stats_path);
+        assert!(message.starts_with("--stats-path"), "{message}");
     }
 
     #[test]

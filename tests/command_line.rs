@@ -127,7 +127,7 @@ fn wrong_paths_are_refused() {
         "the limit is 107",
     );
     assert_refused(&start("4", &short, &long(97), &[]), USE, "the limit is 96");
-    assert_refused(&start("4", &short, &short, &[]), USE, "two paths");
+    assert_refused(&start("4", &short, &short, &[]), USE, "its own");
     assert_refused(
         &start("4", &path("no/socket"), &short, &[]),
         USE,
@@ -320,4 +320,51 @@ fn the_limit_of_descriptors_is_raised() {
         .unwrap();
     let numbers: Vec<&str> = line.split_whitespace().skip(3).take(2).collect();
     assert_eq!(numbers[0], numbers[1], "soft and hard limit");
+}
+
+#[test]
+fn its_capabilities_are_printed_whatever_else_is_asked_for() {
+    for args in [
+        &["--print-capabilities"][..],
+        &["--nonsense", "--print-capabilities"],
+    ] {
+        let output = run(args);
+        assert!(output.status.success());
+        let capabilities: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(capabilities, serde_json::json!({ "type": "vsock" }));
+    }
+}
+
+#[test]
+fn the_other_daemons_form_and_qemus_name_are_understood() {
+    let folder = TempDir::new().unwrap();
+    let (socket, uds_path) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let vm = format!(
+        "guest-cid=4,socket={},uds-path={}",
+        socket.display(),
+        uds_path.display()
+    );
+    let conventional = format!("--socket-path={}", socket.display());
+    let uds = format!("--uds-path={}", uds_path.display());
+    for args in [&["--vm", &vm][..], &["--guest-cid=4", &conventional, &uds]] {
+        let mut daemon = Command::new(binary()).args(args).spawn().unwrap();
+        eventually("both sockets are there", || {
+            socket.exists() && uds_path.exists()
+        });
+        kill(Pid::from_raw(daemon.id() as i32), Signal::SIGTERM).unwrap();
+        assert!(daemon.wait().unwrap().success());
+    }
+    let two = run(&["--vm", &vm, "--vm", &vm]);
+    assert_refused(&two, USE, "2 times --vm: each VM has a daemon of its own");
+    assert_refused(&run(&["--vm", "guest-cid=4"]), USE, "socket= is missing");
+}
+
+#[test]
+fn a_descriptor_that_is_no_listening_socket_is_refused() {
+    let folder = TempDir::new().unwrap();
+    let uds = format!("--uds-path={}", folder.path().join("uds").display());
+    let output = run(&["--guest-cid=4", "--fd=0", &uds]);
+    assert_refused(&output, FAILURE, "descriptor 0: ");
+    let output = run(&["--guest-cid=4", "--fd=99", &uds]);
+    assert_refused(&output, FAILURE, "descriptor 99: ");
 }
