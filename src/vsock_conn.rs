@@ -248,7 +248,7 @@ impl VsockConnection {
 
     /// Whether the guest has heard of it: our REQUEST may still wait for a buffer.
     pub fn guest_knows(&self) -> bool {
-        self.state != State::Connecting || self.rx_queue.is_empty()
+        self.state != State::Connecting || self.rx_queue.peek() != Some(RxOps::Request)
     }
 
     /// What it owes the guest first.

@@ -243,6 +243,17 @@ fn a_credit_request_is_answered() {
 }
 
 #[test]
+fn a_credit_request_before_the_answer_does_not_hide_it() {
+    let mut ends = Ends::requested();
+    assert_eq!(ends.guest(&packet(Op::CreditRequest)), Verdict::Open);
+    assert_eq!(ends.guest(&packet(Op::Response)), Verdict::Open);
+    assert!(ends.conn.deadline().is_none(), "the answer was heard");
+    let mut line = [0; 9];
+    ends.program.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"OK 40000\n");
+}
+
+#[test]
 fn without_credit_it_asks_once_and_waits() {
     let mut ends = Ends::established(WINDOW);
     assert_eq!(
