@@ -1,6 +1,6 @@
-# demo, test, soak and bench install what they need; as root, or through sudo.
+# demo, test, soak and bench install what they need; as root, or through sudo. fuzz needs a nightly toolchain.
 
-.PHONY: bench build demo lint soak test
+.PHONY: bench build demo fuzz lint soak test
 
 rival := target/vhost-device-vsock
 
@@ -29,6 +29,17 @@ soak:
 	tests/install-guests.sh
 	cargo test --release --locked --test soak --no-run
 	trap '' INT; SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --release --locked --test soak
+
+# Every target for FUZZ_SECONDS, in a copy of its corpus. What crashes is left in fuzz/artifacts.
+FUZZ_SECONDS ?= 180
+fuzz:
+	@cargo +nightly --version || { echo "make fuzz needs a nightly toolchain: rustup toolchain install nightly"; exit 1; }
+	cargo fuzz --version || cargo +nightly install --locked cargo-fuzz
+	set -e; for target in packet handshake connection worker; do \
+		mkdir -p target/fuzz-corpus/$$target; \
+		cargo +nightly fuzz run $$target target/fuzz-corpus/$$target fuzz/corpus/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=1024 -len_control=0 -timeout=20; \
+	done
 
 lint:
 	cargo fmt --check

@@ -1,7 +1,5 @@
 use std::io::{ErrorKind, Read, Write};
 
-use proptest::prelude::*;
-
 use super::*;
 use crate::testing::{memory, received, rx_batch, tx_batch};
 
@@ -527,86 +525,4 @@ fn a_request_for_a_living_connection_resets_it() {
     );
 }
 
-/// What a guest or a host program may do next.
-#[derive(Clone, Debug)]
-enum Step {
-    GuestWrites(usize),
-    GuestTakes(usize),
-    ProgramWrites(usize),
-    ProgramReads(usize),
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        (1usize..3000).prop_map(Step::GuestWrites),
-        (1usize..3000).prop_map(Step::GuestTakes),
-        (1usize..3000).prop_map(Step::ProgramWrites),
-        (1usize..9000).prop_map(Step::ProgramReads),
-    ]
-}
-
-/// The bytes of a direction, and how far they have come.
-#[derive(Default)]
-struct Flow {
-    sent: u32,
-    received: u32,
-}
-
-impl Flow {
-    fn next(&mut self, count: usize) -> Vec<u8> {
-        let from = self.sent;
-        self.sent += count as u32;
-        (from..self.sent).map(|i| (i % 251) as u8).collect()
-    }
-
-    fn check(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            assert_eq!(*byte, (self.received % 251) as u8, "byte {}", self.received);
-            self.received += 1;
-        }
-    }
-}
-
-proptest! {
-    /// Whatever both sides do within their credit, every byte arrives once, in order, and nobody gets past the credit.
-    #[test]
-    fn no_byte_is_lost_repeated_or_sent_past_the_credit(
-        steps in prop::collection::vec(step(), 1..120),
-    ) {
-        let mut ends = Ends::established(WINDOW);
-        ends.program.set_nonblocking(true).unwrap();
-        let (mut to_host, mut to_guest) = (Flow::default(), Flow::default());
-        let (mut told, mut taken) = (0u32, 0u32);
-        for step in steps {
-            match step {
-                Step::GuestWrites(wish) => {
-                    let room = WINDOW - (to_host.sent - told);
-                    let chunk = to_host.next(wish.min(room as usize));
-                    prop_assert_eq!(ends.guest_writes(&chunk), Verdict::Open);
-                }
-                Step::GuestTakes(wish) => {
-                    taken += (to_guest.received - taken).min(wish as u32);
-                    let update = VsockHeader { fwd_cnt: taken, ..packet(Op::CreditUpdate) };
-                    prop_assert_eq!(ends.guest(&update), Verdict::Open);
-                }
-                Step::ProgramWrites(wish) => {
-                    let written = ends.program.write(&to_guest.next(wish)).unwrap_or(0);
-                    to_guest.sent -= (wish - written) as u32;
-                    prop_assert_eq!(ends.readable(), Verdict::Open);
-                }
-                Step::ProgramReads(wish) => {
-                    let mut bytes = vec![0; wish];
-                    let count = ends.program.read(&mut bytes).unwrap_or(0);
-                    to_host.check(&bytes[..count]);
-                    prop_assert_eq!(ends.writable(), Verdict::Open);
-                }
-            }
-            for (header, payload) in ends.packets() {
-                told = header.fwd_cnt;
-                to_guest.check(&payload);
-            }
-            prop_assert!(to_guest.received - taken <= WINDOW);
-            prop_assert!(ends.conn.tx_buf.len() <= WINDOW as usize);
-        }
-    }
-}
+// Whatever else both sides may do is for the fuzz target `connection`, which has a model of it.
