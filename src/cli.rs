@@ -50,7 +50,7 @@ pub struct Args {
     #[arg(long, value_name = "UDS_PATH", required_unless_present = "vm")]
     uds_path: Option<PathBuf>,
 
-    /// Number of a descriptor in place of SOCKET: a Unix socket that listens for the VMM
+    /// Number of a descriptor in place of SOCKET: a Unix socket that listens for VMMs, or one to a VMM
     #[arg(long, value_name = "FD", conflicts_with = "socket")]
     fd: Option<RawFd>,
 

@@ -9,7 +9,7 @@
 //!
 //! ```text
 //! main                      logging, signals, exit code              log_writer: the log's way to stderr
-//!   server                  the sockets, one VMM after the other     listener: a socket and its file
+//!   server                  the sockets, one VMM after the other     listener: a socket and its file; relay
 //!     sandbox               what the daemon gives up before it serves    service: what the service manager is told
 //!     vhu_vsock             the device as the vhost-user library sees it vring: the library's rings, mended
 //!       vhost_user_vsock_thread   the worker: rings, epoll, timer        look: whether to look before sleep
@@ -48,6 +48,7 @@ pub mod log_writer;
 pub mod look;
 pub mod metrics;
 pub mod packet;
+pub mod relay;
 pub mod rxops;
 pub mod rxqueue;
 pub mod sandbox;

@@ -113,18 +113,11 @@ impl SocketFile {
         Ok(socket)
     }
 
-    /// Takes the listening socket with this number, which whoever started the daemon has made.
-    pub fn inherit(fd: RawFd) -> Result<Self, ListenerError> {
-        let failed = |error: io::Error| ListenerError::Inherited(fd, error);
-        let listener = UnixListener::from(duplicate(fd).map_err(failed)?);
-        // Both fail where it is no Unix socket, or another kind of one.
-        listener.local_addr().map_err(failed)?;
-        match getsockopt(&listener, sockopt::AcceptConn).map_err(|error| failed(error.into()))? {
-            true => Ok(Self {
-                listener,
-                _file: None,
-            }),
-            false => Err(failed(io::Error::other("not a socket that listens"))),
+    /// A listening socket whose file is somebody else's, or that has none.
+    pub fn foreign(listener: UnixListener) -> Self {
+        Self {
+            listener,
+            _file: None,
         }
     }
 
@@ -137,6 +130,41 @@ impl SocketFile {
 impl AsFd for SocketFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()
+    }
+}
+
+/// A Unix socket that whoever started the daemon has made.
+pub enum Inherited {
+    /// It listens.
+    Listener(UnixListener),
+    /// Somebody is at its other end.
+    Stream(UnixStream),
+}
+
+impl Inherited {
+    /// The socket with this number.
+    pub fn take(fd: RawFd) -> Result<Self, ListenerError> {
+        let failed = |error: io::Error| ListenerError::Inherited(fd, error);
+        let socket = duplicate(fd).map_err(failed)?;
+        let listens = getsockopt(&socket, sockopt::AcceptConn);
+        let socket = UnixListener::from(socket);
+        // It fails where it is another kind of socket.
+        socket.local_addr().map_err(failed)?;
+        match listens.map_err(|error| failed(error.into()))? {
+            true => Ok(Self::Listener(socket)),
+            false => Ok(Self::Stream(OwnedFd::from(socket).into())),
+        }
+    }
+
+    /// The socket with this number, if it listens.
+    pub fn take_listener(fd: RawFd) -> Result<UnixListener, ListenerError> {
+        match Self::take(fd)? {
+            Self::Listener(listener) => Ok(listener),
+            Self::Stream(_) => {
+                let error = io::Error::other("not a socket that listens");
+                Err(ListenerError::Inherited(fd, error))
+            }
+        }
     }
 }
 

@@ -16,7 +16,8 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::calls::Call;
 use crate::config::{Config, ConfigError, Socket};
-use crate::listener::{self, ListenerError, SocketFile};
+use crate::listener::{self, Inherited, ListenerError, SocketFile};
+use crate::relay::Relay;
 use crate::sandbox::{self, SandboxError};
 use crate::service::ServiceManager;
 use crate::stats_socket;
@@ -106,6 +107,8 @@ pub struct Server {
     socket: SocketFile,
     /// Held for their files. Others have the sockets.
     _others: [Option<SocketFile>; 2],
+    /// The VMM is there from the start, and there is no other one.
+    is_single: bool,
     manager: ServiceManager,
     backend: Arc<VhostUserVsockBackend>,
 }
@@ -117,17 +120,24 @@ impl Server {
         config.check()?;
         raise_descriptor_limit();
         listener::tighten_umask();
-        let socket = match &config.socket {
-            Socket::Path(path) => SocketFile::bind(path, config.access)?,
-            Socket::Inherited(fd) => SocketFile::inherit(*fd)?,
+        let (socket, relay) = match &config.socket {
+            Socket::Path(path) => (SocketFile::bind(path, config.access)?, None),
+            Socket::Inherited(fd) => match Inherited::take(*fd)? {
+                Inherited::Listener(listener) => (SocketFile::foreign(listener), None),
+                Inherited::Stream(vmm) => {
+                    let (relay, listener) = Relay::new(vmm)?;
+                    (SocketFile::foreign(listener), Some(relay))
+                }
+            },
         };
         let uds = match config.uds_fd {
-            Some(fd) => SocketFile::inherit(fd)?,
+            Some(fd) => SocketFile::foreign(Inherited::take_listener(fd)?),
             None => SocketFile::bind(&config.uds_path, config.access)?,
         };
         let stats = config.stats_path.as_ref();
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
         let stats = stats.transpose()?;
+        let is_single = relay.is_some();
         let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
         let manager = ServiceManager::from_env()?;
         sandbox::enter(config, CALLS)?;
@@ -141,22 +151,30 @@ impl Server {
             let backend = backend.clone();
             stats_socket::serve(stats.listener()?, move || backend.snapshot())?;
         }
+        if let Some(relay) = &relay {
+            relay.start()?;
+        }
         backend.report_to(manager.ready()?);
         Ok(Self {
             socket,
             _others: [Some(uds), stats],
+            is_single,
             manager,
             backend,
         })
     }
 
-    /// Serves one VMM after the other until `stop` asks for the end.
+    /// Serves one VMM after the other until `stop` asks for the end. One whose connection was inherited is the only one.
     pub fn run(self, stop: &Stop) -> Result<(), ServerError> {
         while !stop.is_requested() {
-            if let Err(error) = serve(&self.backend, &self.socket, stop) {
-                // Descriptors or memory have run out, which passes.
-                warn!("{error}");
-                wait_for(&[stop.0.event.as_fd()], RETRY)?;
+            match serve(&self.backend, &self.socket, stop) {
+                Ok(()) if self.is_single => break,
+                Ok(()) => {}
+                Err(error) => {
+                    // Descriptors or memory have run out, which passes.
+                    warn!("{error}");
+                    wait_for(&[stop.0.event.as_fd()], RETRY)?;
+                }
             }
         }
         self.manager.stopping();

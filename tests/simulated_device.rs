@@ -3,21 +3,23 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
 use std::time::Duration;
 
 use common::daemon::{Daemon, GUEST_CID};
 use common::sim::host::{
-    accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, dial, from_guest,
+    FLOW, accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, dial, from_guest,
     from_host, listen, pattern, read_ok,
 };
 use common::sim::ring::{Indirect, feature};
 use common::sim::setup::TxLayout;
 use common::sim::vhost_user::{F_PROTOCOL_FEATURES, Frontend, Request, protocol};
 use common::sim::{Flow, GuestStack, Op, Packet, Setup, SimGuest};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
 
 const PORT: u32 = 1234;
 
@@ -455,4 +457,48 @@ fn interrupts_and_kicks_are_asked_for_rarely() {
         calls < 60,
         "{calls} kicks and interrupts for 60 packets offered at once"
     );
+}
+
+// --- Sockets that somebody else has made.
+
+#[test]
+fn an_inherited_socket_that_listens_serves_one_vmm_after_the_other() {
+    let folder = TempDir::with_prefix("vsock-test-").unwrap();
+    let path = folder.path().join("inherited");
+    let listener = UnixListener::bind(&path).unwrap();
+    let daemon = Daemon::start_inheriting(OwnedFd::from(listener));
+    for _ in 0..3 {
+        let stream = UnixStream::connect(&path).unwrap();
+        let mut guest = SimGuest::start_over(stream, Setup::default());
+        assert_serves(&daemon, &mut guest);
+    }
+    daemon.signal(Signal::SIGTERM);
+    let mut daemon = daemon;
+    assert!(daemon.wait_exit().success());
+    assert!(path.exists(), "it is not the daemon's to remove");
+}
+
+#[test]
+fn an_inherited_connection_is_served_until_it_ends() {
+    let (vmm, theirs) = UnixStream::pair().unwrap();
+    let mut daemon = Daemon::start_inheriting(OwnedFd::from(theirs));
+    let mut guest = SimGuest::start_over(vmm, Setup::default());
+    for _ in 0..3 {
+        assert_serves(&daemon, &mut guest);
+    }
+    let stream = from_guest(&daemon, &mut guest, &FLOW);
+    guest.stop_rings();
+    guest.start_rings();
+    assert_moves_bytes(&mut guest, &stream, &FLOW);
+    drop(guest);
+    assert!(daemon.wait_exit().success());
+    assert!(!daemon.uds_path().exists());
+}
+
+#[test]
+fn an_inherited_connection_does_not_keep_the_daemon_from_stopping() {
+    let (_vmm, theirs) = UnixStream::pair().unwrap();
+    let mut daemon = Daemon::start_inheriting(OwnedFd::from(theirs));
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait_exit().success());
 }

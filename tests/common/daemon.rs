@@ -40,6 +40,15 @@ impl Daemon {
         Self::start_in(folder, options, log.into())
     }
 
+    /// Starts a daemon that has its vhost-user socket from us, as its descriptor 0.
+    pub fn start_inheriting(socket: impl Into<Stdio>) -> Self {
+        let folder = TempDir::with_prefix("vsock-test-").unwrap();
+        let log = fs::File::create(folder.path().join("log")).unwrap();
+        let mut command = Command::new(binary());
+        command.arg("--fd=0").stdin(socket).stderr(log);
+        Self::spawn(folder, command)
+    }
+
     /// Starts a daemon whose log goes to `stderr`, in place of where the test can read it.
     pub fn start_logging_to(stderr: impl Into<Stdio>, options: &[&str]) -> Self {
         let folder = TempDir::with_prefix("vsock-test-").unwrap();
@@ -48,18 +57,21 @@ impl Daemon {
     }
 
     fn start_in(folder: TempDir, options: &[&str], stderr: Stdio) -> Self {
-        let child = Command::new(binary())
+        let mut command = Command::new(binary());
+        command.arg("--socket");
+        command.arg(folder.path().join("vhost.socket"));
+        command.args(options).stdin(Stdio::null()).stderr(stderr);
+        Self::spawn(folder, command)
+    }
+
+    fn spawn(folder: TempDir, mut command: Command) -> Self {
+        let child = command
             .arg(format!("--guest-cid={GUEST_CID}"))
-            .arg("--socket")
-            .arg(folder.path().join("vhost.socket"))
             .arg("--uds-path")
             .arg(folder.path().join("vm.vsock"))
-            .args(options)
             // An interrupt from the terminal is for the test, which then ends the daemon.
             .process_group(0)
-            .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(stderr)
             .spawn()
             .unwrap();
         let mut daemon = Self {
@@ -202,7 +214,8 @@ impl Daemon {
 
     fn wait_for_sockets(&mut self) {
         let deadline = Instant::now() + PATIENCE;
-        while !(self.vhost_socket().exists() && UnixStream::connect(self.uds_path()).is_ok()) {
+        // The socket for host programs is made last.
+        while UnixStream::connect(self.uds_path()).is_err() {
             self.assert_alive();
             assert!(Instant::now() < deadline, "no sockets\n{}", self.log());
             sleep(Duration::from_millis(2));

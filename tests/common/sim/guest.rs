@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -52,16 +53,27 @@ impl SimGuest {
     /// A guest with its device running, as an answer to a first packet has shown.
     #[track_caller]
     pub fn start(daemon: &Daemon, setup: Setup) -> Self {
-        let mut guest = Self::connect(daemon, setup);
-        guest.post_rx();
-        guest.start_rings();
-        guest.settle();
-        guest
+        Self::connect(daemon, setup).run()
+    }
+
+    /// The same over a socket that is connected already.
+    pub fn start_over(stream: UnixStream, setup: Setup) -> Self {
+        Self::negotiate(Frontend::over(stream), setup).run()
+    }
+
+    fn run(mut self) -> Self {
+        self.post_rx();
+        self.start_rings();
+        self.settle();
+        self
     }
 
     /// A guest whose VMM has connected and negotiated; no ring is started.
     pub fn connect(daemon: &Daemon, setup: Setup) -> Self {
-        let mut frontend = Frontend::connect(&daemon.vhost_socket());
+        Self::negotiate(Frontend::connect(&daemon.vhost_socket()), setup)
+    }
+
+    fn negotiate(mut frontend: Frontend, setup: Setup) -> Self {
         let (features, protocol) = negotiate(&mut frontend, &setup);
         let memory = Arc::new(GuestMemory::new(&setup.regions, setup.backing));
         frontend.set_mem_table(&memory);
