@@ -1,6 +1,7 @@
 //! The daemon under test, as a process in a temporary folder of its own.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -214,8 +215,12 @@ impl Daemon {
 
     fn wait_for_sockets(&mut self) {
         let deadline = Instant::now() + PATIENCE;
-        // The socket for host programs is made last.
-        while UnixStream::connect(self.uds_path()).is_err() {
+        // Without a guest to talk to, clients are closed at once: then all its threads are there.
+        let is_closed = |mut client: UnixStream| {
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            matches!(client.read(&mut [0]), Ok(0))
+        };
+        while !UnixStream::connect(self.uds_path()).is_ok_and(is_closed) {
             self.assert_alive();
             assert!(Instant::now() < deadline, "no sockets\n{}", self.log());
             sleep(Duration::from_millis(2));

@@ -37,7 +37,7 @@ copy_binary() {
 # The files behind what the scripts import, and behind what Python imports by itself.
 list_python_files() {
     /usr/bin/python3 -I - <<'PYTHON'
-import errno, hashlib, os, signal, socket, subprocess, sys, threading, time, traceback, tty
+import errno, hashlib, os, random, signal, socket, subprocess, sys, threading, time, traceback, tty
 import encodings.ascii, encodings.idna, encodings.latin_1
 for module in list(sys.modules.values()):
     file = getattr(module, "__file__", None)
