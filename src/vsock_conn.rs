@@ -62,7 +62,9 @@ pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 const READ_RANGE: (usize, usize) = (4 * 1024, 256 * 1024);
 
 /// What part of the guest's buffer one read may fill. Much more, and the stream becomes stop-and-wait: the guest's
-/// program has nothing to read while the next batch is made, and we have no credit while it reads.
+/// program has nothing to read while the next batch is made, and we have no credit while it reads. A part
+/// below the least of [`READ_RANGE`] is not worth a packet: Linux also counts some 600 bytes of its own for each packet
+/// that waits to be read, and resets a connection whose buffer can't hold these.
 const WINDOW_PART: usize = 4;
 
 /// What the kernel is asked to hold on the way to a slow host program, in bytes. It doubles the number for its own
@@ -261,7 +263,7 @@ impl VsockConnection {
     pub fn rx_demand(&self) -> Option<usize> {
         self.owes().map(|op| match op {
             RxOps::Rw => {
-                let batch = (self.credit.guest_window() / WINDOW_PART).max(1);
+                let batch = (self.credit.guest_window() / WINDOW_PART).max(READ_RANGE.0);
                 self.read_size.min(batch).min(self.credit.for_us())
             }
             _ => 0,

@@ -287,6 +287,16 @@ fn without_credit_it_asks_once_and_waits() {
 }
 
 #[test]
+fn a_small_buffer_is_filled_with_one_packet() {
+    let mut ends = Ends::established(WINDOW);
+    ends.program.write_all(&[7; 2 * WINDOW as usize]).unwrap();
+    assert_eq!(ends.readable(), Verdict::Open);
+    let lens: Vec<usize> = ends.packets().iter().map(|(_, p)| p.len()).collect();
+    // The second is the CREDIT_REQUEST.
+    assert_eq!(lens, [WINDOW as usize, 0]);
+}
+
+#[test]
 fn a_host_program_that_stops_writing_ends_one_direction() {
     let mut ends = Ends::established(WINDOW);
     ends.program.write_all(b"question").unwrap();
