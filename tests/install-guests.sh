@@ -6,7 +6,8 @@ set -eu
 
 project=$(cd "$(dirname "$0")/.." && pwd)
 guests=${VSOCK_GUESTS:-$project/target/guests}
-packages=(user-mode-linux qemu-system-x86 socat ncat netcat-openbsd python3 busybox-static cpio kmod xz-utils gzip gcc libc6-dev "$@")
+packages=(user-mode-linux qemu-system-x86 socat ncat netcat-openbsd python3 busybox-static cpio kmod xz-utils gzip gcc libc6-dev
+    openssh-server openssh-client iperf3 curl dbus-daemon dbus-session-bus-common systemd "$@")
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then
@@ -27,6 +28,14 @@ is_installed() {
     dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null | grep -qx installed
 }
 
+# Only the program is wanted: a machine without an sshd shall not listen to the network from now on.
+keep_sshd_from_starting() {
+    local unit
+    for unit in ssh.service ssh.socket; do
+        [ -e "/etc/systemd/system/$unit" ] || as_root ln -s /dev/null "/etc/systemd/system/$unit"
+    done
+}
+
 install_programs() {
     local missing=() package
     for package in "${packages[@]}"; do
@@ -35,6 +44,7 @@ install_programs() {
     [ ${#missing[@]} -gt 0 ] || return 0
     echo "installing ${missing[*]}"
     update_lists
+    is_installed openssh-server || keep_sshd_from_starting
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}"
 }
 
