@@ -341,7 +341,7 @@ fn prepare_guest(guest: &Guest, host: &Host) {
     guest.run_ok(
         "for folder in /root /tmp /etc/ssh; do mount -t tmpfs -o mode=700 tmpfs $folder; done",
     );
-    guest.run_ok("ssh-keygen -A");
+    guest.run_ok("ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key");
     write_in_guest(
         guest,
         "/etc/ssh/sshd_config",
