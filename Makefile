@@ -1,11 +1,63 @@
 # demo, test, soak and bench install what they need; as root, or through sudo. fuzz needs a nightly toolchain.
 
-.PHONY: bench build demo fuzz lint soak test
+.PHONY: bench build deb demo fuzz install lint manual soak test uninstall
 
 rival := target/vhost-device-vsock
+cargo_deb := target/cargo-deb
+
+# Where install puts things, behind DESTDIR.
+PREFIX = /usr/local
+bindir = $(PREFIX)/bin
+datadir = $(PREFIX)/share
+unitdir = $(PREFIX)/lib/systemd/system
+sysusersdir = $(PREFIX)/lib/sysusers.d
+zshdir = $(datadir)/zsh/site-functions
+
+name := vhost-user-vsock
+# All but the binary, as FROM:TO.
+files = \
+	target/manual/$(name).1:$(datadir)/man/man1/$(name).1 \
+	target/manual/$(name).bash:$(datadir)/bash-completion/completions/$(name) \
+	target/manual/$(name).fish:$(datadir)/fish/vendor_completions.d/$(name).fish \
+	target/manual/_$(name):$(zshdir)/_$(name) \
+	dist/50-$(name).json:$(datadir)/qemu/vhost-user/50-$(name).json \
+	dist/systemd/$(name)@.service:$(unitdir)/$(name)@.service \
+	dist/systemd/$(name)-vmm@.socket:$(unitdir)/$(name)-vmm@.socket \
+	dist/systemd/$(name)-host@.socket:$(unitdir)/$(name)-host@.socket \
+	dist/systemd/sysusers.conf:$(sysusersdir)/$(name).conf
 
 build:
 	cargo build --release --locked
+
+# The manual page, and completions for shells.
+manual:
+	cargo run --release --locked --example manual -- target/manual
+
+# Once build and manual have run, this takes no cargo: it may be another user's, who has none.
+install: target/release/$(name) target/manual/$(name).1
+	install -D -m 755 target/release/$(name) $(DESTDIR)$(bindir)/$(name)
+	set -e; for file in $(files); do \
+		to=$(DESTDIR)$${file#*:}; \
+		install -d "$$(dirname "$$to")"; \
+		sed 's|@bindir@|$(bindir)|g; s|@datadir@|$(datadir)|g' "$${file%%:*}" >"$$to"; \
+		chmod 644 "$$to"; \
+	done
+
+target/release/$(name):
+	$(MAKE) build
+
+target/manual/$(name).1:
+	$(MAKE) manual
+
+uninstall:
+	rm -f $(DESTDIR)$(bindir)/$(name) $(foreach file,$(files),$(DESTDIR)$(lastword $(subst :, ,$(file))))
+
+# Makes target/vhost-user-vsock.deb.
+deb: build manual
+	test -x $(cargo_deb)/bin/cargo-deb || cargo install cargo-deb --version 3.8.0 --locked --root $(cargo_deb)
+	rm -rf target/deb-root
+	$(MAKE) install DESTDIR=target/deb-root PREFIX=/usr zshdir=/usr/share/zsh/vendor-completions
+	$(cargo_deb)/bin/cargo-deb --no-build --strip --output target/$(name).deb
 
 demo: build
 	tests/install-guests.sh
