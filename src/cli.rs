@@ -43,7 +43,7 @@ pub struct Args {
     guest_cid: Option<u64>,
 
     /// Path of the Unix socket to make for the VMM
-    #[arg(long, visible_alias = "socket-path", value_name = "SOCKET", required_unless_present_any = ["vm", "fd"])]
+    #[arg(long, visible_alias = "socket-path", value_name = "SOCKET")]
     socket: Option<PathBuf>,
 
     /// Path of the Unix socket to make for host programs
@@ -203,8 +203,8 @@ impl Args {
     /// Reads the command line. The sockets of `activation` need no option.
     pub fn parse_with(activation: &Activation) -> Result<Self, clap::Error> {
         let command = Self::command().mut_arg("socket", |socket| match activation.socket {
-            Some(_) => socket.required(false),
-            None => socket,
+            Some(_) => socket,
+            None => socket.required_unless_present_any(["vm", "fd"]),
         });
         Self::from_arg_matches(&command.try_get_matches()?)
     }

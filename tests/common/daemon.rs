@@ -45,9 +45,9 @@ impl Daemon {
     pub fn start_inheriting(socket: impl Into<Stdio>) -> Self {
         let folder = TempDir::with_prefix("vsock-test-").unwrap();
         let log = fs::File::create(folder.path().join("log")).unwrap();
-        let mut command = Command::new(binary());
-        command.arg("--fd=0").stdin(socket).stderr(log);
-        Self::spawn(folder, command)
+        let mut command = Self::command(&folder);
+        command.arg("--fd=0").stdin(socket);
+        Self::start_by(&mut command, folder, log)
     }
 
     /// Starts a daemon whose log goes to `stderr`, in place of where the test can read it.
@@ -58,21 +58,31 @@ impl Daemon {
     }
 
     fn start_in(folder: TempDir, options: &[&str], stderr: Stdio) -> Self {
-        let mut command = Command::new(binary());
-        command.arg("--socket");
-        command.arg(folder.path().join("vhost.socket"));
-        command.args(options).stdin(Stdio::null()).stderr(stderr);
-        Self::spawn(folder, command)
+        let mut command = Self::command(&folder);
+        command
+            .arg("--socket")
+            .arg(folder.path().join("vhost.socket"))
+            .args(options)
+            .stdin(Stdio::null());
+        Self::start_by(&mut command, folder, stderr)
     }
 
-    fn spawn(folder: TempDir, mut command: Command) -> Self {
-        let child = command
+    fn command(folder: &TempDir) -> Command {
+        let mut command = Command::new(binary());
+        command
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--uds-path")
             .arg(folder.path().join("vm.vsock"))
+            .stdout(Stdio::null());
+        command
+    }
+
+    /// Starts a command that becomes a daemon, or has one run, with its sockets in `folder`.
+    pub fn start_by(command: &mut Command, folder: TempDir, stderr: impl Into<Stdio>) -> Self {
+        let child = command
             // An interrupt from the terminal is for the test, which then ends the daemon.
             .process_group(0)
-            .stdout(Stdio::null())
+            .stderr(stderr)
             .spawn()
             .unwrap();
         let mut daemon = Self {

@@ -1,0 +1,136 @@
+//! The daemon as a service manager starts it: with sockets that are there already, and with somebody to tell what it does.
+
+mod common;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use common::daemon::{Daemon, PATIENCE, binary};
+use common::sim::host::assert_serves;
+use common::sim::{Setup, SimGuest};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+/// Runs a program with its standard input and output as the first two descriptors that a service manager gives, in its
+/// words.
+const ACTIVATE: &str =
+    r#"exec 3<&0 4>&1 </dev/null >/dev/null; LISTEN_PID=$$ LISTEN_FDS=2 exec "$@""#;
+
+/// A command that starts the daemon with two sockets, called `names`, and its host programs in `folder`.
+fn activated(folder: &Path, sockets: [OwnedFd; 2], names: &str) -> Command {
+    let [first, second] = sockets;
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", ACTIVATE, "sh"])
+        .arg(binary())
+        .arg("--guest-cid=4")
+        .arg("--uds-path")
+        .arg(folder.join("vm.vsock"))
+        .env("LISTEN_FDNAMES", names)
+        .stdin(first)
+        .stdout(second);
+    command
+}
+
+fn listener(folder: &Path, name: &str) -> OwnedFd {
+    UnixListener::bind(folder.join(name)).unwrap().into()
+}
+
+fn folder_with_log() -> (TempDir, File) {
+    let folder = TempDir::with_prefix("vsock-test-").unwrap();
+    let log = File::create(folder.path().join("log")).unwrap();
+    (folder, log)
+}
+
+#[test]
+fn sockets_of_a_service_manager_are_served_and_left_to_it() {
+    let (vmm, host) = ("vhost.socket", "vm.vsock");
+    for (sockets, names) in [
+        ([vmm, host], "vhost-user:host"),
+        ([host, vmm], "host:vhost-user"),
+        ([vmm, host], "first:second"),
+    ] {
+        let (folder, log) = folder_with_log();
+        let inherited = sockets.map(|name| listener(folder.path(), name));
+        let mut command = activated(folder.path(), inherited, names);
+        let mut daemon = Daemon::start_by(&mut command, folder, log);
+        // It has them alone.
+        drop(command);
+        assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
+        daemon.signal(Signal::SIGTERM);
+        assert_eq!(daemon.wait_exit().code(), Some(0), "{names}");
+        assert!(daemon.vhost_socket().exists() && daemon.uds_path().exists());
+    }
+}
+
+#[test]
+fn sockets_that_a_service_manager_should_not_have_given_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let run = |sockets, names| -> Output {
+        let mut command = activated(folder.path(), sockets, names);
+        command
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+            .wait_with_output()
+            .unwrap()
+    };
+    let listeners = || {
+        ["a", "b"].map(|name| {
+            let _ = std::fs::remove_file(folder.path().join(name));
+            listener(folder.path(), name)
+        })
+    };
+    let file = || File::open("/dev/null").unwrap().into();
+    let [socket, _] = listeners();
+    for (output, code, message) in [
+        (run(listeners(), "host:host"), 2, "one too many"),
+        (run(listeners(), "vhost-user:vhost-user"), 2, "one too many"),
+        (run([socket, file()], "vhost-user:host"), 1, "descriptor 4"),
+        (run([file(), file()], "vhost-user:host"), 1, "descriptor 3"),
+    ] {
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{stderr}");
+        assert!(stderr.contains(message), "{stderr}");
+    }
+}
+
+/// Waits for a message to a service manager that has a line which begins so.
+fn await_state(manager: &UnixDatagram, line: &str) {
+    let mut message = [0; 4096];
+    loop {
+        let len = manager
+            .recv(&mut message)
+            .unwrap_or_else(|error| panic!("no {line}: {error}"));
+        let text = String::from_utf8_lossy(&message[..len]);
+        if text.lines().any(|told| told.starts_with(line)) {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_service_manager_is_told_of_the_start_and_the_end() {
+    let (folder, log) = folder_with_log();
+    let path = folder.path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut command = Command::new(binary());
+    command
+        .arg("--guest-cid=4")
+        .arg("--socket")
+        .arg(folder.path().join("vhost.socket"))
+        .arg("--uds-path")
+        .arg(folder.path().join("vm.vsock"))
+        .env("NOTIFY_SOCKET", path);
+    let mut daemon = Daemon::start_by(&mut command, folder, log);
+    await_state(&manager, "READY=1");
+    assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
+    await_state(&manager, "STATUS=");
+    daemon.signal(Signal::SIGTERM);
+    await_state(&manager, "STOPPING=1");
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+}
