@@ -1,4 +1,5 @@
-# demo, test, soak and bench install what they need; as root, or through sudo. fuzz needs a nightly toolchain.
+# demo, test, soak and bench install what they need; as root, or through sudo. deb builds cargo-deb if it is missing, fuzz
+# cargo-fuzz, and needs a nightly toolchain.
 
 .PHONY: bench build deb demo fuzz install lint manual soak test uninstall
 
@@ -64,7 +65,7 @@ demo: build
 	tests/demo.sh
 
 test:
-	tests/install-guests.sh
+	tests/install-guests.sh fish lintian make man-db mandoc systemd zsh
 	cargo test --release --locked
 
 # Compares the daemon with vhost-device-vsock 0.3.0, on a machine that does nothing else. BENCH takes more options.

@@ -56,7 +56,7 @@ fn sockets_of_a_service_manager_are_served_and_left_to_it() {
         let (folder, log) = folder_with_log();
         let inherited = sockets.map(|name| listener(folder.path(), name));
         let mut command = activated(folder.path(), inherited, names);
-        let mut daemon = Daemon::start_by(&mut command, folder, log);
+        let mut daemon = Daemon::start_by(&mut command, folder, log, PATIENCE);
         // It has them alone.
         drop(command);
         assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
@@ -126,7 +126,7 @@ fn a_service_manager_is_told_of_the_start_and_the_end() {
         .arg("--uds-path")
         .arg(folder.path().join("vm.vsock"))
         .env("NOTIFY_SOCKET", path);
-    let mut daemon = Daemon::start_by(&mut command, folder, log);
+    let mut daemon = Daemon::start_by(&mut command, folder, log, PATIENCE);
     await_state(&manager, "READY=1");
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
     await_state(&manager, "STATUS=");

@@ -26,6 +26,7 @@ pub struct Daemon {
     child: Child,
     watchdog: Watchdog,
     folder: TempDir,
+    patience: Duration,
 }
 
 impl Daemon {
@@ -47,7 +48,7 @@ impl Daemon {
         let log = fs::File::create(folder.path().join("log")).unwrap();
         let mut command = Self::command(&folder);
         command.arg("--fd=0").stdin(socket);
-        Self::start_by(&mut command, folder, log)
+        Self::start_by(&mut command, folder, log, PATIENCE)
     }
 
     /// Starts a daemon whose log goes to `stderr`, in place of where the test can read it.
@@ -64,7 +65,7 @@ impl Daemon {
             .arg(folder.path().join("vhost.socket"))
             .args(options)
             .stdin(Stdio::null());
-        Self::start_by(&mut command, folder, stderr)
+        Self::start_by(&mut command, folder, stderr, PATIENCE)
     }
 
     fn command(folder: &TempDir) -> Command {
@@ -77,8 +78,14 @@ impl Daemon {
         command
     }
 
-    /// Starts a command that becomes a daemon, or has one run, with its sockets in `folder`.
-    pub fn start_by(command: &mut Command, folder: TempDir, stderr: impl Into<Stdio>) -> Self {
+    /// Starts a command that becomes a daemon, or has one run, with its sockets in `folder`. Its start and its end may take
+    /// so long.
+    pub fn start_by(
+        command: &mut Command,
+        folder: TempDir,
+        stderr: impl Into<Stdio>,
+        patience: Duration,
+    ) -> Self {
         let child = command
             // An interrupt from the terminal is for the test, which then ends the daemon.
             .process_group(0)
@@ -89,6 +96,7 @@ impl Daemon {
             watchdog: Watchdog::start(child.id()),
             child,
             folder,
+            patience,
         };
         daemon.wait_for_sockets();
         daemon
@@ -207,7 +215,7 @@ impl Daemon {
 
     /// Waits for the daemon to end by itself.
     pub fn wait_exit(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
@@ -224,7 +232,7 @@ impl Daemon {
     }
 
     fn wait_for_sockets(&mut self) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         // Without a guest to talk to, clients are closed at once: then all its threads are there.
         let is_closed = |mut client: UnixStream| {
             client.set_read_timeout(Some(PATIENCE)).unwrap();

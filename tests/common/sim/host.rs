@@ -1,6 +1,8 @@
 //! The host's programs: plain Unix sockets, with bounded patience.
 
+use std::fs::Permissions;
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -97,7 +99,10 @@ pub fn read_exactly(mut stream: &UnixStream, len: usize) -> Vec<u8> {
 pub fn listen(daemon: &Daemon, port: u32) -> UnixListener {
     let path = daemon.host_port_path(port);
     let _ = std::fs::remove_file(&path);
-    UnixListener::bind(path).unwrap()
+    let listener = UnixListener::bind(&path).unwrap();
+    // A daemon that is another user's connects as one of the group.
+    std::fs::set_permissions(path, Permissions::from_mode(0o660)).unwrap();
+    listener
 }
 
 /// Accepts one connection, with patience.

@@ -1,0 +1,280 @@
+//! What `make install` and `make deb` put where, and that it works there.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use common::daemon::{Daemon, binary};
+use common::guest::installed;
+use common::sim::host::assert_serves;
+use common::sim::{Setup, SimGuest};
+use nix::unistd::{getegid, geteuid};
+use tempfile::TempDir;
+
+const NAME: &str = "vhost-user-vsock";
+
+/// What is installed, below the prefix, but for the binary. README and manual name these places.
+const FILES: [&str; 9] = [
+    "lib/systemd/system/vhost-user-vsock-host@.socket",
+    "lib/systemd/system/vhost-user-vsock-vmm@.socket",
+    "lib/systemd/system/vhost-user-vsock@.service",
+    "lib/sysusers.d/vhost-user-vsock.conf",
+    "share/bash-completion/completions/vhost-user-vsock",
+    "share/fish/vendor_completions.d/vhost-user-vsock.fish",
+    "share/man/man1/vhost-user-vsock.1",
+    "share/qemu/vhost-user/50-vhost-user-vsock.json",
+    "share/zsh/site-functions/_vhost-user-vsock",
+];
+
+/// How long a machine with systemd may take to start, and again for all that the test has it do.
+const BOOT: Duration = Duration::from_secs(150);
+
+/// What a program says, which must succeed.
+fn output(command: &mut Command) -> String {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command.stdin(Stdio::null()).output().unwrap();
+    let stdout = String::from_utf8(stdout).unwrap();
+    let stderr = String::from_utf8_lossy(&stderr);
+    assert!(status.success(), "{command:?}: {status}\n{stdout}{stderr}");
+    stdout
+}
+
+fn make(arguments: &[&str]) {
+    output(
+        Command::new(installed("make"))
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .args(arguments)
+            // This test may itself be a part of a `make`, whose options are not for this one.
+            .env_remove("MAKEFLAGS")
+            .env_remove("CARGO_TARGET_DIR"),
+    );
+}
+
+/// What `make deb` has made of all this. It replaces the binary, so no test goes on before.
+fn package() -> PathBuf {
+    static MADE: OnceLock<()> = OnceLock::new();
+    MADE.get_or_init(|| make(&["deb"]));
+    target("vhost-user-vsock.deb")
+}
+
+fn target(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("target")
+        .join(name)
+}
+
+/// The manual, as it reads on a terminal of endless width.
+fn manual() -> String {
+    package();
+    let page = target("manual").join(format!("{NAME}.1"));
+    let text = output(
+        Command::new(installed("man"))
+            .env("MANWIDTH", "10000")
+            .env("MANPAGER", "cat")
+            .arg("-l")
+            .arg(page),
+    );
+    // As a printer would make characters bold.
+    let mut plain = String::new();
+    for character in text.chars() {
+        match character {
+            '\x08' => drop(plain.pop()),
+            other => plain.push(other),
+        }
+    }
+    plain.replace('\u{2010}', "-")
+}
+
+/// The files below a folder, by their paths from there.
+fn files(folder: &Path) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let path = path.strip_prefix(folder).unwrap();
+                found.insert(path.to_str().unwrap().to_owned());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn make_installs_below_the_prefix_and_takes_it_away_again() {
+    package();
+    let folder = TempDir::new().unwrap();
+    let root = folder.path();
+    let destination = format!("DESTDIR={}", root.display());
+    let arguments = [destination.as_str(), "PREFIX=/opt/vsock"];
+    make(&[&["install"], &arguments[..]].concat());
+    let mut expected = BTreeSet::from(FILES.map(|file| format!("opt/vsock/{file}")));
+    expected.insert(format!("opt/vsock/bin/{NAME}"));
+    assert_eq!(files(root), expected);
+
+    let read = |file: &str| fs::read_to_string(root.join("opt/vsock").join(file)).unwrap();
+    for file in FILES {
+        let text = read(file);
+        assert!(!text.contains("@bindir@"), "{file}");
+        assert!(!text.contains("@datadir@"), "{file}");
+    }
+    let service = read("lib/systemd/system/vhost-user-vsock@.service");
+    assert!(service.contains("\nExecStart=/opt/vsock/bin/vhost-user-vsock "));
+
+    // What QEMU's schema VhostUserBackend wants, and what the program says of itself.
+    let json = read("share/qemu/vhost-user/50-vhost-user-vsock.json");
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["binary"], "/opt/vsock/bin/vhost-user-vsock");
+    assert!(json["description"].is_string());
+    let program = root.join("opt/vsock/bin").join(NAME);
+    let said = output(Command::new(program).arg("--print-capabilities"));
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(json["type"], said["type"]);
+
+    make(&[&["uninstall"], &arguments[..]].concat());
+    assert_eq!(files(root), BTreeSet::new());
+}
+
+#[test]
+fn cargo_installs_the_program() {
+    package();
+    let folder = TempDir::new().unwrap();
+    output(
+        Command::new(env!("CARGO"))
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .args(["install", "--locked", "--path", ".", "--root"])
+            .arg(folder.path())
+            .env_remove("CARGO_TARGET_DIR"),
+    );
+    let program = folder.path().join("bin").join(NAME);
+    assert!(output(Command::new(program).arg("--version")).starts_with(NAME));
+}
+
+#[test]
+fn the_manual_has_no_mistake_in_its_form() {
+    package();
+    let page = target("manual").join(format!("{NAME}.1"));
+    let mandoc = Command::new(installed("mandoc"))
+        .args(["-T", "lint", "-W", "warning"])
+        .arg(page)
+        .output()
+        .unwrap();
+    let found = String::from_utf8(mandoc.stdout).unwrap();
+    assert!(mandoc.status.success() && found.is_empty(), "{found}");
+}
+
+#[test]
+fn the_manual_names_all_options_and_counters() {
+    let manual = manual();
+    let help = output(Command::new(binary()).arg("--help"));
+    let words = |text: &str| -> BTreeSet<String> {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c));
+        words.map(str::to_owned).collect()
+    };
+    let (known, named) = (words(&help), words(&manual));
+    let options = known.iter().filter(|word| word.starts_with("--"));
+    for option in options.clone() {
+        assert!(named.contains(option), "{option}");
+    }
+    assert!(options.count() > 10);
+
+    let folder = TempDir::new().unwrap();
+    let stats = folder.path().join("stats");
+    let daemon = Daemon::start_with(&["--stats-path", stats.to_str().unwrap()]);
+    // Some of the counters stand for connections.
+    let mut guest = SimGuest::start(&daemon, Setup::default());
+    let _connection = common::sim::host::from_host(&daemon, &mut guest, 7);
+    let mut told = String::new();
+    UnixStream::connect(&stats)
+        .unwrap()
+        .read_to_string(&mut told)
+        .unwrap();
+    let counters = told.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    let counters: Vec<&str> = counters.filter_map(|rest| rest.split(' ').next()).collect();
+    for counter in &counters {
+        assert!(named.contains(*counter), "{counter}");
+    }
+    assert!(counters.len() > 20, "{told}");
+}
+
+#[test]
+fn shells_complete_what_is_typed() {
+    package();
+    let folder = target("manual");
+    let file = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let bash = r#". "$1"; COMP_WORDS=(vhost-user-vsock --so) COMP_CWORD=1
+        [[ $(complete -p vhost-user-vsock) =~ -F\ ([^ ]+) ]]
+        ${BASH_REMATCH[1]} vhost-user-vsock --so vhost-user-vsock; echo "${COMPREPLY[@]}""#;
+    let bash = output(
+        Command::new("bash")
+            .args(["-c", bash, "bash"])
+            .arg(file("vhost-user-vsock.bash")),
+    );
+    let fish = "source $argv[1]; complete --do-complete 'vhost-user-vsock --so'";
+    let fish = output(
+        Command::new(installed("fish"))
+            .args(["--no-config", "-c", fish])
+            .arg(file("vhost-user-vsock.fish")),
+    );
+    for completed in [bash, fish] {
+        for option in ["--socket", "--socket-mode", "--socket-group"] {
+            assert!(completed.contains(option), "{completed}");
+        }
+    }
+    // Its completions take a terminal. Here it only reads them.
+    let zsh = "autoload -Uz compinit && compinit -D && . \"$1\" && whence -w _vhost-user-vsock";
+    let zsh = output(
+        Command::new(installed("zsh"))
+            .args(["-f", "-c", zsh, "zsh"])
+            .arg(file("_vhost-user-vsock")),
+    );
+    assert_eq!(zsh, "_vhost-user-vsock: function\n");
+}
+
+#[test]
+fn lintian_finds_no_error_in_the_package() {
+    let lintian = Command::new(installed("lintian"))
+        .args(["--allow-root", "--fail-on", "error"])
+        .arg(package())
+        .output()
+        .unwrap();
+    let found = String::from_utf8_lossy(&lintian.stdout);
+    assert!(lintian.status.success(), "{found}");
+}
+
+/// Installs the package, runs daemons as services, and removes it, under a systemd whose changes to this machine go nowhere.
+#[test]
+fn services_start_serve_end_and_leave_nothing() {
+    let folder = TempDir::with_prefix("vsock-test-").unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    fs::copy(package(), at("vhost-user-vsock.deb")).unwrap();
+    fs::copy(scripts.join("service.sh"), at("service.sh")).unwrap();
+    if !geteuid().is_root() {
+        // The one that this test connects to is our own.
+        let (user, group) = (geteuid(), getegid());
+        let user = format!("[Service]\nUser={user}\nGroup={group}\n");
+        fs::write(at("user"), user).unwrap();
+    }
+    let served = at("served");
+    let log = File::create(at("log")).unwrap();
+    let mut command = Command::new(scripts.join("machine.sh"));
+    command.arg(at("service.sh"));
+    let mut machine = Daemon::start_by(&mut command, folder, log, BOOT);
+    assert_serves(&machine, &mut SimGuest::start(&machine, Setup::default()));
+    File::create(served).unwrap();
+    assert_eq!(machine.wait_exit().code(), Some(0), "{}", machine.log());
+}
