@@ -65,7 +65,7 @@ demo: build
 	tests/demo.sh
 
 test:
-	tests/install-guests.sh fish lintian make man-db mandoc systemd zsh
+	tests/install-guests.sh fish lintian man-db mandoc procps systemd zsh
 	cargo test --release --locked
 
 # Compares the daemon with vhost-device-vsock 0.3.0, on a machine that does nothing else. BENCH takes more options.

@@ -235,13 +235,26 @@ fn shells_complete_what_is_typed() {
         }
     }
     // Its completions take a terminal. Here it only reads them.
-    let zsh = "autoload -Uz compinit && compinit -D && . \"$1\" && whence -w _vhost-user-vsock";
+    let zsh = "autoload -Uz compinit && compinit -D -u && . \"$1\" && whence -w _vhost-user-vsock";
     let zsh = output(
         Command::new(installed("zsh"))
             .args(["-f", "-c", zsh, "zsh"])
             .arg(file("_vhost-user-vsock")),
     );
     assert_eq!(zsh, "_vhost-user-vsock: function\n");
+}
+
+#[test]
+fn the_package_has_news_of_this_version() {
+    let news =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("dist/debian/changelog"));
+    let version = concat!(
+        env!("CARGO_PKG_NAME"),
+        " (",
+        env!("CARGO_PKG_VERSION"),
+        "-1) "
+    );
+    assert!(news.unwrap().starts_with(version), "no entry for {version}");
 }
 
 #[test]
