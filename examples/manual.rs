@@ -44,8 +44,8 @@ fn write_page(page: &mut impl Write) -> io::Result<()> {
     page.write_all(SECTIONS.as_bytes())
 }
 
-/// Puts an option's values and other names into its help. clap_mangen leaves the names out, and makes of the values a list
-/// that mandoc finds fault with.
+/// Puts an option's values and other names into its help. clap_mangen leaves the names out, and makes of the values a
+/// list that mandoc finds fault with.
 fn spell_out(option: Arg) -> Arg {
     let Some(help) = option.get_help().map(ToString::to_string) else {
         return option;

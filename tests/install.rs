@@ -268,7 +268,7 @@ fn lintian_finds_no_error_in_the_package() {
     assert!(lintian.status.success(), "{found}");
 }
 
-/// Installs the package, runs daemons as services, and removes it, under a systemd whose changes to this machine go nowhere.
+/// Installs the package, runs daemons as services, and removes it, under a systemd that leaves this machine as it is.
 #[test]
 fn services_start_serve_end_and_leave_nothing() {
     let folder = TempDir::with_prefix("vsock-test-").unwrap();

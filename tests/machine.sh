@@ -1,7 +1,7 @@
 #!/bin/bash
-# Runs the shell script $1 under a systemd of its own, as root of what looks like this machine: the same files, of which the
-# script may change every one, since the changes go to memory and are gone at the end. Its working folder is that of the
-# script, where `log` takes what it says. Ends with its exit status. Takes root, or sudo.
+# Runs the shell script $1 under a systemd of its own, as root of what looks like this machine: the same files, of which
+# the script may change every one, since the changes go to memory and are gone at the end. Its working folder is that of
+# the script, where `log` takes what it says. Ends with its exit status. Takes root, or sudo.
 set -eu
 
 if [ "$(id -u)" != 0 ]; then
@@ -13,6 +13,10 @@ if [ -z "$hierarchy" ]; then
     echo "error: systemd needs cgroup2, which is not mounted here" >&2
     exit 1
 fi
+# What a machine has left that was killed.
+for group in "$hierarchy"/vsock-machine-*; do
+    [ -d "/proc/${group##*-}" ] || find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || true
+done
 group=$hierarchy/vsock-machine-$$
 work=$(mktemp -d)
 script=$(realpath "$1")

@@ -1,4 +1,4 @@
-//! The daemon as a service manager starts it: with sockets that are there already, and with somebody to tell what it does.
+//! The daemon as a service manager starts it: with sockets that are there already, and with somebody to tell of itself.
 
 mod common;
 

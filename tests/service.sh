@@ -107,6 +107,6 @@ fails pgrep -x -f "/usr/bin/$name .*"
 [ ! -e $run/web/vm.vsock ]
 dpkg -P $name
 fails dpkg -s $name
-for folder in bin lib/systemd lib/sysusers.d share/man share/bash-completion share/zsh share/fish share/qemu share/doc; do
+for folder in bin lib/systemd lib/sysusers.d share/{man,bash-completion,zsh,fish,qemu,doc}; do
     [ -z "$(find /usr/$folder -name "*$name*")" ]
 done

@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
@@ -249,7 +249,10 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.watchdog.dismiss();
-        let _ = self.child.kill();
+        // With what it has started, where it is no daemon itself; once it is waited for, the id may be another's.
+        if let Ok(None) = self.child.try_wait() {
+            let _ = killpg(Pid::from_raw(self.pid() as i32), Signal::SIGKILL);
+        }
         let _ = self.child.wait();
         if std::thread::panicking() {
             eprintln!("--- the daemon's log\n{}", self.log());
