@@ -36,7 +36,7 @@ manual:
 
 # Once build and manual have run, this takes no cargo: it may be another user's, who has none.
 install: target/release/$(name) target/manual/$(name).1
-	install -D -m 755 target/release/$(name) $(DESTDIR)$(bindir)/$(name)
+	install -D -m 755 -t $(DESTDIR)$(bindir) target/release/$(name) contrib/vsock-connect
 	set -e; for file in $(files); do \
 		to=$(DESTDIR)$${file#*:}; \
 		install -d "$$(dirname "$$to")"; \
@@ -51,7 +51,7 @@ target/manual/$(name).1:
 	$(MAKE) manual
 
 uninstall:
-	rm -f $(DESTDIR)$(bindir)/$(name) $(foreach file,$(files),$(DESTDIR)$(lastword $(subst :, ,$(file))))
+	rm -f $(addprefix $(DESTDIR)$(bindir)/,$(name) vsock-connect) $(foreach file,$(files),$(DESTDIR)$(lastword $(subst :, ,$(file))))
 
 # Makes target/vhost-user-vsock.deb.
 deb: build manual

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Runs the shell script $1 under a systemd of its own, as root of what looks like this machine: the same files, of which
 # the script may change every one, since the changes go to memory and are gone at the end. Its working folder is that of
-# the script, where `log` takes what it says. Ends with its exit status. Takes root, or sudo.
+# the script, where `log` takes what it says. Ends with its exit status. Takes root, or sudo. With --probe in place of the
+# script it only finds out whether this system lets it do so.
 set -eu
 
 if [ "$(id -u)" != 0 ]; then
@@ -19,7 +20,11 @@ for group in "$hierarchy"/vsock-machine-*; do
 done
 group=$hierarchy/vsock-machine-$$
 work=$(mktemp -d)
-script=$(realpath "$1")
+if [ "$1" = --probe ]; then
+    action=mount_files script=$(realpath "$0")
+else
+    action=boot script=$(realpath "$1")
+fi
 clean_up() {
     rmdir "$work"
     find "$group" -depth -type d -exec rmdir {} +
@@ -93,5 +98,5 @@ export script work
 # What it starts ends with it, being in a process namespace of its own.
 (
     echo "$BASHPID" >"$group/cgroup.procs"
-    exec unshare --mount --pid --fork --kill-child --cgroup --ipc --uts --net bash -euc boot
+    exec unshare --mount --pid --fork --kill-child --cgroup --ipc --uts --net bash -euc "$action"
 )
