@@ -28,14 +28,14 @@ Example:
                                               CONNECT 1234
   host$  nc -l -U /tmp/vm4.vsock_1234  guest$ nc --vsock 2 1234
 
-Exit status: 0 after SIGTERM or SIGINT, 1 when something failed, 2 for a mistake in the options.";
+Exit status: 0 after SIGTERM or SIGINT and when the only VMM of --fd is gone, 1 when something failed, 2 for a mistake in the options.";
 
 /// Gives a virtual machine its virtio-vsock device.
 ///
 /// A VMM connects to SOCKET (vhost-user). Programs in the guest use AF_VSOCK; a program on the host connects to UDS_PATH
 /// and writes `CONNECT <port>`, or listens at UDS_PATH_<port> for the guest's connections to CID 2.
 #[derive(Parser)]
-#[command(version, after_help = EXAMPLE, max_term_width = 100, args_conflicts_with_subcommands = true,
+#[command(version, after_help = EXAMPLE, max_term_width = 100, args_conflicts_with_subcommands = true, args_override_self = true,
     subcommand_negates_reqs = true, disable_help_subcommand = true)]
 pub struct Args {
     /// The guest's CID, from 3 to 4294967294
@@ -183,7 +183,9 @@ impl Activation {
 
     fn new(sockets: impl Iterator<Item = (RawFd, String)>) -> Result<Self, ConfigError> {
         let mut taken = Self::default();
-        for (fd, name) in sockets {
+        let is_named = |(_, name): &(RawFd, String)| matches!(&name[..], "vhost-user" | "host");
+        let (named, others): (Vec<_>, Vec<_>) = sockets.partition(is_named);
+        for (fd, name) in named.into_iter().chain(others) {
             let place = match name.as_str() {
                 "vhost-user" => &mut taken.socket,
                 "host" => &mut taken.uds,
@@ -307,6 +309,7 @@ mod tests {
             new(&[(3, "host"), (4, "vhost-user")]),
             taken(Some(4), Some(3))
         );
+        assert_eq!(new(&[(3, "x"), (4, "vhost-user")]), taken(Some(4), Some(3)));
         assert!(new(&[(3, "host"), (4, "host")]).is_err());
         assert!(new(&[(3, "a"), (4, "b"), (5, "c")]).is_err());
     }

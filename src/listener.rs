@@ -1,7 +1,8 @@
 //! A listening Unix socket, and the file that is its name.
 
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -12,11 +13,13 @@ use std::time::Duration;
 use libc::{O_NOFOLLOW, O_PATH, c_int};
 use nix::fcntl::{AtFlags, Flock, FlockArg};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt,
+    sendmsg, socket, sockopt,
 };
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::fchownat;
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use rustix::cmsg_space;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use thiserror::Error;
 
 use crate::calls::{Argument, Call};
@@ -146,13 +149,19 @@ impl Inherited {
     pub fn take(fd: RawFd) -> Result<Self, ListenerError> {
         let failed = |error: io::Error| ListenerError::Inherited(fd, error);
         let socket = duplicate(fd).map_err(failed)?;
+        let kind = getsockopt(&socket, sockopt::SockType).map_err(|error| failed(error.into()))?;
         let listens = getsockopt(&socket, sockopt::AcceptConn);
-        let socket = UnixListener::from(socket);
-        // It fails where it is another kind of socket.
-        socket.local_addr().map_err(failed)?;
-        match listens.map_err(|error| failed(error.into()))? {
-            true => Ok(Self::Listener(socket)),
-            false => Ok(Self::Stream(OwnedFd::from(socket).into())),
+        let listens = listens.map_err(|error| failed(error.into()))?;
+        let stream = UnixStream::from(socket);
+        // They fail where it is no Unix socket, and where nobody is at its other end.
+        stream.local_addr().map_err(failed)?;
+        if kind != SockType::Stream {
+            Err(failed(io::Error::other("not a stream socket")))
+        } else if listens {
+            Ok(Self::Listener(OwnedFd::from(stream).into()))
+        } else {
+            stream.peer_addr().map_err(failed)?;
+            Ok(Self::Stream(stream))
         }
     }
 
@@ -168,11 +177,23 @@ impl Inherited {
     }
 }
 
-/// A descriptor of this process by its number. It is taken from the process itself, as it were from another one: that
-/// fails, and harms nobody, where the number is none.
+/// A descriptor of this process by its number. We send it to ourselves: that fails, and harms nobody, where the number is
+/// none.
 fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
-    let process = pidfd_open(getpid(), PidfdFlags::empty())?;
-    Ok(pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?)
+    let (from, to) = UnixStream::pair()?;
+    let rights = [ControlMessage::ScmRights(&[fd])];
+    let slices = [IoSlice::new(&[0])];
+    sendmsg::<UnixAddr>(from.as_raw_fd(), &slices, &rights, MsgFlags::empty(), None)?;
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+    let mut received = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    recvmsg(&to, &mut [IoSliceMut::new(&mut [0])], &mut received, flags)?;
+    let mut descriptors = received.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
+    });
+    let missing = || io::Error::other("it did not come through");
+    descriptors.next().ok_or_else(missing)
 }
 
 impl Drop for OwnFile {

@@ -18,6 +18,11 @@ use env_logger::{Target, WriteStyle};
 use log::{Level, LevelFilter};
 use parking_lot::{Condvar, Mutex};
 
+use crate::calls::Call;
+
+/// To write, in a thread that sleeps otherwise.
+pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_write), Call::any(libc::SYS_futex)];
+
 /// How many lines wait to be written. One more is dropped, and counted.
 pub const MAX_LINES: usize = 1024;
 
@@ -37,7 +42,7 @@ struct Shared {
 #[derive(Default)]
 struct Queue {
     lines: VecDeque<Vec<u8>>,
-    /// Lines that were dropped since one was written.
+    /// Lines that were dropped and not told of.
     lost: u64,
     writing: bool,
 }
@@ -102,7 +107,7 @@ impl LogWriter {
 }
 
 /// Whether this is the socket that the journal has given us, by the device and file that JOURNAL_STREAM names.
-fn is_journal(stream: impl AsFd) -> bool {
+pub fn is_journal(stream: impl AsFd) -> bool {
     let file = stream.as_fd().try_clone_to_owned().map(File::from);
     let metadata = file.and_then(|file| file.metadata());
     let given = metadata.map(|data| format!("{}:{}", data.dev(), data.ino()));

@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vhost_user_vsock::cli::{self, Activation, Args, Command};
 use vhost_user_vsock::config::Config;
-use vhost_user_vsock::log_writer::LogWriter;
+use vhost_user_vsock::log_writer::{self, LogWriter};
 use vhost_user_vsock::server::{Server, ServerError, Stop};
 use vhost_user_vsock::stats_table;
 
@@ -96,7 +96,12 @@ fn run(server: Server, mut signals: Signals) -> Result<(), ServerError> {
 }
 
 fn fail(mut out: impl Write, message: &str, code: u8) -> ExitCode {
+    let priority = if log_writer::is_journal(io::stderr()) {
+        "<3>"
+    } else {
+        ""
+    };
     // A closed or full stderr leaves nobody to tell.
-    let _ = out.write_all(format!("vhost-user-vsock: {message}\n").as_bytes());
+    let _ = out.write_all(format!("{priority}vhost-user-vsock: {message}\n").as_bytes());
     ExitCode::from(code)
 }

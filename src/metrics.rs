@@ -61,7 +61,7 @@ pub fn text(snapshot: &Snapshot) -> Result<String, Error> {
         ),
         (
             "clients_dropped_total",
-            "Host programs that were closed before they had named a port",
+            "Host programs that were closed before they had a connection",
             counters.clients_dropped,
         ),
         ("resets_total", "RST packets for the guest", counters.resets),

@@ -9,10 +9,24 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 
-use log::debug;
+use log::warn;
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 use nix::unistd::{close, mkdtemp};
+
+use crate::calls::Call;
+
+/// To pass on messages, parts of them and descriptors, and to end.
+pub(crate) const CALLS: &[Call] = &[
+    Call::any(libc::SYS_recvmsg),
+    Call::any(libc::SYS_sendmsg),
+    Call::any(libc::SYS_recvfrom),
+    Call::any(libc::SYS_read),
+    Call::any(libc::SYS_sendto),
+    Call::any(libc::SYS_write),
+    Call::any(libc::SYS_shutdown),
+    Call::any(libc::SYS_close),
+];
 
 /// A message's header: request, flags, and the size of what follows, each of 4 bytes (vhost-user, Message).
 const HEADER_LEN: usize = 12;
@@ -31,6 +45,8 @@ impl Relay {
     /// A way to `vmm`, and the socket where the library finds it. Nobody else can connect there: it has a name for a
     /// moment only, in a folder of our own.
     pub fn new(vmm: UnixStream) -> io::Result<(Self, UnixListener)> {
+        // Whoever made it may have meant it for an event loop.
+        vmm.set_nonblocking(false)?;
         let folder = mkdtemp(&env::temp_dir().join("vhost-user-vsock-XXXXXX"))?;
         let path = folder.join("vmm");
         let ends = UnixListener::bind(&path).and_then(|listener| {
@@ -52,7 +68,7 @@ impl Relay {
             let (from, to) = (from.try_clone()?, to.try_clone()?);
             thread::Builder::new().name(name.into()).spawn(move || {
                 if let Err(error) = pass_on(&from, &to) {
-                    debug!("{name}: {error}");
+                    warn!("messages {name}: {error}");
                 }
                 let _ = from.shutdown(Shutdown::Both);
                 let _ = to.shutdown(Shutdown::Both);

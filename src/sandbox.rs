@@ -28,8 +28,8 @@ use thiserror::Error;
 use crate::calls::{Argument, Call};
 use crate::config::{Config, Sandbox, folder};
 use crate::{
-    listener, look, packet, service, stats_socket, thread_backend, txbuf, vhost_user_vsock_thread,
-    vhu_vsock, vring, vsock_conn,
+    listener, log_writer, look, packet, relay, service, stats_socket, thread_backend, txbuf,
+    vhost_user_vsock_thread, vhu_vsock, vring, vsock_conn,
 };
 
 /// The Landlock of Linux 6.12, which has all that the sandbox asks for but one.
@@ -217,6 +217,8 @@ fn leave_calls(callers: &[Call]) -> Result<(), Missing> {
         vring::CALLS,
         vhost_user_vsock_thread::CALLS,
         look::CALLS,
+        log_writer::CALLS,
+        relay::CALLS,
         service::CALLS,
         stats_socket::CALLS,
         thread_backend::CALLS,

@@ -24,7 +24,7 @@ use crate::stats_socket;
 use crate::vhu_vsock::VhostUserVsockBackend;
 
 /// To wait for a VMM and for the wish to stop, which a signal brings: its handler sends a byte to the thread that reads
-/// it. And for the log.
+/// it.
 const CALLS: &[Call] = &[
     #[cfg(target_arch = "x86_64")]
     Call::any(libc::SYS_poll),
@@ -33,7 +33,6 @@ const CALLS: &[Call] = &[
     Call::any(libc::SYS_rt_sigreturn),
     Call::any(libc::SYS_sendto),
     Call::any(libc::SYS_recvfrom),
-    Call::any(libc::SYS_write),
 ];
 
 /// How long to wait before the next try to serve, in milliseconds.
@@ -119,17 +118,7 @@ impl Server {
     pub fn start(config: &Config) -> Result<Self, ServerError> {
         config.check()?;
         raise_descriptor_limit();
-        listener::tighten_umask();
-        let (socket, relay) = match &config.socket {
-            Socket::Path(path) => (SocketFile::bind(path, config.access)?, None),
-            Socket::Inherited(fd) => match Inherited::take(*fd)? {
-                Inherited::Listener(listener) => (SocketFile::foreign(listener), None),
-                Inherited::Stream(vmm) => {
-                    let (relay, listener) = Relay::new(vmm)?;
-                    (SocketFile::foreign(listener), Some(relay))
-                }
-            },
-        };
+        let (socket, relay) = vmm_socket(config)?;
         let uds = match config.uds_fd {
             Some(fd) => SocketFile::foreign(Inherited::take_listener(fd)?),
             None => SocketFile::bind(&config.uds_path, config.access)?,
@@ -139,7 +128,7 @@ impl Server {
         let stats = stats.transpose()?;
         let is_single = relay.is_some();
         let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
-        let manager = ServiceManager::from_env()?;
+        let manager = ServiceManager::from_env();
         sandbox::enter(config, CALLS)?;
         info!(
             "CID {}: waiting for a VMM at {}, for host programs at {}",
@@ -166,13 +155,17 @@ impl Server {
 
     /// Serves one VMM after the other until `stop` asks for the end. One whose connection was inherited is the only one.
     pub fn run(self, stop: &Stop) -> Result<(), ServerError> {
+        let mut is_short = false;
         while !stop.is_requested() {
             match serve(&self.backend, &self.socket, stop) {
                 Ok(()) if self.is_single => break,
-                Ok(()) => {}
+                Ok(()) => is_short = false,
+                Err(error) if self.is_single => return Err(error),
                 Err(error) => {
                     // Descriptors or memory have run out, which passes.
-                    warn!("{error}");
+                    if !std::mem::replace(&mut is_short, true) {
+                        warn!("{error}");
+                    }
                     wait_for(&[stop.0.event.as_fd()], RETRY)?;
                 }
             }
@@ -181,6 +174,27 @@ impl Server {
         info!("stopped");
         Ok(())
     }
+}
+
+/// The socket for VMMs, and the way to the one whose connection was inherited. It is made before other sockets: the
+/// folder that the relay makes for a moment would be closed to us, too, with their umask.
+fn vmm_socket(config: &Config) -> Result<(SocketFile, Option<Relay>), ServerError> {
+    let inherited = match &config.socket {
+        Socket::Inherited(fd) => Inherited::take(*fd)?,
+        Socket::Path(path) => {
+            listener::tighten_umask();
+            return Ok((SocketFile::bind(path, config.access)?, None));
+        }
+    };
+    let (listener, relay) = match inherited {
+        Inherited::Listener(listener) => (listener, None),
+        Inherited::Stream(vmm) => {
+            let (relay, listener) = Relay::new(vmm)?;
+            (listener, Some(relay))
+        }
+    };
+    listener::tighten_umask();
+    Ok((SocketFile::foreign(listener), relay))
 }
 
 /// Waits for a VMM and serves it until it is gone.
@@ -209,19 +223,20 @@ fn serve_once(
     if stop.is_requested() {
         Ok(())
     } else {
-        backend.greet();
-        serve_vmm(&mut daemon, socket, stop)
+        serve_vmm(backend, &mut daemon, socket, stop)
     }
 }
 
 /// Serves the VMM that has connected.
 fn serve_vmm(
+    backend: &VhostUserVsockBackend,
     daemon: &mut VhostUserDaemon<Arc<VhostUserVsockBackend>>,
     socket: &SocketFile,
     stop: &Stop,
 ) -> Result<(), ServerError> {
     let mut listener = Listener::from(socket.listener()?);
     daemon.start(&mut listener).map_err(ServerError::Daemon)?;
+    backend.greet();
     info!("a VMM connected");
     stop.set_session(daemon.shutdown_handle());
     let end = daemon.wait();

@@ -1,6 +1,7 @@
 //! What the service manager is told (sd_notify(3)): that the daemon is ready, what it does, and that it stops.
 
 use std::env;
+use std::ffi::OsStr;
 use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use log::debug;
+use log::{debug, warn};
 use sd_notify::NotifyState;
 
 use crate::calls::Call;
@@ -21,6 +22,9 @@ pub(crate) const CALLS: &[Call] = &[
     Call::any(libc::SYS_clock_nanosleep),
 ];
 
+/// How long a service manager may take to make room for a message.
+const PATIENCE: Duration = Duration::from_millis(200);
+
 /// The least time between two status lines.
 const STATUS_PAUSE: Duration = Duration::from_secs(1);
 
@@ -28,18 +32,17 @@ const STATUS_PAUSE: Duration = Duration::from_secs(1);
 pub struct ServiceManager(Option<Arc<UnixDatagram>>);
 
 impl ServiceManager {
-    /// The one that the environment names. Its socket is connected now: it can't be reached from within the sandbox.
-    pub fn from_env() -> io::Result<Self> {
-        let Some(path) = env::var_os("NOTIFY_SOCKET") else {
-            return Ok(Self(None));
-        };
-        let address = match path.as_bytes() {
-            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
-            _ => SocketAddr::from_pathname(&path)?,
-        };
-        let socket = UnixDatagram::unbound()?;
-        socket.connect_addr(&address)?;
-        Ok(Self(Some(Arc::new(socket))))
+    /// The one that the environment names. Its socket is connected now: it can't be reached from within the sandbox. One
+    /// that is not there is told nothing.
+    pub fn from_env() -> Self {
+        let path = env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty());
+        Self(path.and_then(|path| match connect(&path) {
+            Ok(socket) => Some(Arc::new(socket)),
+            Err(error) => {
+                warn!("NOTIFY_SOCKET={}: {error}", path.display());
+                None
+            }
+        }))
     }
 
     /// Says that both sockets listen, and starts a thread that says what the daemon does.
@@ -95,6 +98,17 @@ impl Status {
             watched.thread.unpark();
         }
     }
+}
+
+fn connect(path: &OsStr) -> io::Result<UnixDatagram> {
+    let address = match path.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(path)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&address)?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    Ok(socket)
 }
 
 fn describe(status: u64) -> String {

@@ -104,7 +104,7 @@ pub struct Counters {
     pub refused: u64,
     /// Host programs that have connected.
     pub clients: u64,
-    /// Those of them that were closed before they had named a port.
+    /// Those of them that were closed before they had a connection: without a CONNECT line, or at a limit.
     pub clients_dropped: u64,
     /// RSTs for the guest.
     pub resets: u64,

@@ -32,6 +32,8 @@ const fn timeout(option: libc::c_int) -> [Argument; 2] {
 const REQUEST_TIME: Duration = Duration::from_millis(200);
 /// How long a client may take to read, before it is left.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
+/// How much of an answer is written at once, in bytes.
+const ANSWER_PART: usize = 16 * 1024;
 /// The longest request that is read to its end, in bytes.
 const MAX_REQUEST: usize = 8192;
 /// How long no client is accepted when there are no descriptors left.
@@ -65,15 +67,24 @@ fn answer(mut stream: UnixStream, snapshot: &impl Fn() -> Snapshot) -> io::Resul
         warn!("the counters can't be shown: {error}");
         io::Error::other(error)
     })?;
-    stream.set_write_timeout(Some(ANSWER_TIME))?;
-    if is_http {
+    let answer = if is_http {
         let (content_type, len) = (metrics::CONTENT_TYPE, text.len());
-        write!(
-            stream,
-            "HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n"
-        )?;
+        format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n{text}"
+        )
+    } else {
+        text
+    };
+    // A socket's timeout is for a write that takes nothing, and starts anew with each that takes a part.
+    let until = Instant::now() + ANSWER_TIME;
+    for part in answer.as_bytes().chunks(ANSWER_PART) {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        stream.set_write_timeout(Some(left))?;
+        stream.write_all(part)?;
     }
-    stream.write_all(text.as_bytes())?;
     stream.shutdown(Shutdown::Write)
 }
 

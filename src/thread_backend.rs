@@ -130,8 +130,9 @@ impl VsockThreadBackend {
 
     /// What there is to tell now.
     pub fn snapshot(&self, has_vmm: bool) -> Snapshot {
+        // The ports of an orphan may be another connection's already.
         let connected = |(_, entry): (_, &Entry)| match &entry.peer {
-            Peer::Connected(conn) => Some(conn.stats()),
+            Peer::Connected(conn) if !self.orphans.contains(&entry.token) => Some(conn.stats()),
             _ => None,
         };
         Snapshot {
@@ -541,7 +542,8 @@ impl VsockThreadBackend {
         if let Peer::Connected(conn) = &entry.peer {
             let (key, owes_host) = (conn.key(), conn.owes_host());
             let header = conn.reset_header();
-            let reset = reset && conn.guest_knows();
+            // A guest that has sent what does not fit knows the ports, even where our REQUEST still waits.
+            let reset = reset && (conn.guest_knows() || end == End::Protocol);
             if !self.orphans.contains(&token) {
                 self.counters.ended[end as usize] += 1;
                 self.by_key.remove(&key);

@@ -299,9 +299,11 @@ impl VsockConnection {
     /// Takes a packet without payload from the guest.
     pub fn send_pkt(&mut self, op: Op, header: &VsockHeader) -> Verdict {
         self.credit.learn(header);
-        if !self.tx_buf.is_empty() {
+        let waiting = !self.tx_buf.is_empty();
+        if waiting {
             self.probe();
         }
+        let dropped = waiting && self.tx_buf.is_empty();
         let verdict = match op {
             // The guest has lost the connection that we still know.
             Op::Request => Verdict::Reset(End::Protocol),
@@ -320,6 +322,12 @@ impl VsockConnection {
                 Verdict::Open
             }
             Op::Response | Op::CreditUpdate | Op::CreditRequest | Op::Rw => Verdict::Open,
+        };
+        // What was to happen behind the last byte happens now.
+        let verdict = if dropped && verdict == Verdict::Open {
+            self.flush()
+        } else {
+            verdict
         };
         self.update_owed();
         verdict

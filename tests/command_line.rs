@@ -3,13 +3,15 @@
 mod common;
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output};
 
 use common::daemon::{Daemon, binary, eventually};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
@@ -365,6 +367,21 @@ fn a_descriptor_that_is_no_listening_socket_is_refused() {
     let uds = format!("--uds-path={}", folder.path().join("uds").display());
     let output = run(&["--guest-cid=4", "--fd=0", &uds]);
     assert_refused(&output, FAILURE, "descriptor 0: ");
+    let (datagram, _other) = UnixDatagram::pair().unwrap();
+    let lonely = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::empty(),
+        None,
+    )
+    .unwrap();
+    for socket in [OwnedFd::from(datagram), lonely] {
+        let mut command = Command::new(binary());
+        let command = command
+            .args(["--guest-cid=4", "--fd=0", &uds])
+            .stdin(socket);
+        assert_refused(&command.output().unwrap(), FAILURE, "descriptor 0: ");
+    }
     let output = run(&["--guest-cid=4", "--fd=99", &uds]);
     assert_refused(&output, FAILURE, "descriptor 99: ");
 }

@@ -112,12 +112,8 @@ fn await_state(manager: &UnixDatagram, line: &str) {
     }
 }
 
-#[test]
-fn a_service_manager_is_told_of_the_start_and_the_end() {
-    let (folder, log) = folder_with_log();
-    let path = folder.path().join("notify");
-    let manager = UnixDatagram::bind(&path).unwrap();
-    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+/// A daemon whose service manager is at `path`.
+fn notifying(path: &Path, folder: TempDir, log: File) -> Daemon {
     let mut command = Command::new(binary());
     command
         .arg("--guest-cid=4")
@@ -126,7 +122,33 @@ fn a_service_manager_is_told_of_the_start_and_the_end() {
         .arg("--uds-path")
         .arg(folder.path().join("vm.vsock"))
         .env("NOTIFY_SOCKET", path);
-    let mut daemon = Daemon::start_by(&mut command, folder, log, PATIENCE);
+    Daemon::start_by(&mut command, folder, log, PATIENCE)
+}
+
+#[test]
+fn a_service_manager_that_is_not_there_or_does_not_read_hinders_nothing() {
+    let managers = TempDir::new().unwrap();
+    let full = managers.path().join("full");
+    let _manager = UnixDatagram::bind(&full).unwrap();
+    let filler = UnixDatagram::unbound().unwrap();
+    filler.set_nonblocking(true).unwrap();
+    while filler.send_to(b"X", &full).is_ok() {}
+    for path in [full, managers.path().join("nobody")] {
+        let (folder, log) = folder_with_log();
+        let mut daemon = notifying(&path, folder, log);
+        assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
+        daemon.signal(Signal::SIGTERM);
+        assert_eq!(daemon.wait_exit().code(), Some(0));
+    }
+}
+
+#[test]
+fn a_service_manager_is_told_of_the_start_and_the_end() {
+    let (folder, log) = folder_with_log();
+    let path = folder.path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut daemon = notifying(&path, folder, log);
     await_state(&manager, "READY=1");
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
     await_state(&manager, "STATUS=");

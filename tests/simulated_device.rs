@@ -481,6 +481,8 @@ fn an_inherited_socket_that_listens_serves_one_vmm_after_the_other() {
 #[test]
 fn an_inherited_connection_is_served_until_it_ends() {
     let (vmm, theirs) = UnixStream::pair().unwrap();
+    // As a launcher with an event loop makes them.
+    theirs.set_nonblocking(true).unwrap();
     let mut daemon = Daemon::start_inheriting(OwnedFd::from(theirs));
     let mut guest = SimGuest::start_over(vmm, Setup::default());
     for _ in 0..3 {

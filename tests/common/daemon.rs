@@ -10,7 +10,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill, killpg};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, geteuid};
 use tempfile::TempDir;
 
 use super::watchdog::Watchdog;
@@ -69,7 +69,15 @@ impl Daemon {
     }
 
     fn command(folder: &TempDir) -> Command {
-        let mut command = Command::new(binary());
+        // Even as root, it is a daemon like any other user's: it may do what its files' modes allow.
+        let mut command = if geteuid().is_root() {
+            let mut command = Command::new("setpriv");
+            command.args(["--bounding-set=-dac_override,-dac_read_search"]);
+            command.arg(binary());
+            command
+        } else {
+            Command::new(binary())
+        };
         command
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--uds-path")
