@@ -50,7 +50,7 @@ pub struct Config {
     pub stats_path: Option<PathBuf>,
     /// What the daemon may still do once it serves.
     pub sandbox: Sandbox,
-    /// Who may connect to both sockets.
+    /// Who may connect to the sockets that the daemon makes.
     pub access: SocketAccess,
 }
 

@@ -5,11 +5,12 @@
 //!
 //! # Which file owns what
 //!
-//! Names are the specifications'. Arrows point downwards: nothing below knows anything above it.
+//! Names are the specifications'. A file knows those below it and not those above, but
+//! for what is small: the table of connections connects as `listener` does, the device reports to `service`.
 //!
 //! ```text
 //! main                      logging, signals, exit code              log_writer: the log's way to stderr
-//!   server                  the sockets, one VMM after the other     listener: a socket and its file; relay
+//!   server                  the sockets, one VMM after the other     listener: a socket and its file
 //!     sandbox               what the daemon gives up before it serves    service: what the service manager is told
 //!     vhu_vsock             the device as the vhost-user library sees it vring: the library's rings, mended
 //!       vhost_user_vsock_thread   the worker: rings, epoll, timer        look: whether to look before sleep
@@ -17,6 +18,7 @@
 //!           vsock_conn      one connection: states, both directions      credit, txbuf, rxqueue, rxops
 //!             packet        packets in guest memory; all unsafe code     header: the 44 bytes and their names
 //! cli, config               what the daemon is told, and the mistakes in it
+//! relay                     the way of a VMM whose connection was inherited to the library
 //! stats                     what is counted, and what there is to tell of a connection
 //! stats_socket              tells it, as the text that metrics makes of it; stats_table shows that to a person
 //! calls                     how a file lists the system calls that it makes

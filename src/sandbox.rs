@@ -1,7 +1,7 @@
 //! What the daemon gives up before it serves, so that a guest, a VMM or a host program that took it over would have little.
 //!
 //! It has its sockets and descriptors by then. What it still needs of the system is to move bytes between descriptors, to
-//! connect to `<uds-path>_<port>`, to start a thread for each VMM, and to remove its two sockets in the end. All else goes:
+//! connect to `<uds-path>_<port>`, to start a thread for each VMM, and to remove its sockets in the end. All else goes:
 //! capabilities, new privileges, core dumps and being traced by others of its user, the file system (Landlock), and every
 //! system call that no file of this crate lists (seccomp).
 
@@ -139,7 +139,7 @@ enum Missing {
     Filter(#[from] seccompiler::BackendError),
 }
 
-/// Gives up all that serving does not need, for the calling thread and those that it starts from now on. The two sockets
+/// Gives up all that serving does not need, for the calling thread and those that it starts from now on. The sockets
 /// of `config` are there already. Besides the calls that are listed below the caller, its own can be made.
 pub fn enter(config: &Config, callers: &[Call]) -> Result<(), SandboxError> {
     if config.sandbox == Sandbox::Off {

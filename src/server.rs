@@ -1,4 +1,4 @@
-//! The daemon's life: both sockets, and one VMM after the other.
+//! The daemon's life: its sockets, and one VMM after the other.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
