@@ -31,6 +31,7 @@ is_installed() {
 # Only the program is wanted: a machine without an sshd shall not listen to the network from now on.
 keep_sshd_from_starting() {
     local unit
+    as_root mkdir -p /etc/systemd/system
     for unit in ssh.service ssh.socket; do
         [ -e "/etc/systemd/system/$unit" ] || as_root ln -s /dev/null "/etc/systemd/system/$unit"
     done
