@@ -32,6 +32,13 @@ pub enum Argument {
     Ourselves(u8),
 }
 
+/// What `mmap` and `mprotect` must not ask for: no memory ever becomes code.
+pub const NOT_EXECUTABLE: &[Argument] = &[Argument::Bits {
+    index: 2,
+    mask: libc::PROT_EXEC,
+    value: 0,
+}];
+
 impl Call {
     /// A call with whatever arguments.
     pub const fn any(number: c_long) -> Self {

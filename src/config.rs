@@ -283,9 +283,7 @@ impl Config {
         }
         Ok(())
     }
-}
 
-impl Config {
     /// The sockets that the daemon makes besides the one for host programs, with their options.
     fn other_sockets(&self) -> impl Iterator<Item = (&'static str, &Path)> {
         let socket = match &self.socket {

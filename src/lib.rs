@@ -5,8 +5,8 @@
 //!
 //! # Which file owns what
 //!
-//! Names are the specifications'. A file knows those below it and not those above, but
-//! for what is small: the table of connections connects as `listener` does, the device reports to `service`.
+//! Names are the specifications'. A file knows those below it and not those above, with two exceptions: the table of
+//! connections connects as `listener` does, and the device reports to `service`.
 //!
 //! ```text
 //! main                      logging, signals, exit code              log_writer: the log's way to stderr

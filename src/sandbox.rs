@@ -25,7 +25,7 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::calls::{Argument, Call};
+use crate::calls::{Argument, Call, NOT_EXECUTABLE};
 use crate::config::{Config, Sandbox, folder};
 use crate::{
     listener, log_writer, look, packet, relay, service, stats_socket, thread_backend, txbuf,
@@ -43,7 +43,7 @@ const SIGNAL_OF_THREADS: c_int = 33;
 
 /// For the language and its libraries, whatever the daemon does: memory, locks, threads, and the end, be it a panic's.
 const CALLS: &[Call] = &[
-    // The heap, and the stacks of threads. No memory ever becomes code.
+    // The heap, and the stacks of threads.
     Call::any(libc::SYS_brk),
     Call::only(libc::SYS_mmap, NOT_EXECUTABLE),
     Call::only(libc::SYS_mprotect, NOT_EXECUTABLE),
@@ -77,12 +77,6 @@ const CALLS: &[Call] = &[
     Call::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGBUS)]),
     Call::any(libc::SYS_exit_group),
 ];
-
-const NOT_EXECUTABLE: &[Argument] = &[Argument::Bits {
-    index: 2,
-    mask: libc::PROT_EXEC,
-    value: 0,
-}];
 
 const A_THREAD: &[Argument] = &[Argument::Bits {
     index: 0,

@@ -21,7 +21,7 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-use crate::calls::{Argument, Call};
+use crate::calls::{Argument, Call, NOT_EXECUTABLE};
 use crate::config::Config;
 use crate::header::Cid;
 use crate::service::Status;
@@ -37,15 +37,7 @@ pub(crate) const CALLS: &[Call] = &[
     Call::any(libc::SYS_shutdown),
     Call::any(libc::SYS_close),
     Call::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
-    // Guest memory holds no code.
-    Call::only(
-        libc::SYS_mmap,
-        &[Argument::Bits {
-            index: 2,
-            mask: libc::PROT_EXEC,
-            value: 0,
-        }],
-    ),
+    Call::only(libc::SYS_mmap, NOT_EXECUTABLE),
     Call::any(libc::SYS_munmap),
     Call::any(libc::SYS_epoll_create1),
     #[cfg(target_arch = "x86_64")]

@@ -299,11 +299,6 @@ impl VsockConnection {
     /// Takes a packet without payload from the guest.
     pub fn send_pkt(&mut self, op: Op, header: &VsockHeader) -> Verdict {
         self.credit.learn(header);
-        let waiting = !self.tx_buf.is_empty();
-        if waiting {
-            self.probe();
-        }
-        let dropped = waiting && self.tx_buf.is_empty();
         let verdict = match op {
             // The guest has lost the connection that we still know.
             Op::Request => Verdict::Reset(End::Protocol),
@@ -323,12 +318,10 @@ impl VsockConnection {
             }
             Op::Response | Op::CreditUpdate | Op::CreditRequest | Op::Rw => Verdict::Open,
         };
-        // What was to happen behind the last byte happens now.
-        let verdict = if dropped && verdict == Verdict::Open {
-            self.flush()
-        } else {
-            verdict
-        };
+        if verdict == Verdict::Open && !self.tx_buf.is_empty() {
+            // An occasion to look whether the host program still reads.
+            return self.socket_ready(Readiness::default());
+        }
         self.update_owed();
         verdict
     }

@@ -143,16 +143,7 @@ fn limit_memory(daemon: &Daemon, more: u64) {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     };
     let limit = kib("VmSize:") * 1024 + more;
-    set_memory_limit(daemon, &limit.to_string());
-}
-
-fn set_memory_limit(daemon: &Daemon, limit: &str) {
-    let status = Command::new("prlimit")
-        .arg(format!("--pid={}", daemon.pid()))
-        .arg(format!("--as={limit}:"))
-        .status()
-        .unwrap();
-    assert!(status.success());
+    daemon.set_limit("as", limit);
 }
 
 #[test]
@@ -187,7 +178,7 @@ fn a_connection_for_whose_bytes_there_is_no_memory_is_reset_alone() {
         assert_moves_bytes(&mut guest, &good, &FLOW);
         assert_serves(&daemon, &mut guest);
     }
-    set_memory_limit(&daemon, "unlimited");
+    daemon.set_limit("as", "unlimited");
     drop(guest);
     daemon.assert_unharmed();
 }
@@ -214,7 +205,7 @@ fn a_guest_for_whose_memory_there_is_no_room_is_not_served_and_the_next_is() {
         );
     }
     daemon.assert_alive();
-    set_memory_limit(&daemon, "unlimited");
+    daemon.set_limit("as", "unlimited");
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
     daemon.assert_idle();
 }
@@ -228,7 +219,7 @@ fn without_memory_for_threads_a_vmm_waits_until_it_can_be_served() {
         daemon.log().contains("can't serve")
     });
     daemon.assert_alive();
-    set_memory_limit(&daemon, "unlimited");
+    daemon.set_limit("as", "unlimited");
     drop(first);
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
 }

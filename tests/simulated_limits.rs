@@ -5,7 +5,6 @@ mod common;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::process::Command;
 use std::time::Duration;
 
 use common::daemon::{Daemon, eventually};
@@ -26,12 +25,7 @@ fn flow(guest_port: u32) -> Flow {
 
 /// Lets the daemon have descriptors below `limit` only. Those it has stay.
 fn limit_descriptors(daemon: &Daemon, limit: usize) {
-    let status = Command::new("prlimit")
-        .arg(format!("--pid={}", daemon.pid()))
-        .arg(format!("--nofile={limit}:"))
-        .status()
-        .unwrap();
-    assert!(status.success());
+    daemon.set_limit("nofile", limit);
 }
 
 #[test]

@@ -16,28 +16,11 @@ use common::sim::ring::feature;
 use common::sim::vhost_user::{F_PROTOCOL_FEATURES, Frontend, Request, protocol};
 use common::sim::{Dice, Op, Setup, SimGuest, Survivor};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 /// Sends a message if somebody is still there to take it.
 fn send(frontend: &Frontend, head: [u32; 3], payload: &[u8], fds: &[BorrowedFd]) {
-    use std::io::IoSlice;
-    use std::os::fd::AsRawFd;
     let bytes = [&head.map(u32::to_le_bytes).concat()[..], payload].concat();
-    let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-    let control = [ControlMessage::ScmRights(&raw)];
-    let control = if raw.is_empty() {
-        &[][..]
-    } else {
-        &control[..]
-    };
-    let flags = MsgFlags::MSG_NOSIGNAL;
-    let _ = sendmsg::<()>(
-        frontend.stream().as_raw_fd(),
-        &[IoSlice::new(&bytes)],
-        control,
-        flags,
-        None,
-    );
+    let _ = frontend.try_send_raw(&bytes, fds);
 }
 
 /// A VMM that has come as far as `step` in its setup.

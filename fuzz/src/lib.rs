@@ -21,6 +21,7 @@ pub mod handshake;
 pub mod memory;
 pub mod packet;
 pub mod ring;
+pub mod shutdown;
 pub mod stream;
 pub mod worker;
 

@@ -1,5 +1,6 @@
 //! The daemon under test, as a process in a temporary folder of its own.
 
+use std::fmt::Display;
 use std::fs;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -184,6 +185,16 @@ impl Daemon {
         let line = status.lines().find(|line| line.starts_with("RssAnon:"));
         let number = line.unwrap().split_whitespace().nth(1);
         number.unwrap().parse().unwrap()
+    }
+
+    /// Sets a soft limit of the daemon's, by the name that prlimit(1) has for it.
+    pub fn set_limit(&self, resource: &str, limit: impl Display) {
+        let status = Command::new("prlimit")
+            .arg(format!("--pid={}", self.pid()))
+            .arg(format!("--{resource}={limit}:"))
+            .status()
+            .unwrap();
+        assert!(status.success());
     }
 
     /// Processor time that the daemon's threads have used.

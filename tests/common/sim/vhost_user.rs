@@ -95,6 +95,12 @@ impl Frontend {
 
     /// Sends bytes as they are, for what no frontend should send.
     pub fn send_raw(&self, bytes: &[u8], fds: &[BorrowedFd]) {
+        let sent = self.try_send_raw(bytes, fds).unwrap();
+        (&self.stream).write_all(&bytes[sent..]).unwrap();
+    }
+
+    /// Sends as many of the bytes as are taken at once, if somebody is still there to take them.
+    pub fn try_send_raw(&self, bytes: &[u8], fds: &[BorrowedFd]) -> nix::Result<usize> {
         let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let control = [ControlMessage::ScmRights(&raw)];
         let control = if raw.is_empty() {
@@ -102,15 +108,13 @@ impl Frontend {
         } else {
             &control[..]
         };
-        let sent = sendmsg::<()>(
+        sendmsg::<()>(
             self.stream.as_raw_fd(),
             &[IoSlice::new(bytes)],
             control,
             MsgFlags::MSG_NOSIGNAL,
             None,
         )
-        .unwrap();
-        (&self.stream).write_all(&bytes[sent..]).unwrap();
     }
 
     /// Sends a message as it is.
