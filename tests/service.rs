@@ -2,13 +2,15 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use common::daemon::{Daemon, PATIENCE, binary};
+use common::daemon::{Daemon, PATIENCE, binary, eventually};
 use common::sim::host::assert_serves;
 use common::sim::{Setup, SimGuest};
 use nix::sys::signal::Signal;
@@ -112,8 +114,22 @@ fn await_state(manager: &UnixDatagram, line: &str) {
     }
 }
 
-/// A daemon whose service manager is at `path`.
-fn notifying(path: &Path, folder: TempDir, log: File) -> Daemon {
+#[test]
+fn the_journal_gets_priorities_and_no_times() {
+    let (folder, log) = folder_with_log();
+    let journal = log.metadata().unwrap();
+    let stream = format!("{}:{}", journal.dev(), journal.ino());
+    let daemon = started_with(("JOURNAL_STREAM", stream.as_ref()), folder, log);
+    eventually("the first line", || daemon.log().ends_with('\n'));
+    let log = daemon.log();
+    assert!(
+        log.starts_with("<6>vhost_user_vsock::server: CID 4: "),
+        "{log}"
+    );
+}
+
+/// A daemon with a variable in its environment.
+fn started_with(variable: (&str, &OsStr), folder: TempDir, log: File) -> Daemon {
     let mut command = Command::new(binary());
     command
         .arg("--guest-cid=4")
@@ -121,7 +137,7 @@ fn notifying(path: &Path, folder: TempDir, log: File) -> Daemon {
         .arg(folder.path().join("vhost.socket"))
         .arg("--uds-path")
         .arg(folder.path().join("vm.vsock"))
-        .env("NOTIFY_SOCKET", path);
+        .env(variable.0, variable.1);
     Daemon::start_by(&mut command, folder, log, PATIENCE)
 }
 
@@ -135,7 +151,7 @@ fn a_service_manager_that_is_not_there_or_does_not_read_hinders_nothing() {
     while filler.send_to(b"X", &full).is_ok() {}
     for path in [full, managers.path().join("nobody")] {
         let (folder, log) = folder_with_log();
-        let mut daemon = notifying(&path, folder, log);
+        let mut daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), folder, log);
         assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
         daemon.signal(Signal::SIGTERM);
         assert_eq!(daemon.wait_exit().code(), Some(0));
@@ -148,7 +164,7 @@ fn a_service_manager_is_told_of_the_start_and_the_end() {
     let path = folder.path().join("notify");
     let manager = UnixDatagram::bind(&path).unwrap();
     manager.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut daemon = notifying(&path, folder, log);
+    let mut daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), folder, log);
     await_state(&manager, "READY=1");
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
     await_state(&manager, "STATUS=");
