@@ -116,7 +116,7 @@ pub enum Command {
         /// The STATS_PATH of the daemon
         path: PathBuf,
         /// Show it anew every so many seconds, until interrupted
-        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "2")]
         watch: Option<u32>,
     },
 }

@@ -3,11 +3,11 @@
 mod common;
 
 use std::collections::HashSet;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use common::daemon::{Daemon, binary, eventually};
 use common::sim::host::{
@@ -293,6 +293,26 @@ fn a_table_is_shown() {
     ];
     assert_eq!(cells[..wanted.len()], wanted, "{page}");
     assert_eq!(cells.last(), Some(&"nobody"), "{page}");
+}
+
+#[test]
+fn a_table_is_shown_again_and_again() {
+    let told = Told::start(&[]);
+    for watch in ["--watch", "--watch=1"] {
+        let mut shown = Command::new(binary())
+            .args(["stats", watch])
+            .arg(&told.path)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(shown.stdout.take().unwrap()).lines();
+        let pages = lines
+            .map(Result::unwrap)
+            .filter(|line| line.contains("no VMM"));
+        assert_eq!(pages.take(2).count(), 2, "{watch}");
+        shown.kill().unwrap();
+        shown.wait().unwrap();
+    }
 }
 
 #[test]
