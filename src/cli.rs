@@ -10,7 +10,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError, Sandbox, Socket, SocketAccess, SocketGroup, SocketMode};
-use crate::header::Cid;
+use crate::packet::header::Cid;
 
 /// What `--print-capabilities` prints, as QEMU's docs/interop/vhost-user.json has it.
 pub const CAPABILITIES: &str = r#"{ "type": "vsock" }"#;

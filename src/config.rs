@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::unistd::{Gid, Group};
 use thiserror::Error;
 
-use crate::header::Cid;
+use crate::packet::header::Cid;
 
 /// The longest path that a Unix socket address holds, in bytes, its closing NUL not counted.
 const MAX_SOCKET_PATH: usize = 107;
@@ -72,7 +72,7 @@ impl fmt::Display for Socket {
     }
 }
 
-/// What the daemon gives up before it serves. [`sandbox`](crate::sandbox) says what that is.
+/// What the daemon gives up before it serves. [`sandbox`](crate::daemon::sandbox) says what that is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Sandbox {
     /// All that the kernel lets it give up.

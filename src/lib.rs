@@ -39,31 +39,19 @@
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]
 
-pub mod calls;
 pub mod cli;
 pub mod config;
-pub mod credit;
-pub mod handshake;
-pub mod header;
-pub mod listener;
-pub mod log_writer;
-pub mod look;
+pub mod daemon;
+pub mod host;
 pub mod metrics;
 pub mod packet;
-pub mod relay;
 pub mod rxops;
 pub mod rxqueue;
-pub mod sandbox;
-pub mod server;
-pub mod service;
-pub mod stats;
-pub mod stats_socket;
-pub mod stats_table;
+pub mod syscalls;
 #[cfg(test)]
 mod testing;
 pub mod thread_backend;
 pub mod txbuf;
 pub mod vhost_user_vsock_thread;
 pub mod vhu_vsock;
-pub mod vring;
 pub mod vsock_conn;

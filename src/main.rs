@@ -12,9 +12,9 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vhost_user_vsock::cli::{self, Activation, Args, Command};
 use vhost_user_vsock::config::Config;
-use vhost_user_vsock::log_writer::{self, LogWriter};
-use vhost_user_vsock::server::{Server, ServerError, Stop};
-use vhost_user_vsock::stats_table;
+use vhost_user_vsock::daemon::log_writer::{self, LogWriter};
+use vhost_user_vsock::daemon::server::{Server, ServerError, Stop};
+use vhost_user_vsock::metrics::table;
 
 const USAGE_ERROR: u8 = 2;
 

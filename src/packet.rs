@@ -8,6 +8,8 @@
 
 #![allow(unsafe_code)]
 
+pub mod header;
+
 use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -19,8 +21,8 @@ use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileSlice};
 
-use crate::calls::Call;
-use crate::header::{HEADER_LEN, VsockHeader};
+use crate::packet::header::{HEADER_LEN, VsockHeader};
+use crate::syscalls::Call;
 
 /// To move payload between guest memory and a socket.
 pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_sendmsg), Call::any(libc::SYS_recvmsg)];

@@ -11,7 +11,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::config::{Config, Sandbox, Socket, SocketAccess};
-use crate::header::{Cid, VsockHeader};
+use crate::packet::header::{Cid, VsockHeader};
 use crate::packet::{RxBatch, TxBatch};
 
 /// The size of the rings these chains are from.

@@ -17,14 +17,14 @@ use log::{debug, trace};
 use nix::sys::socket::{MsgFlags, recv};
 use slab::Slab;
 
-use crate::calls::Call;
 use crate::config::Config;
-use crate::handshake::{Handshake, Progress};
-use crate::header::{Cid, GuestPort, HOST_CID, HostPort, Op, TYPE_STREAM, VsockHeader};
-use crate::listener;
+use crate::host::connect_line::{Handshake, Progress};
+use crate::host::listener;
+use crate::metrics::counters::{Counters, End, Side, Snapshot};
+use crate::packet::header::{Cid, GuestPort, HOST_CID, HostPort, Op, TYPE_STREAM, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
-use crate::stats::{Counters, End, Side, Snapshot};
+use crate::syscalls::Call;
 use crate::vsock_conn::{ConnKey, Readiness, Verdict, VsockConnection};
 
 /// To read the `CONNECT` line, and no more.

@@ -3,7 +3,7 @@
 use std::collections::TryReserveError;
 use std::io::{self, IoSlice, Write};
 
-use crate::calls::Call;
+use crate::syscalls::Call;
 
 /// To flush what has waited.
 pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_writev)];

@@ -5,6 +5,8 @@
 //! sleeps. A turn has a bounded number of rounds, and a round a bounded amount of work, so that the VMM's messages come
 //! in between; what is left over wakes the worker at once.
 
+pub mod busy_poll;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,13 +23,13 @@ use vhost_user_backend::{VringState, VringT};
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
-use crate::calls::Call;
 use crate::config::Config;
-use crate::look::Look;
+use crate::metrics::counters::Snapshot;
 use crate::packet::{PacketError, RxBatch, TxBatch};
-use crate::stats::Snapshot;
+use crate::syscalls::Call;
 use crate::thread_backend::{Registry, Token, VsockThreadBackend};
-use crate::vring::{GuestMemoryHandle, VsockVring, has_entries, needs_interrupt};
+use crate::vhost_user_vsock_thread::busy_poll::Look;
+use crate::vhu_vsock::vring::{GuestMemoryHandle, VsockVring, has_entries, needs_interrupt};
 use crate::vsock_conn::Readiness;
 
 /// To wait for sockets and kicks, to set the timer, to wake itself, and to give way to others. Sockets are accepted as

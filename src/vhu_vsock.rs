@@ -1,5 +1,7 @@
 //! The device as the vhost-user library sees it: features, configuration, memory, and the rings' start and stop.
 
+pub mod vring;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
@@ -21,13 +23,13 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-use crate::calls::{Argument, Call, NOT_EXECUTABLE};
 use crate::config::Config;
-use crate::header::Cid;
-use crate::service::Status;
-use crate::stats::Snapshot;
+use crate::daemon::service::Status;
+use crate::metrics::counters::Snapshot;
+use crate::packet::header::Cid;
+use crate::syscalls::{Argument, Call, NOT_EXECUTABLE};
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
-use crate::vring::{GuestMemoryHandle, VsockVring};
+use crate::vhu_vsock::vring::{GuestMemoryHandle, VsockVring};
 
 /// For the vhost-user library: the VMM's messages with their descriptors, the guest's memory, and the worker's events.
 pub(crate) const CALLS: &[Call] = &[

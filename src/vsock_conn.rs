@@ -13,6 +13,8 @@
 //! Packets and the socket's readiness go in; bytes to the socket, operations owed to the guest and the verdict whether
 //! the connection goes on come out. It knows no ring, no epoll and no other connection.
 
+pub mod credit;
+
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -22,16 +24,16 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
-use crate::calls::{Argument, Call};
-use crate::credit::Credit;
-use crate::header::{
+use crate::metrics::counters::{ConnectionStats, End, Side};
+use crate::packet::header::{
     Cid, GuestPort, HostPort, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, VsockHeader,
 };
 use crate::packet::{Payload, Read, RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
-use crate::stats::{ConnectionStats, End, Side};
+use crate::syscalls::{Argument, Call};
 use crate::txbuf::LocalTxBuf;
+use crate::vsock_conn::credit::Credit;
 
 /// For a larger socket buffer and the `OK` line, to look at what a socket holds and whether its other end is there, and to end one direction of it.
 pub(crate) const CALLS: &[Call] = &[

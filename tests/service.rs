@@ -123,7 +123,7 @@ fn the_journal_gets_priorities_and_no_times() {
     eventually("the first line", || daemon.log().ends_with('\n'));
     let log = daemon.log();
     assert!(
-        log.starts_with("<6>vhost_user_vsock::server: CID 4: "),
+        log.starts_with("<6>vhost_user_vsock::daemon::server: CID 4: "),
         "{log}"
     );
 }

@@ -11,11 +11,11 @@ use arbitrary::{Arbitrary, Unstructured};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use std::os::fd::AsRawFd;
-use vhost_user_vsock::header::{
+use vhost_user_vsock::metrics::counters::End;
+use vhost_user_vsock::packet::header::{
     Cid, GuestPort, HOST_CID, HostPort, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND,
     TYPE_STREAM, VsockHeader,
 };
-use vhost_user_vsock::stats::End;
 use vhost_user_vsock::vsock_conn::{ConnKey, Readiness, Verdict, VsockConnection};
 
 use super::guest::{self, Guest, MAX_PAYLOAD};

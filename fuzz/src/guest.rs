@@ -1,6 +1,6 @@
 //! A guest that sends and receives packets, for a target that has no worker.
 
-use vhost_user_vsock::header::{HEADER_LEN, VsockHeader};
+use vhost_user_vsock::packet::header::{HEADER_LEN, VsockHeader};
 use vhost_user_vsock::packet::{RxBatch, TxBatch};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 

@@ -1,7 +1,7 @@
 //! The CONNECT line in any pieces, beside a parser that has the whole line at once.
 
 use arbitrary::{Arbitrary, Unstructured};
-use vhost_user_vsock::handshake::{Handshake, Progress};
+use vhost_user_vsock::host::connect_line::{Handshake, Progress};
 
 /// What a host program writes first.
 #[derive(Arbitrary, Debug)]

@@ -8,7 +8,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
 use arbitrary::{Arbitrary, Unstructured};
-use vhost_user_vsock::header::{Cid, GuestPort, HOST_CID, HostPort, Op, VsockHeader};
+use vhost_user_vsock::packet::header::{Cid, GuestPort, HOST_CID, HostPort, Op, VsockHeader};
 use vhost_user_vsock::packet::{Read, RxBatch, TxBatch};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};

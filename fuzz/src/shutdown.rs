@@ -1,6 +1,6 @@
 //! When the guest may hear that a program does no more.
 
-use vhost_user_vsock::header::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use vhost_user_vsock::packet::header::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 /// Who has ended what, as flags of SHUTDOWN, before one is told to the guest.
 pub struct Ended {

@@ -6,7 +6,7 @@ use virtio_vsock::packet::VsockPacket as Oracle;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::header::{Cid, GuestPort, HostPort, Op};
+use crate::packet::header::{Cid, GuestPort, HostPort, Op};
 use crate::testing::{Area, BORDER, RING_SIZE, WRITE, chain, chain_ending, memory, rx_batch};
 
 const NEXT: u16 = 1;

@@ -7,7 +7,7 @@ use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
+use crate::packet::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
 use crate::testing::{self, WRITE, tx_batch};
 
 /// Where the rings' descriptors lie, their avail and used rings, a packet or buffer, and an indirect table.

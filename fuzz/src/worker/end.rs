@@ -4,7 +4,9 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-use vhost_user_vsock::header::{Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, VsockHeader};
+use vhost_user_vsock::packet::header::{
+    Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, VsockHeader,
+};
 use vhost_user_vsock::vsock_conn::ConnKey;
 
 use super::super::shutdown::Ended;

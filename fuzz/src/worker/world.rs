@@ -13,10 +13,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
 use vhost_user_backend::VringT;
 use vhost_user_vsock::config::{Config, Sandbox, Socket, SocketAccess};
-use vhost_user_vsock::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
-use vhost_user_vsock::listener::connect_at_once;
+use vhost_user_vsock::host::listener::connect_at_once;
+use vhost_user_vsock::packet::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
 use vhost_user_vsock::vhost_user_vsock_thread::{RX_RING, TX_RING, VhostUserVsockThread};
-use vhost_user_vsock::vring::{GuestMemoryHandle, VsockVring};
+use vhost_user_vsock::vhu_vsock::vring::{GuestMemoryHandle, VsockVring};
 use vhost_user_vsock::vsock_conn::ConnKey;
 
 use super::super::memory::Memory;

@@ -1,6 +1,6 @@
 //! The guest's side: what it sends and receives.
 
-use vhost_user_vsock::header::{
+use vhost_user_vsock::packet::header::{
     Cid, GuestPort, HEADER_LEN, HOST_CID, HostPort, Op, SHUTDOWN_BOTH, TYPE_STREAM, VsockHeader,
 };
 use vhost_user_vsock::vhost_user_vsock_thread::{RX_RING, TX_RING};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::calls::Call;
+use crate::syscalls::Call;
 
 /// To read the clock, on machines where that takes a call.
 pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_clock_gettime)];

@@ -14,7 +14,7 @@ use std::time::Duration;
 use log::{debug, warn};
 use sd_notify::NotifyState;
 
-use crate::calls::Call;
+use crate::syscalls::Call;
 
 /// To send to the socket that is connected before the sandbox, and not too often.
 pub(crate) const CALLS: &[Call] = &[

@@ -1,4 +1,4 @@
-//! What a daemon has counted, as a person reads it: the other end of [`crate::stats_socket`].
+//! What a daemon has counted, as a person reads it: the other end of [`crate::metrics::socket`].
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
@@ -11,7 +11,7 @@ use std::time::Duration;
 use comfy_table::{CellAlignment, Table, presets};
 use prometheus_parse::{Sample, Scrape, Value};
 
-use crate::metrics::PREFIX;
+use crate::metrics::prometheus::PREFIX;
 
 /// Puts the cursor home and empties a terminal.
 const CLEAR: &str = "\x1b[H\x1b[2J";

@@ -18,7 +18,7 @@ use env_logger::{Target, WriteStyle};
 use log::{Level, LevelFilter};
 use parking_lot::{Condvar, Mutex};
 
-use crate::calls::Call;
+use crate::syscalls::Call;
 
 /// To write, in a thread that sleeps otherwise.
 pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_write), Call::any(libc::SYS_futex)];

@@ -3,7 +3,7 @@
 use prometheus::core::Collector;
 use prometheus::{Encoder, Error, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
-use crate::stats::{ConnectionStats, End, Side, Snapshot};
+use crate::metrics::counters::{ConnectionStats, End, Side, Snapshot};
 
 /// What every name begins with.
 pub const PREFIX: &str = "vhost_user_vsock";

@@ -14,7 +14,7 @@ use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 use nix::unistd::{close, mkdtemp};
 
-use crate::calls::Call;
+use crate::syscalls::Call;
 
 /// To pass on messages, parts of them and descriptors, and to end.
 pub(crate) const CALLS: &[Call] = &[

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 
-use crate::calls::{Argument, Call};
-use crate::metrics;
-use crate::stats::Snapshot;
+use crate::metrics::counters::Snapshot;
+use crate::metrics::prometheus;
+use crate::syscalls::{Argument, Call};
 
 /// To accept as `listener` says, to read a request and to answer it in a bounded time.
 pub(crate) const CALLS: &[Call] = &[
@@ -63,12 +63,12 @@ pub fn serve(
 
 fn answer(mut stream: UnixStream, snapshot: &impl Fn() -> Snapshot) -> io::Result<()> {
     let is_http = speaks_http(&mut stream)?;
-    let text = metrics::text(&snapshot()).map_err(|error| {
+    let text = prometheus::text(&snapshot()).map_err(|error| {
         warn!("the counters can't be shown: {error}");
         io::Error::other(error)
     })?;
     let answer = if is_http {
-        let (content_type, len) = (metrics::CONTENT_TYPE, text.len());
+        let (content_type, len) = (prometheus::CONTENT_TYPE, text.len());
         format!(
             "HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n{text}"
         )

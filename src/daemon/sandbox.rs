@@ -25,12 +25,14 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::calls::{Argument, Call, NOT_EXECUTABLE};
 use crate::config::{Config, Sandbox, folder};
-use crate::{
-    listener, log_writer, look, packet, relay, service, stats_socket, thread_backend, txbuf,
-    vhost_user_vsock_thread, vhu_vsock, vring, vsock_conn,
-};
+use crate::daemon::{log_writer, relay, service};
+use crate::host::listener;
+use crate::metrics::socket as stats_socket;
+use crate::syscalls::{Argument, Call, NOT_EXECUTABLE};
+use crate::vhost_user_vsock_thread::busy_poll as look;
+use crate::vhu_vsock::vring;
+use crate::{packet, thread_backend, txbuf, vhost_user_vsock_thread, vhu_vsock, vsock_conn};
 
 /// The Landlock of Linux 6.12, which has all that the sandbox asks for but one.
 const LANDLOCK: ABI = ABI::V6;

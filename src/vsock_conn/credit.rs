@@ -4,7 +4,7 @@
 //! program has taken out of it so far (`fwd_cnt`). What a side has sent and the other has not taken yet must fit that
 //! buffer. In packets the counts run modulo 2^32. What the guest says is not trusted: a count that can't be is no credit.
 
-use crate::header::VsockHeader;
+use crate::packet::header::VsockHeader;
 
 /// Who may still send how much.
 #[derive(Debug)]
@@ -110,7 +110,7 @@ impl Credit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::header::{Cid, GuestPort, HostPort, Op};
+    use crate::packet::header::{Cid, GuestPort, HostPort, Op};
     use proptest::prelude::*;
 
     fn packet(buf_alloc: u32, fwd_cnt: u32) -> VsockHeader {

@@ -22,8 +22,8 @@ use rustix::cmsg_space;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use thiserror::Error;
 
-use crate::calls::{Argument, Call};
 use crate::config::{SocketAccess, folder};
+use crate::syscalls::{Argument, Call};
 
 /// To connect to a host program; to accept; to share a listening socket; to remove a socket's file if it is ours.
 pub(crate) const CALLS: &[Call] = &[

@@ -14,13 +14,13 @@ use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error, ShutdownHandle, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::calls::Call;
 use crate::config::{Config, ConfigError, Socket};
-use crate::listener::{self, Inherited, ListenerError, SocketFile};
-use crate::relay::Relay;
-use crate::sandbox::{self, SandboxError};
-use crate::service::ServiceManager;
-use crate::stats_socket;
+use crate::daemon::relay::Relay;
+use crate::daemon::sandbox::{self, SandboxError};
+use crate::daemon::service::ServiceManager;
+use crate::host::listener::{self, Inherited, ListenerError, SocketFile};
+use crate::metrics::socket;
+use crate::syscalls::Call;
 use crate::vhu_vsock::VhostUserVsockBackend;
 
 /// To wait for a VMM and for the wish to stop, which a signal brings: its handler sends a byte to the thread that reads
@@ -138,7 +138,7 @@ impl Server {
         );
         if let Some(stats) = &stats {
             let backend = backend.clone();
-            stats_socket::serve(stats.listener()?, move || backend.snapshot())?;
+            socket::serve(stats.listener()?, move || backend.snapshot())?;
         }
         if let Some(relay) = &relay {
             relay.start()?;

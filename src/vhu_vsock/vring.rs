@@ -19,7 +19,7 @@ use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::calls::{Argument, Call};
+use crate::syscalls::{Argument, Call};
 
 /// To make the library's kick, and to signal the VMM's events, which must not block.
 pub(crate) const CALLS: &[Call] = &[

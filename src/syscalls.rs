@@ -1,6 +1,6 @@
 //! How a file of this crate says which system calls it makes, itself or by a library it drives.
 //!
-//! Each such file has its list beside its code; [`sandbox`](crate::sandbox) joins them, and all else ends the daemon.
+//! Each such file has its list beside its code; [`sandbox`](crate::daemon::sandbox) joins them, and all else ends the daemon.
 //! The calls of the data path have no condition: of those the kernel remembers that they are allowed, and asks no more.
 
 use libc::{c_int, c_long};

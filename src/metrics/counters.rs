@@ -1,7 +1,7 @@
 //! What the daemon counts, and what it tells of its connections. Whoever sees a thing happen counts it here; how that is
 //! shown is not known here.
 
-use crate::header::{GuestPort, HostPort};
+use crate::packet::header::{GuestPort, HostPort};
 
 /// An end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
