@@ -9,7 +9,9 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{Config, ConfigError, Sandbox, Socket, SocketAccess, SocketGroup, SocketMode};
+use crate::config::{
+    ConfigError, ProcessConfig, Sandbox, Socket, SocketAccess, SocketGroup, SocketMode, VmConfig,
+};
 use crate::packet::header::Cid;
 
 /// What `--print-capabilities` prints, as QEMU's docs/interop/vhost-user.json has it.
@@ -212,7 +214,7 @@ impl Args {
     }
 
     /// The configuration that the options make.
-    pub fn config(&self, activation: &Activation) -> Result<Config, ConfigError> {
+    pub fn config(&self, activation: &Activation) -> Result<ProcessConfig, ConfigError> {
         let vm = match &self.vm[..] {
             [] => None,
             [vm] => Some(vm.clone()),
@@ -226,7 +228,8 @@ impl Args {
                 self.uds_path.clone().unwrap_or_default(),
             ),
         };
-        Ok(Config {
+        let access = SocketAccess::new(self.socket_mode, self.socket_group);
+        let vm = VmConfig {
             guest_cid: Cid(guest_cid),
             socket: match self.fd.or(activation.socket) {
                 Some(fd) => Socket::Inherited(fd),
@@ -240,9 +243,13 @@ impl Args {
             queue_size: vm.as_ref().map_or(self.queue_size, |vm| vm.queue_size),
             max_connections: self.max_connections,
             busy_poll: Duration::from_micros(self.busy_poll),
+            access,
+        };
+        Ok(ProcessConfig {
+            vms: vec![vm],
             stats_path: self.stats_path.clone(),
+            access,
             sandbox: self.sandbox,
-            access: SocketAccess::new(self.socket_mode, self.socket_group),
         })
     }
 }

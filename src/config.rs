@@ -27,9 +27,22 @@ const MAX_QUEUE_SIZE: u16 = 32768;
 /// The longest look before sleep.
 const MAX_BUSY_POLL: Duration = Duration::from_millis(10);
 
-/// The daemon's configuration. [`Config::check`] says whether it can work.
+/// The configuration of a process: its VMs, and what they share.
 #[derive(Clone, Debug)]
-pub struct Config {
+pub struct ProcessConfig {
+    /// The VMs that the process serves.
+    pub vms: Vec<VmConfig>,
+    /// Path of the statistics socket.
+    pub stats_path: Option<PathBuf>,
+    /// Who may connect to the statistics socket.
+    pub access: SocketAccess,
+    /// What the process gives up before it serves.
+    pub sandbox: Sandbox,
+}
+
+/// The configuration of one VM's device.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
     /// The guest's CID.
     pub guest_cid: Cid,
     /// The vhost-user socket, for the VMM.
@@ -46,10 +59,6 @@ pub struct Config {
     pub max_connections: usize,
     /// How long to look for more work before the worker sleeps.
     pub busy_poll: Duration,
-    /// The socket that tells what the daemon counts.
-    pub stats_path: Option<PathBuf>,
-    /// What the daemon may still do once it serves.
-    pub sandbox: Sandbox,
     /// Who may connect to the sockets that the daemon makes.
     pub access: SocketAccess,
 }
@@ -250,24 +259,64 @@ pub enum ConfigError {
     Groups(nix::Error),
 }
 
-impl Config {
+impl ProcessConfig {
     /// Looks for mistakes, and changes nothing.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if !(3..u64::from(u32::MAX)).contains(&self.guest_cid.0) {
-            return Err(ConfigError::Cid(self.guest_cid.0));
+        let mut taken = Vec::new();
+        for vm in &self.vms {
+            vm.check()?;
         }
-        let why = " so that the longest port fits behind it";
-        let uds_path = check_path("--uds-path", &self.uds_path, LONGEST_PORT, why)?;
-        let mut taken = vec![uds_path.clone()];
-        for (option, path) in self.other_sockets() {
-            let real = check_path(option, path, "", "")?;
+        for (option, path, suffix, why) in self.sockets() {
+            let real = check_path(option, path, suffix, why)?;
             if taken.contains(&real) {
                 return Err(ConfigError::SamePath(option, path.to_owned()));
             }
-            if is_port_of(&real, &uds_path) {
-                return Err(ConfigError::SocketIsPort(option, path.to_owned()));
-            }
             taken.push(real);
+        }
+        for vm in &self.vms {
+            let uds_path = check_path("--uds-path", &vm.uds_path, LONGEST_PORT, "")?;
+            for (option, path, suffix, why) in self.sockets() {
+                let real = check_path(option, path, suffix, why)?;
+                if is_port_of(&real, &uds_path) {
+                    return Err(ConfigError::SocketIsPort(option, path.to_owned()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The paths of all sockets that the process makes, with the options that name them.
+    fn sockets(&self) -> impl Iterator<Item = (&'static str, &Path, &'static str, &'static str)> {
+        let stats = self.stats_path.as_deref();
+        let stats = stats.map(|path| ("--stats-path", path, "", ""));
+        self.vms.iter().flat_map(VmConfig::sockets).chain(stats)
+    }
+
+    /// The directories of all sockets.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        self.sockets().map(|(_, path, _, _)| folder(path))
+    }
+}
+
+impl VmConfig {
+    /// The device of the guest `cid` with a VMM's socket and a host programs' socket at these paths, and the defaults.
+    pub fn new(cid: Cid, socket: impl Into<PathBuf>, uds_path: impl Into<PathBuf>) -> Self {
+        Self {
+            guest_cid: cid,
+            socket: Socket::Path(socket.into()),
+            uds_path: uds_path.into(),
+            uds_fd: None,
+            tx_buffer_size: 262_144,
+            queue_size: 1024,
+            max_connections: 1024,
+            busy_poll: Duration::from_micros(100),
+            access: SocketAccess::default(),
+        }
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        if !(3..u64::from(u32::MAX)).contains(&self.guest_cid.0) {
+            return Err(ConfigError::Cid(self.guest_cid.0));
         }
         if !(1..=MAX_TX_BUFFER).contains(&self.tx_buffer_size) {
             return Err(ConfigError::TxBufferSize(self.tx_buffer_size));
@@ -284,24 +333,15 @@ impl Config {
         Ok(())
     }
 
-    /// The sockets that the daemon makes besides the one for host programs, with their options.
-    fn other_sockets(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+    /// The sockets that are made for it: option, path, what must fit behind it, and why.
+    fn sockets(&self) -> impl Iterator<Item = (&'static str, &Path, &'static str, &'static str)> {
         let socket = match &self.socket {
-            Socket::Path(path) => Some(path),
+            Socket::Path(path) => Some(("--socket", path.as_path(), "", "")),
             Socket::Inherited(_) => None,
         };
-        let socket = socket.map(|path| ("--socket", path.as_path()));
-        let stats = self
-            .stats_path
-            .as_deref()
-            .map(|path| ("--stats-path", path));
-        socket.into_iter().chain(stats)
-    }
-
-    /// The folders of all sockets.
-    pub fn folders(&self) -> impl Iterator<Item = &Path> {
-        let others = self.other_sockets().map(|(_, path)| path);
-        others.chain([self.uds_path.as_path()]).map(folder)
+        let why = " so that the longest port fits behind it";
+        let uds = ("--uds-path", self.uds_path.as_path(), LONGEST_PORT, why);
+        [uds].into_iter().chain(socket)
     }
 }
 
@@ -362,19 +402,28 @@ mod tests {
     use super::*;
     use crate::testing;
 
-    fn config() -> Config {
+    fn config() -> VmConfig {
         testing::config(Path::new("/tmp"))
     }
 
-    fn refused(change: impl FnOnce(&mut Config)) -> String {
+    fn process(vm: VmConfig) -> ProcessConfig {
+        ProcessConfig {
+            vms: vec![vm],
+            stats_path: None,
+            access: SocketAccess::default(),
+            sandbox: Sandbox::Off,
+        }
+    }
+
+    fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
         let mut config = config();
         change(&mut config);
-        config.check().unwrap_err().to_string()
+        process(config).check().unwrap_err().to_string()
     }
 
     #[test]
     fn the_example_of_the_readme_is_right() {
-        assert_eq!(config().check(), Ok(()));
+        assert_eq!(process(config()).check(), Ok(()));
     }
 
     #[test]
@@ -383,11 +432,11 @@ mod tests {
             assert!(refused(|config| config.guest_cid = Cid(cid)).contains("3 to 4294967294"));
         }
         for cid in [3, u64::from(u32::MAX) - 1] {
-            let config = Config {
+            let config = VmConfig {
                 guest_cid: Cid(cid),
                 ..config()
             };
-            assert_eq!(config.check(), Ok(()));
+            assert_eq!(process(config).check(), Ok(()));
         }
     }
 
@@ -399,20 +448,21 @@ mod tests {
                 .contains("108 bytes are too long")
         );
         assert!(refused(|config| config.uds_path = path(97)).contains("the limit is 96"));
-        let config = Config {
+        let config = VmConfig {
             socket: Socket::Path(path(107)),
             uds_path: path(96),
             ..config()
         };
-        assert_eq!(config.check(), Ok(()));
+        assert_eq!(process(config).check(), Ok(()));
     }
 
     #[test]
     fn the_same_file_by_two_names_is_refused() {
         let message = refused(|config| config.uds_path = "/tmp/./vhost".into());
         assert!(message.contains("its own"), "{message}");
-        let stats_path = Some("/tmp/./uds".into());
-        let message = refused(|config| config.stats_path = stats_path);
+        let mut process = process(config());
+        process.stats_path = Some("/tmp/./uds".into());
+        let message = process.check().unwrap_err().to_string();
         assert!(message.starts_with("--stats-path"), "{message}");
     }
 
@@ -421,11 +471,11 @@ mod tests {
         assert!(
             refused(|config| config.socket = Socket::Path("/tmp/uds_1".into())).contains("port")
         );
-        let config = Config {
+        let config = VmConfig {
             socket: Socket::Path("/tmp/uds_vhost".into()),
             ..config()
         };
-        assert_eq!(config.check(), Ok(()));
+        assert_eq!(process(config).check(), Ok(()));
     }
 
     #[test]

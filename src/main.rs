@@ -11,7 +11,7 @@ use std::time::Duration;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vhost_user_vsock::cli::{self, Activation, Args, Command};
-use vhost_user_vsock::config::Config;
+use vhost_user_vsock::config::ProcessConfig;
 use vhost_user_vsock::daemon::log_writer::{self, LogWriter};
 use vhost_user_vsock::daemon::server::{Server, ServerError, Stop};
 use vhost_user_vsock::metrics::table;
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
         }
     };
     match &args.command {
-        Some(Command::Stats { path, watch }) => match stats_table::show(path, *watch) {
+        Some(Command::Stats { path, watch }) => match table::show(path, *watch) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(io::stderr(), &format!("{}: {error}", path.display()), 1),
         },
@@ -76,7 +76,7 @@ fn print(text: &str) -> ExitCode {
 }
 
 /// Starts the server. A signal that comes meanwhile waits until it runs.
-fn start(config: &Config) -> Result<(Server, Signals), ServerError> {
+fn start(config: &ProcessConfig) -> Result<(Server, Signals), ServerError> {
     let signals = Signals::new([SIGTERM, SIGINT])?;
     Ok((Server::start(config)?, signals))
 }

@@ -22,10 +22,13 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileSlice};
 
 use crate::packet::header::{HEADER_LEN, VsockHeader};
-use crate::syscalls::Call;
+use crate::syscalls::Syscall;
 
 /// To move payload between guest memory and a socket.
-pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_sendmsg), Call::any(libc::SYS_recvmsg)];
+pub(crate) const SYSCALLS: &[Syscall] = &[
+    Syscall::any(libc::SYS_sendmsg),
+    Syscall::any(libc::SYS_recvmsg),
+];
 
 /// How many slices the kernel takes in one call (`UIO_MAXIOV`).
 const MAX_SLICES: usize = 1024;

@@ -7,7 +7,7 @@ use libc::{c_int, c_long};
 
 /// A system call that may be made. Listed twice, it may be made either way.
 #[derive(Clone, Copy, Debug)]
-pub struct Call {
+pub struct Syscall {
     /// Its number.
     pub number: c_long,
     /// What its arguments must be, all of it. Without any, the call is free.
@@ -39,7 +39,7 @@ pub const NOT_EXECUTABLE: &[Argument] = &[Argument::Bits {
     value: 0,
 }];
 
-impl Call {
+impl Syscall {
     /// A call with whatever arguments.
     pub const fn any(number: c_long) -> Self {
         Self {

@@ -10,7 +10,7 @@ use virtio_queue::mock::MockSplitQueue;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::config::{Config, Sandbox, Socket, SocketAccess};
+use crate::config::{Socket, SocketAccess, VmConfig};
 use crate::packet::header::{Cid, VsockHeader};
 use crate::packet::{RxBatch, TxBatch};
 
@@ -18,8 +18,8 @@ use crate::packet::{RxBatch, TxBatch};
 pub(crate) const RING_SIZE: u16 = 64;
 
 /// A small device whose sockets are in `folder`.
-pub(crate) fn config(folder: &Path) -> Config {
-    Config {
+pub(crate) fn config(folder: &Path) -> VmConfig {
+    VmConfig {
         guest_cid: Cid(4),
         socket: Socket::Path(folder.join("vhost")),
         uds_path: folder.join("uds"),
@@ -28,8 +28,6 @@ pub(crate) fn config(folder: &Path) -> Config {
         queue_size: 1024,
         max_connections: 16,
         busy_poll: Duration::ZERO,
-        stats_path: None,
-        sandbox: Sandbox::Off,
         access: SocketAccess::default(),
     }
 }

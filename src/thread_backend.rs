@@ -17,18 +17,18 @@ use log::{debug, trace};
 use nix::sys::socket::{MsgFlags, recv};
 use slab::Slab;
 
-use crate::config::Config;
+use crate::config::VmConfig;
 use crate::host::connect_line::{Handshake, Progress};
 use crate::host::listener;
 use crate::metrics::counters::{Counters, End, Side, Snapshot};
 use crate::packet::header::{Cid, GuestPort, HOST_CID, HostPort, Op, TYPE_STREAM, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
-use crate::syscalls::Call;
+use crate::syscalls::Syscall;
 use crate::vsock_conn::{ConnKey, Readiness, Verdict, VsockConnection};
 
 /// To read the `CONNECT` line, and no more.
-pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_recvfrom)];
+pub(crate) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_recvfrom)];
 
 /// How long a host program has to say which port it wants. A person types the line by hand.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -98,7 +98,7 @@ pub struct VsockThreadBackend {
 
 impl VsockThreadBackend {
     /// An empty table for the guest of `config`. New sockets are registered with `registry`.
-    pub fn new(config: &Config, registry: Box<dyn Registry>) -> Self {
+    pub fn new(config: &VmConfig, registry: Box<dyn Registry>) -> Self {
         Self {
             guest_cid: config.guest_cid,
             uds_path: config.uds_path.clone(),

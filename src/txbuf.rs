@@ -3,10 +3,10 @@
 use std::collections::TryReserveError;
 use std::io::{self, IoSlice, Write};
 
-use crate::syscalls::Call;
+use crate::syscalls::Syscall;
 
 /// To flush what has waited.
-pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_writev)];
+pub(crate) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_writev)];
 
 /// The smallest allocation, in bytes.
 const FIRST_ALLOCATION: usize = 16 * 1024;

@@ -23,10 +23,10 @@ use vhost_user_backend::{VringState, VringT};
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
-use crate::config::Config;
+use crate::config::VmConfig;
 use crate::metrics::counters::Snapshot;
 use crate::packet::{PacketError, RxBatch, TxBatch};
-use crate::syscalls::Call;
+use crate::syscalls::Syscall;
 use crate::thread_backend::{Registry, Token, VsockThreadBackend};
 use crate::vhost_user_vsock_thread::busy_poll::Look;
 use crate::vhu_vsock::vring::{GuestMemoryHandle, VsockVring, has_entries, needs_interrupt};
@@ -34,14 +34,14 @@ use crate::vsock_conn::Readiness;
 
 /// To wait for sockets and kicks, to set the timer, to wake itself, and to give way to others. Sockets are accepted as
 /// `listener` says.
-pub(crate) const CALLS: &[Call] = &[
+pub(crate) const SYSCALLS: &[Syscall] = &[
     #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_epoll_wait),
-    Call::any(libc::SYS_epoll_pwait),
-    Call::any(libc::SYS_epoll_ctl),
-    Call::any(libc::SYS_timerfd_settime),
-    Call::any(libc::SYS_write),
-    Call::any(libc::SYS_sched_yield),
+    Syscall::any(libc::SYS_epoll_wait),
+    Syscall::any(libc::SYS_epoll_pwait),
+    Syscall::any(libc::SYS_epoll_ctl),
+    Syscall::any(libc::SYS_timerfd_settime),
+    Syscall::any(libc::SYS_write),
+    Syscall::any(libc::SYS_sched_yield),
 ];
 
 /// The ring of the guest's buffers for packets to it.
@@ -134,7 +134,7 @@ impl Registry for EpollRegistry {
 
 impl VhostUserVsockThread {
     /// A worker without a VMM, for the host programs that connect to `listener`.
-    pub fn new(config: &Config, listener: UnixListener) -> io::Result<Self> {
+    pub fn new(config: &VmConfig, listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
         let timer = TimerFd::new(

@@ -23,32 +23,32 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-use crate::config::Config;
+use crate::config::VmConfig;
 use crate::daemon::service::Status;
 use crate::metrics::counters::Snapshot;
 use crate::packet::header::Cid;
-use crate::syscalls::{Argument, Call, NOT_EXECUTABLE};
+use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
 use crate::vhu_vsock::vring::{GuestMemoryHandle, VsockVring};
 
 /// For the vhost-user library: the VMM's messages with their descriptors, the guest's memory, and the worker's events.
-pub(crate) const CALLS: &[Call] = &[
-    Call::any(libc::SYS_recvmsg),
-    Call::any(libc::SYS_sendmsg),
-    Call::only(libc::SYS_getsockopt, &[Argument::Is(1, libc::SOL_SOCKET)]),
-    Call::any(libc::SYS_shutdown),
-    Call::any(libc::SYS_close),
-    Call::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
-    Call::only(libc::SYS_mmap, NOT_EXECUTABLE),
-    Call::any(libc::SYS_munmap),
-    Call::any(libc::SYS_epoll_create1),
+pub(crate) const SYSCALLS: &[Syscall] = &[
+    Syscall::any(libc::SYS_recvmsg),
+    Syscall::any(libc::SYS_sendmsg),
+    Syscall::only(libc::SYS_getsockopt, &[Argument::Is(1, libc::SOL_SOCKET)]),
+    Syscall::any(libc::SYS_shutdown),
+    Syscall::any(libc::SYS_close),
+    Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
+    Syscall::only(libc::SYS_mmap, NOT_EXECUTABLE),
+    Syscall::any(libc::SYS_munmap),
+    Syscall::any(libc::SYS_epoll_create1),
     #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_epoll_wait),
-    Call::any(libc::SYS_epoll_pwait),
-    Call::any(libc::SYS_epoll_ctl),
-    Call::any(libc::SYS_eventfd2),
-    Call::any(libc::SYS_read),
-    Call::any(libc::SYS_write),
+    Syscall::any(libc::SYS_epoll_wait),
+    Syscall::any(libc::SYS_epoll_pwait),
+    Syscall::any(libc::SYS_epoll_ctl),
+    Syscall::any(libc::SYS_eventfd2),
+    Syscall::any(libc::SYS_read),
+    Syscall::any(libc::SYS_write),
 ];
 
 /// RX, TX and event queue (virtio 1.2, 5.10.2). The event queue is not used: it tells of migrations.
@@ -78,7 +78,7 @@ pub struct VhostUserVsockBackend {
 
 impl VhostUserVsockBackend {
     /// The device that `config` asks for. Host programs connect to `listener`.
-    pub fn new(config: &Config, listener: UnixListener) -> io::Result<Self> {
+    pub fn new(config: &VmConfig, listener: UnixListener) -> io::Result<Self> {
         Ok(Self {
             guest_cid: config.guest_cid,
             queue_size: config.queue_size,

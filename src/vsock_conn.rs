@@ -31,27 +31,27 @@ use crate::packet::header::{
 use crate::packet::{Payload, Read, RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
-use crate::syscalls::{Argument, Call};
+use crate::syscalls::{Argument, Syscall};
 use crate::txbuf::LocalTxBuf;
 use crate::vsock_conn::credit::Credit;
 
 /// For a larger socket buffer and the `OK` line, to look at what a socket holds and whether its other end is there, and to end one direction of it.
-pub(crate) const CALLS: &[Call] = &[
-    Call::only(
+pub(crate) const SYSCALLS: &[Syscall] = &[
+    Syscall::only(
         libc::SYS_setsockopt,
         &[
             Argument::Is(1, libc::SOL_SOCKET),
             Argument::Is(2, libc::SO_SNDBUF),
         ],
     ),
-    Call::any(libc::SYS_write),
-    Call::any(libc::SYS_recvfrom),
-    Call::any(libc::SYS_sendto),
+    Syscall::any(libc::SYS_write),
+    Syscall::any(libc::SYS_recvfrom),
+    Syscall::any(libc::SYS_sendto),
     #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_poll),
-    Call::any(libc::SYS_ppoll),
-    Call::any(libc::SYS_shutdown),
-    Call::any(libc::SYS_close),
+    Syscall::any(libc::SYS_poll),
+    Syscall::any(libc::SYS_ppoll),
+    Syscall::any(libc::SYS_shutdown),
+    Syscall::any(libc::SYS_close),
 ];
 
 /// How long the guest has to answer a REQUEST.

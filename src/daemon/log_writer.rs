@@ -18,10 +18,11 @@ use env_logger::{Target, WriteStyle};
 use log::{Level, LevelFilter};
 use parking_lot::{Condvar, Mutex};
 
-use crate::syscalls::Call;
+use crate::syscalls::Syscall;
 
 /// To write, in a thread that sleeps otherwise.
-pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_write), Call::any(libc::SYS_futex)];
+pub(crate) const SYSCALLS: &[Syscall] =
+    &[Syscall::any(libc::SYS_write), Syscall::any(libc::SYS_futex)];
 
 /// How many lines wait to be written. One more is dropped, and counted.
 pub const MAX_LINES: usize = 1024;

@@ -14,18 +14,18 @@ use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 use nix::unistd::{close, mkdtemp};
 
-use crate::syscalls::Call;
+use crate::syscalls::Syscall;
 
 /// To pass on messages, parts of them and descriptors, and to end.
-pub(crate) const CALLS: &[Call] = &[
-    Call::any(libc::SYS_recvmsg),
-    Call::any(libc::SYS_sendmsg),
-    Call::any(libc::SYS_recvfrom),
-    Call::any(libc::SYS_read),
-    Call::any(libc::SYS_sendto),
-    Call::any(libc::SYS_write),
-    Call::any(libc::SYS_shutdown),
-    Call::any(libc::SYS_close),
+pub(crate) const SYSCALLS: &[Syscall] = &[
+    Syscall::any(libc::SYS_recvmsg),
+    Syscall::any(libc::SYS_sendmsg),
+    Syscall::any(libc::SYS_recvfrom),
+    Syscall::any(libc::SYS_read),
+    Syscall::any(libc::SYS_sendto),
+    Syscall::any(libc::SYS_write),
+    Syscall::any(libc::SYS_shutdown),
+    Syscall::any(libc::SYS_close),
 ];
 
 /// A message's header: request, flags, and the size of what follows, each of 4 bytes (vhost-user, Message).

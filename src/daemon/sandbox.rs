@@ -25,11 +25,11 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::config::{Config, Sandbox, folder};
+use crate::config::{ProcessConfig, Sandbox, folder};
 use crate::daemon::{log_writer, relay, service};
 use crate::host::listener;
 use crate::metrics::socket as stats_socket;
-use crate::syscalls::{Argument, Call, NOT_EXECUTABLE};
+use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
 use crate::vhost_user_vsock_thread::busy_poll as look;
 use crate::vhu_vsock::vring;
 use crate::{packet, thread_backend, txbuf, vhost_user_vsock_thread, vhu_vsock, vsock_conn};
@@ -44,40 +44,40 @@ const LANDLOCK_OF_SOCKETS: ABI = ABI::V9;
 const SIGNAL_OF_THREADS: c_int = 33;
 
 /// For the language and its libraries, whatever the daemon does: memory, locks, threads, and the end, be it a panic's.
-const CALLS: &[Call] = &[
+const SYSCALLS: &[Syscall] = &[
     // The heap, and the stacks of threads.
-    Call::any(libc::SYS_brk),
-    Call::only(libc::SYS_mmap, NOT_EXECUTABLE),
-    Call::only(libc::SYS_mprotect, NOT_EXECUTABLE),
-    Call::any(libc::SYS_mremap),
-    Call::any(libc::SYS_munmap),
-    Call::any(libc::SYS_madvise),
-    Call::any(libc::SYS_futex),
-    Call::any(libc::SYS_getrandom),
+    Syscall::any(libc::SYS_brk),
+    Syscall::only(libc::SYS_mmap, NOT_EXECUTABLE),
+    Syscall::only(libc::SYS_mprotect, NOT_EXECUTABLE),
+    Syscall::any(libc::SYS_mremap),
+    Syscall::any(libc::SYS_munmap),
+    Syscall::any(libc::SYS_madvise),
+    Syscall::any(libc::SYS_futex),
+    Syscall::any(libc::SYS_getrandom),
     // A thread's start and end. The call for a process is the same, but has not these flags.
-    Call::only(libc::SYS_clone, A_THREAD),
-    Call::any(libc::SYS_rseq),
-    Call::any(libc::SYS_set_robust_list),
-    Call::any(libc::SYS_sched_getaffinity),
-    Call::any(libc::SYS_sigaltstack),
-    Call::any(libc::SYS_rt_sigprocmask),
-    Call::only(
+    Syscall::only(libc::SYS_clone, A_THREAD),
+    Syscall::any(libc::SYS_rseq),
+    Syscall::any(libc::SYS_set_robust_list),
+    Syscall::any(libc::SYS_sched_getaffinity),
+    Syscall::any(libc::SYS_sigaltstack),
+    Syscall::any(libc::SYS_rt_sigprocmask),
+    Syscall::only(
         libc::SYS_rt_sigaction,
         &[Argument::Is(0, SIGNAL_OF_THREADS)],
     ),
-    Call::only(libc::SYS_prctl, &[Argument::Is(0, libc::PR_SET_NAME)]),
-    Call::only(libc::SYS_prctl, &[Argument::Is(0, libc::PR_SET_VMA)]),
-    Call::any(libc::SYS_exit),
+    Syscall::only(libc::SYS_prctl, &[Argument::Is(0, libc::PR_SET_NAME)]),
+    Syscall::only(libc::SYS_prctl, &[Argument::Is(0, libc::PR_SET_VMA)]),
+    Syscall::any(libc::SYS_exit),
     // A panic's message, an abort, and the end by a signal of memory, whose handler gives it back to the system.
-    Call::any(libc::SYS_write),
-    Call::any(libc::SYS_getcwd),
-    Call::any(libc::SYS_getpid),
-    Call::any(libc::SYS_gettid),
-    Call::only(libc::SYS_tgkill, &[Argument::Ourselves(0)]),
-    Call::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGABRT)]),
-    Call::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGSEGV)]),
-    Call::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGBUS)]),
-    Call::any(libc::SYS_exit_group),
+    Syscall::any(libc::SYS_write),
+    Syscall::any(libc::SYS_getcwd),
+    Syscall::any(libc::SYS_getpid),
+    Syscall::any(libc::SYS_gettid),
+    Syscall::only(libc::SYS_tgkill, &[Argument::Ourselves(0)]),
+    Syscall::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGABRT)]),
+    Syscall::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGSEGV)]),
+    Syscall::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGBUS)]),
+    Syscall::any(libc::SYS_exit_group),
 ];
 
 const A_THREAD: &[Argument] = &[Argument::Bits {
@@ -88,18 +88,18 @@ const A_THREAD: &[Argument] = &[Argument::Bits {
 
 /// Files that the libraries would look at now and then, and do without: how much memory there is, where a panic was. No
 /// file at all can be opened, not even without Landlock.
-const FILES: &[Call] = &[
+const FILES: &[Syscall] = &[
     #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_open),
-    Call::any(libc::SYS_openat),
-    Call::any(libc::SYS_openat2),
+    Syscall::any(libc::SYS_open),
+    Syscall::any(libc::SYS_openat),
+    Syscall::any(libc::SYS_openat2),
     #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_readlink),
-    Call::any(libc::SYS_readlinkat),
+    Syscall::any(libc::SYS_readlink),
+    Syscall::any(libc::SYS_readlinkat),
 ];
 
 /// The kernel can't look into the arguments of this one. Where it is missing, threads are made by the older `clone`.
-const UNREADABLE: &[Call] = &[Call::any(libc::SYS_clone3)];
+const UNREADABLE: &[Syscall] = &[Syscall::any(libc::SYS_clone3)];
 
 /// Why the daemon does not serve.
 #[derive(Debug, Error)]
@@ -137,7 +137,7 @@ enum Missing {
 
 /// Gives up all that serving does not need, for the calling thread and those that it starts from now on. The sockets
 /// of `config` are there already. Besides the calls that are listed below the caller, its own can be made.
-pub fn enter(config: &Config, callers: &[Call]) -> Result<(), SandboxError> {
+pub fn enter(config: &ProcessConfig, callers: &[Syscall]) -> Result<(), SandboxError> {
     if config.sandbox == Sandbox::Off {
         return Ok(());
     }
@@ -178,7 +178,7 @@ fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
 
 /// Leaves the file system with Landlock, but for removing the sockets and, where Landlock knows of that, connecting to
 /// host programs. TCP, abstract sockets and signals to others are left as well.
-fn leave_files(config: &Config) -> Result<(), Missing> {
+fn leave_files(config: &ProcessConfig) -> Result<(), Missing> {
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(LANDLOCK_OF_SOCKETS))?
         .handle_access(AccessNet::from_all(LANDLOCK))?
@@ -188,10 +188,12 @@ fn leave_files(config: &Config) -> Result<(), Missing> {
         (&mut ruleset).add_rule(PathBeneath::new(PathFd::new(folder)?, access))?;
         Ok(())
     };
-    for folder in config.folders() {
+    for folder in config.directories() {
         allow(folder, AccessFs::RemoveFile.into())?;
     }
-    allow(folder(&config.uds_path), AccessFs::ResolveUnix.into())?;
+    for vm in &config.vms {
+        allow(folder(&vm.uds_path), AccessFs::ResolveUnix.into())?;
+    }
     let status = ruleset.restrict_self()?;
     match status.landlock {
         LandlockStatus::NotEnabled => Err(Missing::LandlockDisabled),
@@ -204,25 +206,25 @@ fn leave_files(config: &Config) -> Result<(), Missing> {
 }
 
 /// Makes every call that is not listed the last one, in all threads.
-fn leave_calls(callers: &[Call]) -> Result<(), Missing> {
+fn leave_calls(callers: &[Syscall]) -> Result<(), Missing> {
     let allowed = [
-        CALLS,
+        SYSCALLS,
         callers,
-        listener::CALLS,
-        vhu_vsock::CALLS,
-        vring::CALLS,
-        vhost_user_vsock_thread::CALLS,
-        look::CALLS,
-        log_writer::CALLS,
-        relay::CALLS,
-        service::CALLS,
-        stats_socket::CALLS,
-        thread_backend::CALLS,
-        vsock_conn::CALLS,
-        txbuf::CALLS,
-        packet::CALLS,
+        listener::SYSCALLS,
+        vhu_vsock::SYSCALLS,
+        vring::SYSCALLS,
+        vhost_user_vsock_thread::SYSCALLS,
+        look::SYSCALLS,
+        log_writer::SYSCALLS,
+        relay::SYSCALLS,
+        service::SYSCALLS,
+        stats_socket::SYSCALLS,
+        thread_backend::SYSCALLS,
+        vsock_conn::SYSCALLS,
+        txbuf::SYSCALLS,
+        packet::SYSCALLS,
     ];
-    let refuse = |calls: &[Call], error: c_int| {
+    let refuse = |calls: &[Syscall], error: c_int| {
         let error = SeccompAction::Errno(error as u32);
         compile(&[calls], error, SeccompAction::Allow)
     };
@@ -242,7 +244,7 @@ fn leave_calls(callers: &[Call]) -> Result<(), Missing> {
 
 /// A filter that answers each of `calls` with `listed` and all others with `other`.
 fn compile(
-    calls: &[&[Call]],
+    calls: &[&[Syscall]],
     listed: SeccompAction,
     other: SeccompAction,
 ) -> Result<BpfProgram, seccompiler::BackendError> {

@@ -14,25 +14,25 @@ use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error, ShutdownHandle, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::config::{Config, ConfigError, Socket};
+use crate::config::{ConfigError, ProcessConfig, Socket, VmConfig};
 use crate::daemon::relay::Relay;
 use crate::daemon::sandbox::{self, SandboxError};
 use crate::daemon::service::ServiceManager;
 use crate::host::listener::{self, Inherited, ListenerError, SocketFile};
 use crate::metrics::socket;
-use crate::syscalls::Call;
+use crate::syscalls::Syscall;
 use crate::vhu_vsock::VhostUserVsockBackend;
 
 /// To wait for a VMM and for the wish to stop, which a signal brings: its handler sends a byte to the thread that reads
 /// it.
-const CALLS: &[Call] = &[
+const SYSCALLS: &[Syscall] = &[
     #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_poll),
-    Call::any(libc::SYS_ppoll),
-    Call::any(libc::SYS_restart_syscall),
-    Call::any(libc::SYS_rt_sigreturn),
-    Call::any(libc::SYS_sendto),
-    Call::any(libc::SYS_recvfrom),
+    Syscall::any(libc::SYS_poll),
+    Syscall::any(libc::SYS_ppoll),
+    Syscall::any(libc::SYS_restart_syscall),
+    Syscall::any(libc::SYS_rt_sigreturn),
+    Syscall::any(libc::SYS_sendto),
+    Syscall::any(libc::SYS_recvfrom),
 ];
 
 /// How long to wait before the next try to serve, in milliseconds.
@@ -115,26 +115,29 @@ pub struct Server {
 impl Server {
     /// Makes the sockets and enters the sandbox. The process may have no thread but the calling one, which alone enters
     /// it, with those it starts later.
-    pub fn start(config: &Config) -> Result<Self, ServerError> {
+    pub fn start(config: &ProcessConfig) -> Result<Self, ServerError> {
         config.check()?;
+        let Some(vm) = config.vms.first() else {
+            return Err(ConfigError::Vms(0).into());
+        };
         raise_descriptor_limit();
-        let (socket, relay) = vmm_socket(config)?;
-        let uds = match config.uds_fd {
+        let (socket, relay) = vmm_socket(vm)?;
+        let uds = match vm.uds_fd {
             Some(fd) => SocketFile::foreign(Inherited::take_listener(fd)?),
-            None => SocketFile::bind(&config.uds_path, config.access)?,
+            None => SocketFile::bind(&vm.uds_path, vm.access)?,
         };
         let stats = config.stats_path.as_ref();
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
         let stats = stats.transpose()?;
         let is_single = relay.is_some();
-        let backend = Arc::new(VhostUserVsockBackend::new(config, uds.listener()?)?);
+        let backend = Arc::new(VhostUserVsockBackend::new(vm, uds.listener()?)?);
         let manager = ServiceManager::from_env();
-        sandbox::enter(config, CALLS)?;
+        sandbox::enter(config, SYSCALLS)?;
         info!(
             "CID {}: waiting for a VMM at {}, for host programs at {}",
-            config.guest_cid.0,
-            config.socket,
-            config.uds_path.display()
+            vm.guest_cid.0,
+            vm.socket,
+            vm.uds_path.display()
         );
         if let Some(stats) = &stats {
             let backend = backend.clone();
@@ -178,7 +181,7 @@ impl Server {
 
 /// The socket for VMMs, and the way to the one whose connection was inherited. It is made before other sockets: the
 /// folder that the relay makes for a moment would be closed to us, too, with their umask.
-fn vmm_socket(config: &Config) -> Result<(SocketFile, Option<Relay>), ServerError> {
+fn vmm_socket(config: &VmConfig) -> Result<(SocketFile, Option<Relay>), ServerError> {
     let inherited = match &config.socket {
         Socket::Inherited(fd) => Inherited::take(*fd)?,
         Socket::Path(path) => {

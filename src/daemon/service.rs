@@ -14,12 +14,12 @@ use std::time::Duration;
 use log::{debug, warn};
 use sd_notify::NotifyState;
 
-use crate::syscalls::Call;
+use crate::syscalls::Syscall;
 
 /// To send to the socket that is connected before the sandbox, and not too often.
-pub(crate) const CALLS: &[Call] = &[
-    Call::any(libc::SYS_sendto),
-    Call::any(libc::SYS_clock_nanosleep),
+pub(crate) const SYSCALLS: &[Syscall] = &[
+    Syscall::any(libc::SYS_sendto),
+    Syscall::any(libc::SYS_clock_nanosleep),
 ];
 
 /// How long a service manager may take to make room for a message.

@@ -23,11 +23,11 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use thiserror::Error;
 
 use crate::config::{SocketAccess, folder};
-use crate::syscalls::{Argument, Call};
+use crate::syscalls::{Argument, Syscall};
 
 /// To connect to a host program; to accept; to share a listening socket; to remove a socket's file if it is ours.
-pub(crate) const CALLS: &[Call] = &[
-    Call::only(
+pub(crate) const SYSCALLS: &[Syscall] = &[
+    Syscall::only(
         libc::SYS_socket,
         &[
             Argument::Is(0, libc::AF_UNIX),
@@ -37,15 +37,15 @@ pub(crate) const CALLS: &[Call] = &[
             ),
         ],
     ),
-    Call::any(libc::SYS_connect),
-    Call::any(libc::SYS_accept4),
-    Call::only(libc::SYS_ioctl, &[Argument::Is(1, libc::FIONBIO as c_int)]),
-    Call::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
-    Call::any(libc::SYS_close),
-    Call::any(libc::SYS_statx),
+    Syscall::any(libc::SYS_connect),
+    Syscall::any(libc::SYS_accept4),
+    Syscall::only(libc::SYS_ioctl, &[Argument::Is(1, libc::FIONBIO as c_int)]),
+    Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
+    Syscall::any(libc::SYS_close),
+    Syscall::any(libc::SYS_statx),
     #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_unlink),
-    Call::only(libc::SYS_unlinkat, &[Argument::Is(2, 0)]),
+    Syscall::any(libc::SYS_unlink),
+    Syscall::only(libc::SYS_unlinkat, &[Argument::Is(2, 0)]),
 ];
 
 /// Why a socket could not be made.

@@ -10,18 +10,18 @@ use log::{debug, warn};
 
 use crate::metrics::counters::Snapshot;
 use crate::metrics::prometheus;
-use crate::syscalls::{Argument, Call};
+use crate::syscalls::{Argument, Syscall};
 
 /// To accept as `listener` says, to read a request and to answer it in a bounded time.
-pub(crate) const CALLS: &[Call] = &[
-    Call::only(libc::SYS_setsockopt, &timeout(libc::SO_RCVTIMEO)),
-    Call::only(libc::SYS_setsockopt, &timeout(libc::SO_SNDTIMEO)),
-    Call::any(libc::SYS_read),
-    Call::any(libc::SYS_recvfrom),
-    Call::any(libc::SYS_sendto),
-    Call::any(libc::SYS_write),
-    Call::any(libc::SYS_shutdown),
-    Call::any(libc::SYS_clock_nanosleep),
+pub(crate) const SYSCALLS: &[Syscall] = &[
+    Syscall::only(libc::SYS_setsockopt, &timeout(libc::SO_RCVTIMEO)),
+    Syscall::only(libc::SYS_setsockopt, &timeout(libc::SO_SNDTIMEO)),
+    Syscall::any(libc::SYS_read),
+    Syscall::any(libc::SYS_recvfrom),
+    Syscall::any(libc::SYS_sendto),
+    Syscall::any(libc::SYS_write),
+    Syscall::any(libc::SYS_shutdown),
+    Syscall::any(libc::SYS_clock_nanosleep),
 ];
 
 const fn timeout(option: libc::c_int) -> [Argument; 2] {

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::syscalls::Call;
+use crate::syscalls::Syscall;
 
 /// To read the clock, on machines where that takes a call.
-pub(crate) const CALLS: &[Call] = &[Call::any(libc::SYS_clock_gettime)];
+pub(crate) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_clock_gettime)];
 
 /// Decides by what it has seen last. When the last wait for work was shorter than the limit, the next one is likely to be
 /// too, and looking is cheaper than sleeping. Otherwise the worker sleeps: an idle or slow device costs nothing.

@@ -19,14 +19,14 @@ use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::syscalls::{Argument, Call};
+use crate::syscalls::{Argument, Syscall};
 
 /// To make the library's kick, and to signal the VMM's events, which must not block.
-pub(crate) const CALLS: &[Call] = &[
-    Call::any(libc::SYS_eventfd2),
-    Call::any(libc::SYS_write),
-    Call::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_GETFL)]),
-    Call::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_SETFL)]),
+pub(crate) const SYSCALLS: &[Syscall] = &[
+    Syscall::any(libc::SYS_eventfd2),
+    Syscall::any(libc::SYS_write),
+    Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_GETFL)]),
+    Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_SETFL)]),
 ];
 
 /// The guest's memory, as the vhost-user library hands it out.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
 use vhost_user_backend::VringT;
-use vhost_user_vsock::config::{Config, Sandbox, Socket, SocketAccess};
+use vhost_user_vsock::config::{Socket, SocketAccess, VmConfig};
 use vhost_user_vsock::host::listener::connect_at_once;
 use vhost_user_vsock::packet::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
 use vhost_user_vsock::vhost_user_vsock_thread::{RX_RING, TX_RING, VhostUserVsockThread};
@@ -66,7 +66,7 @@ impl<'m> World<'m> {
     pub(super) fn new(setup: Setup, memory: &'m Memory) -> Self {
         let folder = TempDir::new().unwrap();
         let window = (u32::from(setup.tx_buffer_size) + 1) * (1 + u32::from(setup.factor) % 4);
-        let config = Config {
+        let config = VmConfig {
             guest_cid: CID,
             socket: Socket::Path(folder.path().join("vhost")),
             uds_path: folder.path().join("vsock"),
@@ -75,8 +75,6 @@ impl<'m> World<'m> {
             queue_size: 64,
             max_connections: 1024,
             busy_poll: Duration::ZERO,
-            stats_path: None,
-            sandbox: Sandbox::Off,
             access: SocketAccess::default(),
         };
         let listener = UnixListener::bind(&config.uds_path).unwrap();
