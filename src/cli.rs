@@ -230,7 +230,7 @@ impl Args {
         };
         let access = SocketAccess::new(self.socket_mode, self.socket_group);
         let vm = VmConfig {
-            guest_cid: Cid(guest_cid),
+            guest_cid: Cid::try_from(guest_cid)?,
             socket: match self.fd.or(activation.socket) {
                 Some(fd) => Socket::Inherited(fd),
                 None => Socket::Path(socket),

@@ -4,16 +4,16 @@
 
 use std::env;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
-use std::thread;
 use std::time::Duration;
 
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vhost_user_vsock::cli::{self, Activation, Args, Command};
 use vhost_user_vsock::config::ProcessConfig;
 use vhost_user_vsock::daemon::log_writer::{self, LogWriter};
-use vhost_user_vsock::daemon::server::{Server, ServerError, Stop};
+use vhost_user_vsock::daemon::server::{Server, ServerError};
 use vhost_user_vsock::metrics::table;
 
 const USAGE_ERROR: u8 = 2;
@@ -59,7 +59,7 @@ fn serve(args: &Args, activation: &Activation) -> ExitCode {
     if let Err(error) = log.start(io::stderr()) {
         return fail(io::stderr(), &format!("can't log: {error}"), 1);
     }
-    let code = match started.and_then(|(server, signals)| run(server, signals)) {
+    let code = match started.and_then(|(server, signalled)| server.run(signalled.as_fd())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ ServerError::Config(_)) => fail(&mut log, &error.to_string(), USAGE_ERROR),
         Err(error) => fail(&mut log, &error.to_string(), 1),
@@ -76,23 +76,12 @@ fn print(text: &str) -> ExitCode {
 }
 
 /// Starts the server. A signal that comes meanwhile waits until it runs.
-fn start(config: &ProcessConfig) -> Result<(Server, Signals), ServerError> {
-    let signals = Signals::new([SIGTERM, SIGINT])?;
-    Ok((Server::start(config)?, signals))
-}
-
-/// Serves until SIGTERM or SIGINT. SIGPIPE is ignored, as Rust does it for every program.
-fn run(server: Server, mut signals: Signals) -> Result<(), ServerError> {
-    let stop = Stop::new()?;
-    let signalled = stop.clone();
-    thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            for _ in signals.forever() {
-                signalled.request();
-            }
-        })?;
-    server.run(&stop)
+fn start(config: &ProcessConfig) -> Result<(Server, UnixStream), ServerError> {
+    let (signalled, signal) = UnixStream::pair()?;
+    for number in [SIGTERM, SIGINT, SIGHUP] {
+        signal_hook::low_level::pipe::register(number, signal.try_clone()?)?;
+    }
+    Ok((Server::start(config)?, signalled))
 }
 
 fn fail(mut out: impl Write, message: &str, code: u8) -> ExitCode {

@@ -1,7 +1,7 @@
-//! What a connection may owe its guest.
+//! The operations that a connection sends to its guest.
 
-/// An operation that a connection owes the guest. There is no RST among them: the connection that owed it is gone, so
-/// its reset waits with the other resets, which go before any connection's operations.
+/// An operation that a connection has pending for its guest. RST is not among them: the connection that it ends is gone by
+/// then, so resets wait in a queue of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum RxOps {
@@ -9,18 +9,18 @@ pub enum RxOps {
     Request = 0,
     /// Accept a connection.
     Response = 1,
-    /// Tell the guest how much it may send.
+    /// Say how much the guest may send.
     CreditUpdate = 2,
     /// Carry bytes from the host program.
     Rw = 3,
     /// Ask the guest how much it can take.
     CreditRequest = 4,
-    /// Say that one direction or both are over: last, so that no byte comes behind it.
+    /// Say that one direction or both are over.
     Shutdown = 5,
 }
 
 impl RxOps {
-    /// All of them, in the order in which they go out.
+    /// All of them, in the order in which they are sent: SHUTDOWN comes last, so that no byte is behind it.
     pub const IN_ORDER: [Self; 6] = [
         Self::Request,
         Self::Response,

@@ -1,9 +1,9 @@
-//! The set of operations that a connection owes its guest.
+//! The operations that a connection has pending for its guest.
 
 use crate::rxops::RxOps;
 
-/// A set of [`RxOps`], which leave it in the order of [`RxOps::IN_ORDER`]. An operation that is owed twice is done
-/// once: each is made of the connection's state at the time it goes out.
+/// A set of [`RxOps`], which leave it in the order of [`RxOps::IN_ORDER`]. An operation that is added twice is sent once:
+/// its packet is made from the connection's state at the time it is sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RxQueue(u8);
 
@@ -23,14 +23,14 @@ impl RxQueue {
         self.0 = 0;
     }
 
-    /// The operation that goes out next.
+    /// The operation that is sent next.
     pub fn peek(&self) -> Option<RxOps> {
         RxOps::IN_ORDER
             .into_iter()
             .find(|op| self.0 & op.bit() != 0)
     }
 
-    /// Whether nothing is owed.
+    /// Whether nothing is pending.
     pub fn is_empty(&self) -> bool {
         self.0 == 0
     }

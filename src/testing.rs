@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::config::{Socket, SocketAccess, VmConfig};
 use crate::packet::header::{Cid, VsockHeader};
-use crate::packet::{RxBatch, TxBatch};
+use crate::packet::{RxBatch, RxStorage, TxBatch, TxChains, TxStorage};
 
 /// The size of the rings these chains are from.
 pub(crate) const RING_SIZE: u16 = 64;
@@ -20,7 +20,7 @@ pub(crate) const RING_SIZE: u16 = 64;
 /// A small device whose sockets are in `folder`.
 pub(crate) fn config(folder: &Path) -> VmConfig {
     VmConfig {
-        guest_cid: Cid(4),
+        guest_cid: Cid::from_raw(4),
         socket: Socket::Path(folder.join("vhost")),
         uds_path: folder.join("uds"),
         uds_fd: None,
@@ -93,7 +93,7 @@ pub(crate) fn tx_batch<'m>(
     memory: &'m GuestMemoryMmap,
     packets: &[(VsockHeader, &[u8])],
 ) -> TxBatch<'m> {
-    let mut batch = TxBatch::new(memory);
+    let mut chains = TxChains::new(memory, TxStorage::default());
     let mut at = PACKETS;
     for (header, payload) in packets {
         let header = VsockHeader {
@@ -105,18 +105,17 @@ pub(crate) fn tx_batch<'m>(
             .unwrap();
         memory.write_slice(payload, GuestAddress(at + 44)).unwrap();
         let len = 44 + payload.len() as u32;
-        batch
+        chains
             .push(chain(memory, &[(at, len, 0)]), RING_SIZE)
             .unwrap();
         at += u64::from(len);
     }
-    batch.parse(|error| panic!("a good packet is refused: {error}"));
-    batch
+    chains.parse(|error| panic!("a good packet is rejected: {error}"))
 }
 
 /// A batch of one buffer of the guest's, for `payload` bytes.
 pub(crate) fn rx_batch(memory: &GuestMemoryMmap, payload: usize) -> RxBatch<'_> {
-    let mut batch = RxBatch::new(memory);
+    let mut batch = RxBatch::new(memory, RxStorage::default());
     let area = (PACKETS, 44 + payload as u32, WRITE);
     batch
         .push(chain(memory, &[area]), RING_SIZE, payload)

@@ -1,97 +1,96 @@
-//! The table of connections between one guest and its host.
+//! The table of connections between one guest and its peers.
 //!
-//! Every packet from the guest is consumed here, whatever it is: it goes to its connection, opens one, or is answered
-//! with an RST. What is owed to the guest waits here too: resets first, then the connections that have something to
-//! send, one after the other. Connections are opened and closed nowhere else.
+//! Every packet from the guest is consumed here, whatever it is: it goes to its connection, opens one, or is answered with
+//! RST, as virtio 1.2, 5.10.6.4.2 asks of a device. What is pending for the guest is scheduled here too: resets first, then
+//! the connections that have something to send, in turn. Connections are opened and closed nowhere else.
+//!
+//! Each concern has one owner, which forgets a connection with one `remove`:
+//!
+//! ```text
+//! connections   the connections, by token and by ports        slots, slot_list   the tables and queues that these are made of
+//! clients       host programs without a CONNECT line yet      event_source       what an epoll event belongs to
+//! deadlines     when connections are reset
+//! resets        RSTs for the guest
+//! ```
+
+mod clients;
+mod connections;
+mod deadlines;
+pub mod event_source;
+mod resets;
+mod slot_list;
+mod slots;
+#[cfg(test)]
+mod tests;
 
 use std::collections::hash_map::RandomState;
-use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
 
 use log::{debug, trace};
-use nix::sys::socket::{MsgFlags, recv};
-use slab::Slab;
+use thiserror::Error;
+
+use clients::{Client, Clients};
+pub use clients::{HANDSHAKE_TIMEOUT, MAX_CLIENTS};
+use connections::Connections;
+use deadlines::Deadlines;
+use event_source::{EventSource, Token};
+pub use resets::MAX_RESETS;
+use resets::Resets;
+use slot_list::SlotList;
 
 use crate::config::VmConfig;
-use crate::host::connect_line::{Handshake, Progress};
-use crate::host::listener;
-use crate::metrics::counters::{Counters, End, Side, Snapshot};
-use crate::packet::header::{Cid, GuestPort, HOST_CID, HostPort, Op, TYPE_STREAM, VsockHeader};
+use crate::host::connect_line::Progress;
+use crate::host::routes::{DialError, Dialed, Routes};
+use crate::host::socket::HostSocket;
+use crate::metrics::counters::{CloseReason, Counters, Side, Snapshot};
+use crate::packet::header::{Cid, GuestPort, Op, PacketType, PeerAddr, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
-use crate::syscalls::Syscall;
-use crate::vsock_conn::{ConnKey, Readiness, Verdict, VsockConnection};
-
-/// To read the `CONNECT` line, and no more.
-pub(crate) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_recvfrom)];
-
-/// How long a host program has to say which port it wants. A person types the line by hand.
-pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How many host programs may be about to say it. One more, and the oldest of them is dropped.
-pub const MAX_HANDSHAKES: usize = 1024;
-
-/// How many resets may wait for the guest's buffers. One more is dropped: a guest that provokes so many and takes none
-/// of them has lost its own.
-pub const MAX_RESETS: usize = 1024;
+use crate::vsock_conn::{ConnKey, Dialing, Readiness, Verdict, VsockConnection};
 
 /// The first host port that is given out. From here on to 65535 a port has at most five digits, which is all that
-/// readers of the `OK` line expect.
+/// some readers of the `OK` line expect.
 const FIRST_HOST_PORT: u32 = 1024;
 const HOST_PORTS: u32 = 65536 - FIRST_HOST_PORT;
 
-/// Names a socket in the event loop. Never used twice, so that an event for a closed socket finds nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Token(pub u64);
+/// How many connections are flushed without an event in one round.
+const MAX_FLUSHES: usize = 8;
 
 /// Where sockets are registered for readiness, once, for their whole life.
 pub trait Registry: Send {
-    /// Registers `socket`: its readiness comes back with `token`.
-    fn register(&self, socket: BorrowedFd<'_>, token: Token) -> io::Result<()>;
+    /// Registers `socket`: its events come back with `source`.
+    fn register(&self, socket: BorrowedFd<'_>, source: EventSource) -> io::Result<()>;
 }
 
-/// What the host's end of a socket is at the moment.
-enum Peer {
-    /// A host program that has not said yet which port it wants.
-    Handshaking(UnixStream, Handshake),
-    /// A connection.
-    Connected(Box<VsockConnection>),
-    /// On the way from the one to the other.
-    Moving,
-}
-
-/// A place in the table.
-struct Entry {
-    token: Token,
-    peer: Peer,
-    /// It stands in the ready queue.
-    is_ready: bool,
-    deadline: Option<Instant>,
+/// Why a connection is not opened.
+#[derive(Debug, Error)]
+enum OpenError {
+    #[error("at the limit of connections")]
+    Limit,
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error("can't watch the socket: {0}")]
+    Register(#[from] io::Error),
 }
 
 /// The connections of one guest.
 pub struct VsockThreadBackend {
     guest_cid: Cid,
-    uds_path: PathBuf,
     tx_buffer_size: u32,
     max_connections: usize,
+    routes: Routes,
     registry: Box<dyn Registry>,
-    entries: Slab<Entry>,
-    by_key: HashMap<ConnKey, usize>,
-    /// Connections that owe the guest a packet, in the order in which they are served. May name closed ones.
-    ready: VecDeque<Token>,
-    resets: VecDeque<VsockHeader>,
-    deadlines: BTreeSet<(Instant, usize)>,
-    /// The entries that are handshaking, oldest first.
-    handshakes: BTreeSet<Token>,
-    /// The connections whose ports the guest has given up, and that only have bytes for the host program left.
-    orphans: BTreeSet<Token>,
-    next_serial: u32,
+    connections: Connections,
+    clients: Clients,
+    deadlines: Deadlines,
+    resets: Resets,
+    /// Connections with something pending for the guest, in the order in which they are served.
+    ready: SlotList,
+    /// Connections that can flush without an event.
+    flushable: SlotList,
     next_host_port: u32,
     counters: Counters,
 }
@@ -101,48 +100,48 @@ impl VsockThreadBackend {
     pub fn new(config: &VmConfig, registry: Box<dyn Registry>) -> Self {
         Self {
             guest_cid: config.guest_cid,
-            uds_path: config.uds_path.clone(),
             tx_buffer_size: config.tx_buffer_size,
             max_connections: config.max_connections,
+            routes: Routes::new(&config.uds_path),
             registry,
-            entries: Slab::new(),
-            by_key: HashMap::new(),
-            ready: VecDeque::new(),
-            resets: VecDeque::new(),
-            deadlines: BTreeSet::new(),
-            handshakes: BTreeSet::new(),
-            orphans: BTreeSet::new(),
-            next_serial: 0,
+            connections: Connections::default(),
+            clients: Clients::default(),
+            deadlines: Deadlines::default(),
+            resets: Resets::default(),
+            ready: SlotList::default(),
+            flushable: SlotList::default(),
             next_host_port: RandomState::new().build_hasher().finish() as u32,
             counters: Counters::default(),
         }
     }
 
-    /// What was counted so far, for whoever else sees things happen.
+    /// The counters, for whoever else sees things happen.
     pub fn counters(&mut self) -> &mut Counters {
         &mut self.counters
     }
 
     /// How many connections there are.
     pub fn connections(&self) -> usize {
-        self.by_key.len()
+        self.connections.open()
     }
 
-    /// What there is to tell now.
+    /// The state at this moment.
     pub fn snapshot(&self, has_vmm: bool) -> Snapshot {
-        // The ports of an orphan may be another connection's already.
-        let connected = |(_, entry): (_, &Entry)| match &entry.peer {
-            Peer::Connected(conn) if !self.orphans.contains(&entry.token) => Some(conn.stats()),
-            _ => None,
-        };
         Snapshot {
             has_vmm,
             counters: self.counters.clone(),
-            handshaking: self.handshakes.len(),
-            connections: self.entries.iter().filter_map(connected).collect(),
+            handshaking: self.clients.len(),
+            connections: self
+                .connections
+                .iter()
+                .map(|(_, conn)| conn.stats())
+                .collect(),
         }
     }
+}
 
+// Between the guest and the connections.
+impl VsockThreadBackend {
     /// Takes packets from the guest. Each is consumed, whatever it is.
     pub fn send_pkts(&mut self, batch: &TxBatch<'_>) {
         let mut rest = batch.packets();
@@ -150,139 +149,50 @@ impl VsockThreadBackend {
         self.counters.from_guest.packets += rest.len() as u64;
         self.counters.from_guest.bytes += rest.iter().map(len).sum::<u64>();
         while let Some(first) = rest.first() {
-            let run = if self.op(first) == Some(Op::Rw) {
-                let key = ConnKey::of(first.header());
-                let same = |packet: &&VsockPacket| {
-                    ConnKey::of(packet.header()) == key && self.op(packet) == Some(Op::Rw)
-                };
-                rest.iter().take_while(same).count()
-            } else {
-                1
-            };
-            let (packets, after) = rest.split_at(run);
+            let (packets, after) = rest.split_at(run_length(first.header(), rest));
             self.send_run(batch, packets);
             rest = after;
         }
     }
 
-    /// How many bytes of payload the next packets for the guest can have; 0 for a packet without, none when nothing is
-    /// owed.
-    pub fn rx_demand(&mut self) -> Option<usize> {
+    /// How many bytes of payload the guest's next buffers are to hold: 0 for a packet without payload, none when nothing is
+    /// pending.
+    pub fn rx_size(&self) -> Option<usize> {
         if !self.resets.is_empty() {
             return Some(0);
         }
-        while let Some(token) = self.ready.front() {
-            if let Some(slot) = self.slot(*token) {
-                if let Some(demand) = self.connection(slot).and_then(|conn| conn.rx_demand()) {
-                    return Some(demand);
-                }
-                self.entries[slot].is_ready = false;
-            }
-            self.ready.pop_front();
-        }
-        None
+        let token = self.connections.token(self.ready.first()?)?;
+        self.connections.get(token)?.conn.rx_size()
     }
 
-    /// Puts what is owed next into `batch`, which was made for [`VsockThreadBackend::rx_demand`] and is not empty.
+    /// Puts what is pending first into `batch`, which was made for [`VsockThreadBackend::rx_size`] and is not empty.
     pub fn recv_pkts(&mut self, batch: &mut RxBatch<'_>) {
-        if let Some(reset) = self.resets.pop_front() {
+        if let Some(reset) = self.resets.pop() {
             batch.fill_header(&reset);
-        } else if let Some(slot) = self.ready.pop_front().and_then(|token| self.slot(token)) {
-            self.entries[slot].is_ready = false;
-            if let Some(conn) = self.connection(slot) {
-                let is_stalled = conn.owes() == Some(RxOps::CreditRequest);
-                let verdict = conn.recv_pkt(batch);
-                self.counters.credit_stalls += u64::from(is_stalled);
-                self.settle(slot, verdict);
-            }
+        } else if let Some(token) = self
+            .ready
+            .pop()
+            .and_then(|slot| self.connections.token(slot))
+            && let Some(entry) = self.connections.get_mut(token)
+        {
+            let is_stalled = entry.conn.pending() == Some(RxOps::CreditRequest);
+            let verdict = entry.conn.recv_pkt(batch);
+            self.counters.credit_stalls += u64::from(is_stalled);
+            self.settle(token, verdict);
         }
         let filled = batch.filled();
         self.counters.to_guest.packets += filled.len() as u64;
         self.counters.to_guest.bytes += filled.iter().map(RxBuffer::payload).sum::<u64>();
     }
 
-    /// Takes the readiness of the socket that was registered with `token`.
-    pub fn socket_ready(&mut self, token: Token, ready: Readiness) {
-        let Some(slot) = self.slot(token) else { return };
-        match &mut self.entries[slot].peer {
-            Peer::Connected(conn) => {
-                let verdict = conn.socket_ready(ready);
-                self.settle(slot, verdict);
-            }
-            Peer::Handshaking(..) => self.read_handshake(slot),
-            Peer::Moving => {}
-        }
+    /// The guest has got what [`VsockThreadBackend::recv_pkts`] has filled.
+    pub fn rx_delivered(&mut self) {
+        self.resets.close_sent();
     }
 
-    /// Takes a host program that has just connected.
-    pub fn add_client(&mut self, stream: UnixStream) {
-        if self.handshakes.len() >= MAX_HANDSHAKES {
-            debug!("{MAX_HANDSHAKES} clients have not named a port yet, dropping the oldest");
-            let oldest = self.handshakes.first().and_then(|token| self.slot(*token));
-            oldest
-                .into_iter()
-                .for_each(|slot| self.close(slot, End::Crowded, false));
-        }
-        self.counters.clients += 1;
-        let peer = Peer::Handshaking(stream, Handshake::default());
-        if let Some(slot) = self.insert(peer) {
-            debug!("{} connected", self.entries[slot].name());
-            self.handshakes.insert(self.entries[slot].token);
-            self.set_deadline(slot, Some(Instant::now() + HANDSHAKE_TIMEOUT));
-        }
-    }
-
-    /// The earliest time at which [`VsockThreadBackend::expire`] has something to do.
-    pub fn next_deadline(&self) -> Option<Instant> {
-        self.deadlines.first().map(|(deadline, _)| *deadline)
-    }
-
-    /// Ends what has not come to its end in time.
-    pub fn expire(&mut self, now: Instant) {
-        while let Some((deadline, slot)) = self.deadlines.first().copied() {
-            if deadline > now {
-                return;
-            }
-            self.close(slot, End::Timeout, true);
-        }
-    }
-
-    /// The guest has lost all its connections: closes them. Bytes that belong to host programs are still kept for them.
-    pub fn reset(&mut self) {
-        self.close_all(|entry| matches!(entry.peer, Peer::Connected(_)));
-        self.resets.clear();
-        self.ready.clear();
-    }
-
-    /// There is no guest any more: closes the connections, and the clients that wait for one.
-    pub fn disconnect(&mut self) {
-        self.close_all(|entry| matches!(entry.peer, Peer::Handshaking(..)));
-        self.reset();
-    }
-
-    fn close_all(&mut self, which: impl Fn(&Entry) -> bool) {
-        let closing: Vec<usize> = self
-            .entries
-            .iter()
-            .filter(|(_, entry)| which(entry) && !self.orphans.contains(&entry.token))
-            .map(|(slot, _)| slot)
-            .collect();
-        for slot in closing {
-            self.close(slot, End::DeviceReset, false);
-        }
-    }
-
-    /// Whether a packet could belong to a stream connection of our guest's.
-    fn is_ours(&self, header: &VsockHeader) -> bool {
-        header.guest_cid == self.guest_cid
-            && header.host_cid == HOST_CID
-            && header.kind == TYPE_STREAM
-    }
-
-    /// The operation of a packet that could.
-    fn op(&self, packet: &VsockPacket) -> Option<Op> {
-        let header = packet.header();
-        Op::from_raw(header.op).filter(|_| self.is_ours(header))
+    /// The guest has no buffers now.
+    pub fn rx_starved(&mut self) {
+        self.resets.close_waiting();
     }
 
     /// Takes one packet, or consecutive RW packets of one connection.
@@ -292,133 +202,200 @@ impl VsockThreadBackend {
         trace!("from the guest, {} times: {header:?}", packets.len());
         if header.guest_cid != self.guest_cid {
             self.counters.foreign += packets.len() as u64;
-            let (cid, count) = (header.guest_cid.0, self.counters.foreign);
-            return debug!("dropped a packet of CID {cid}, {count} of foreign CIDs so far");
+            let (cid, count) = (header.guest_cid, self.counters.foreign);
+            return debug!("dropped a packet from CID {cid}, {count} from foreign CIDs so far");
         }
-        let slot = self.by_key.get(&ConnKey::of(header)).copied();
-        match (self.op(first), slot.filter(|_| self.is_ours(header))) {
-            (Some(op), Some(slot)) => {
-                if let Some(conn) = self.connection(slot) {
-                    let verdict = match op {
-                        Op::Rw => conn.send_payload(batch, packets),
-                        op => conn.send_pkt(op, header),
-                    };
-                    self.settle(slot, verdict);
-                }
-            }
-            (None, Some(slot)) => self.close(slot, End::Protocol, true),
-            (Some(Op::Request), None) => self.open(header),
-            (_, None) => self.refuse(header),
-        }
-    }
-
-    /// Answers a packet that belongs to nothing here.
-    fn refuse(&mut self, header: &VsockHeader) {
-        // An RST is never answered, or two ends could go on about it forever.
-        if header.op != Op::Rst as u16 {
-            self.push_reset(header.reset());
-        }
-    }
-
-    fn push_reset(&mut self, reset: VsockHeader) {
-        self.counters.resets += 1;
-        if self.resets.len() < MAX_RESETS {
-            self.resets.push_back(reset);
+        let token = self.connections.find(&ConnKey::of(header));
+        let token = token.filter(|_| header.packet_type == PacketType::Stream);
+        if let Some(token) = token
+            && let Some(entry) = self.connections.get_mut(token)
+        {
+            let verdict = match header.op {
+                Op::Rw => entry.conn.send_payload(batch, packets),
+                _ => entry.conn.send_pkt(header),
+            };
+            self.settle(token, verdict);
+        } else if header.op == Op::Request {
+            self.open(header);
         } else {
+            self.refuse(header);
+        }
+    }
+
+    /// Answers a packet that belongs to no connection.
+    fn refuse(&mut self, header: &VsockHeader) {
+        // An RST is never answered, or two ends could go on answering each other.
+        if header.op != Op::Rst {
+            self.push_reset(header.reset(), None);
+        }
+    }
+
+    fn push_reset(&mut self, reset: VsockHeader, socket: Option<HostSocket>) {
+        self.counters.resets += 1;
+        if self.resets.push(reset, socket).is_err() {
             self.counters.resets_lost += 1;
             let lost = self.counters.resets_lost;
             debug!("{lost} resets lost so far: the guest takes none");
         }
     }
+}
 
+/// How many of the packets, which begin with `first`, are handled at once: consecutive RW packets of one connection.
+fn run_length(first: &VsockHeader, packets: &[VsockPacket]) -> usize {
+    if first.op != Op::Rw {
+        return 1;
+    }
+    let key = ConnKey::of(first);
+    let belongs = |packet: &&VsockPacket| {
+        let header = packet.header();
+        header.op == Op::Rw
+            && header.packet_type == first.packet_type
+            && header.guest_cid == first.guest_cid
+            && ConnKey::of(header) == key
+    };
+    packets.iter().take_while(belongs).count()
+}
+
+// Between the host's sockets and the connections.
+impl VsockThreadBackend {
+    /// Takes an event of the socket that was registered with `token`.
+    pub fn socket_ready(&mut self, token: Token, ready: Readiness) {
+        if let Some(entry) = self.connections.get_mut(token) {
+            let verdict = entry.conn.socket_ready(ready);
+            self.settle(token, verdict);
+        }
+    }
+
+    /// Goes on flushing connections whose last flush has ended at its limit and not at a full socket. False when there was
+    /// none.
+    pub fn flush(&mut self) -> bool {
+        let count = self.flushable.len().min(MAX_FLUSHES);
+        for _ in 0..count {
+            if let Some(token) = self
+                .flushable
+                .pop()
+                .and_then(|slot| self.connections.token(slot))
+                && let Some(entry) = self.connections.get_mut(token)
+            {
+                let verdict = entry.conn.flush();
+                self.settle(token, verdict);
+            }
+        }
+        count > 0
+    }
+
+    /// Takes a host program that has just connected.
+    pub fn add_client(&mut self, socket: HostSocket) {
+        self.counters.clients += 1;
+        let mut client = Client::new(socket);
+        // Most clients write their line right after connecting.
+        match client.read_line() {
+            Progress::Complete { port, .. } => self.connect_guest(client.socket, GuestPort(port)),
+            Progress::Incomplete => self.await_line(client),
+            Progress::Invalid => self.drop_client("no CONNECT line"),
+        }
+    }
+
+    /// Takes an event of a client's socket.
+    pub fn client_ready(&mut self, token: Token) {
+        let Some(client) = self.clients.get_mut(token) else {
+            return;
+        };
+        match client.read_line() {
+            Progress::Incomplete => {}
+            Progress::Invalid => {
+                self.clients.remove(token);
+                self.drop_client("no CONNECT line");
+            }
+            Progress::Complete { port, .. } => {
+                if let Some(client) = self.clients.remove(token) {
+                    self.connect_guest(client.socket, GuestPort(port));
+                }
+            }
+        }
+    }
+
+    fn await_line(&mut self, client: Client) {
+        if self.clients.is_full()
+            && let Some(oldest) = self.clients.oldest()
+        {
+            self.clients.remove(oldest);
+            self.drop_client("too many without a CONNECT line, this is the oldest");
+        }
+        let registry = &self.registry;
+        let added = self.clients.try_insert(|token| {
+            registry.register(client.socket.as_fd(), EventSource::Client(token))?;
+            io::Result::Ok(client)
+        });
+        if let Err(error) = added {
+            self.drop_client(&format!("can't watch the socket: {error}"));
+        }
+    }
+
+    fn drop_client(&mut self, why: &str) {
+        self.counters.clients_dropped += 1;
+        debug!("a client was closed: {why}");
+    }
+}
+
+// Opening connections.
+impl VsockThreadBackend {
     /// Opens the connection that a guest's REQUEST asks for, or refuses it.
     fn open(&mut self, request: &VsockHeader) {
-        // The host program is asked first: an orphan gives way to a connection, not to an attempt at one.
-        let opened = self
-            .check_room()
-            .and_then(|()| self.connect_host(request.host_port));
-        let slot = match opened {
-            Ok(stream) => {
-                self.make_room();
-                let conn = VsockConnection::accepted(request, stream, self.tx_buffer_size);
-                self.insert(Peer::Connected(Box::new(conn)))
+        match self.try_open(request) {
+            Ok(token) => {
+                self.counters.opened[Side::Guest as usize] += 1;
+                debug!("{} opened by the guest", name(ConnKey::of(request)));
+                self.settle(token, Verdict::Open);
             }
             Err(error) => {
-                debug!("guest port {} refused: {error}", request.host_port.0);
-                None
-            }
-        };
-        match slot {
-            Some(slot) => {
-                self.by_key.insert(ConnKey::of(request), slot);
-                self.counters.opened[Side::Guest as usize] += 1;
-                debug!("{} opened by the guest", self.entries[slot].name());
-                self.settle(slot, Verdict::Open);
-            }
-            None => {
+                debug!("{} refused: {error}", name(ConnKey::of(request)));
                 self.counters.refused += 1;
                 self.refuse(request);
             }
         }
     }
 
-    /// Connects to the host program that listens for `port`, without waiting for it to accept.
-    fn connect_host(&self, port: HostPort) -> io::Result<UnixStream> {
-        listener::connect_at_once(&host_port_path(&self.uds_path, port))
+    fn try_open(&mut self, request: &VsockHeader) -> Result<Token, OpenError> {
+        self.check_limit()?;
+        // The peer is asked first: a lingering connection makes room for a connection, not for an attempt at one.
+        let dialed = self.routes.dial(request.peer, request.packet_type)?;
+        self.make_room();
+        let conn = match dialed {
+            Dialed::Connected(socket) => {
+                VsockConnection::accepted(request, socket, self.tx_buffer_size)
+            }
+            Dialed::Connecting(socket) => {
+                let dialing = Dialing::Connect;
+                VsockConnection::dialing(request, socket, dialing, self.tx_buffer_size)
+            }
+        };
+        Ok(self.insert(conn)?)
     }
 
-    /// Reads on at a host program's first line.
-    fn read_handshake(&mut self, slot: usize) {
-        while let Peer::Handshaking(stream, handshake) = &mut self.entries[slot].peer {
-            // What follows the line is payload, and stays in the socket until there is a buffer of the guest's for it.
-            let mut line = [0; 32];
-            let fd = stream.as_raw_fd();
-            let room = &mut line[..handshake.room()];
-            let flags = MsgFlags::MSG_DONTWAIT;
-            let progress = match recv(fd, room, flags | MsgFlags::MSG_PEEK) {
-                Ok(0) => Progress::Invalid,
-                Ok(count) => {
-                    let progress = handshake.feed(&room[..count]);
-                    let consumed = match progress {
-                        Progress::Complete { consumed, .. } => consumed,
-                        Progress::Incomplete | Progress::Invalid => count,
-                    };
-                    // They are there: they were just seen.
-                    let _ = recv(fd, &mut room[..consumed], flags);
-                    progress
-                }
-                Err(nix::Error::EAGAIN) => return,
-                Err(_) => Progress::Invalid,
-            };
-            match progress {
-                Progress::Incomplete => {}
-                Progress::Complete { port, .. } => {
-                    return self.connect_guest(slot, GuestPort(port));
-                }
-                Progress::Invalid => {
-                    debug!("{}: no CONNECT line", self.entries[slot].name());
-                    return self.close(slot, End::HostGone, false);
-                }
+    /// Connects a host program to the guest's `port`, which it has asked for.
+    fn connect_guest(&mut self, socket: HostSocket, port: GuestPort) {
+        match self.try_connect_guest(socket, port) {
+            Ok(token) => {
+                self.counters.opened[Side::Host as usize] += 1;
+                self.settle(token, Verdict::Open);
             }
+            Err(error) => self.drop_client(&format!("guest port {}: {error}", port.0)),
         }
     }
 
-    /// Makes a connection to the guest's `port` of a host program that has asked for it.
-    fn connect_guest(&mut self, slot: usize, port: GuestPort) {
-        self.handshakes.remove(&self.entries[slot].token);
-        let key = self.free_key(port).filter(|_| self.check_room().is_ok());
-        let peer = std::mem::replace(&mut self.entries[slot].peer, Peer::Moving);
-        let (Some(key), Peer::Handshaking(stream, _)) = (key, peer) else {
-            debug!("guest port {}: no room for one more connection", port.0);
-            return self.close(slot, End::Crowded, false);
-        };
+    fn try_connect_guest(
+        &mut self,
+        socket: HostSocket,
+        port: GuestPort,
+    ) -> Result<Token, OpenError> {
+        self.check_limit()?;
+        let key = self.free_key(port).ok_or(OpenError::Limit)?;
         self.make_room();
-        let conn = VsockConnection::requested(self.guest_cid, key, stream, self.tx_buffer_size);
-        self.entries[slot].peer = Peer::Connected(Box::new(conn));
-        self.by_key.insert(key, slot);
-        self.counters.opened[Side::Host as usize] += 1;
-        debug!("{} asked for by a client", self.entries[slot].name());
-        self.settle(slot, Verdict::Open);
+        let conn = VsockConnection::requested(self.guest_cid, key, socket, self.tx_buffer_size);
+        let token = self.insert(conn)?;
+        debug!("{} requested by a client", name(key));
+        Ok(token)
     }
 
     /// A key for a new connection to the guest's `port`, with the next host port that is free with it.
@@ -427,166 +404,151 @@ impl VsockThreadBackend {
             self.next_host_port = self.next_host_port.wrapping_add(1);
             let key = ConnKey {
                 guest: port,
-                host: HostPort(FIRST_HOST_PORT + self.next_host_port % HOST_PORTS),
+                peer: PeerAddr::host(FIRST_HOST_PORT + self.next_host_port % HOST_PORTS),
             };
-            (!self.by_key.contains_key(&key)).then_some(key)
+            (!self.connections.contains(&key)).then_some(key)
         })
     }
 
-    /// Whether the limit leaves room for one more connection.
-    fn check_room(&self) -> io::Result<()> {
-        if self.by_key.len() < self.max_connections {
+    fn check_limit(&self) -> Result<(), OpenError> {
+        if self.connections.open() < self.max_connections {
             Ok(())
         } else {
-            Err(io::Error::other("at the limit of connections"))
+            Err(OpenError::Limit)
         }
     }
 
-    /// Closes the oldest orphan if it stands in the way of one more connection.
+    /// Closes the oldest lingering connection if one more connection would exceed the limit.
     fn make_room(&mut self) {
-        if self.by_key.len() + self.orphans.len() < self.max_connections {
+        if self.connections.len() < self.max_connections {
             return;
         }
-        let oldest = self.orphans.first().and_then(|token| self.slot(*token));
-        if let Some(slot) = oldest {
-            self.close(slot, End::Crowded, false);
+        if let Some(oldest) = self.connections.oldest_lingering() {
+            self.close(oldest, CloseReason::Evicted);
         }
     }
 
-    /// Puts a socket into the table and the event loop.
-    fn insert(&mut self, peer: Peer) -> Option<usize> {
-        self.next_serial = self.next_serial.wrapping_add(1);
-        let vacant = self.entries.vacant_entry();
-        let slot = vacant.key();
-        let token = Token(u64::from(self.next_serial) << 32 | slot as u64);
-        let registered = match &peer {
-            Peer::Handshaking(stream, _) => self.registry.register(stream.as_fd(), token),
-            Peer::Connected(conn) => self.registry.register(conn.stream(), token),
-            Peer::Moving => Ok(()),
-        };
-        if let Err(error) = registered {
-            debug!("no room for a socket in the event loop: {error}");
-            return None;
+    /// Puts a connection into the table, and its socket into the event loop.
+    fn insert(&mut self, conn: VsockConnection) -> io::Result<Token> {
+        let registry = &self.registry;
+        self.connections.try_insert(|token| {
+            registry.register(conn.socket(), EventSource::Connection(token))?;
+            Ok(conn)
+        })
+    }
+}
+
+// Closing connections.
+impl VsockThreadBackend {
+    /// The earliest time at which [`VsockThreadBackend::expire`] has something to do.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let (connections, clients) = (self.deadlines.next(), self.clients.next_deadline());
+        connections.into_iter().chain(clients).min()
+    }
+
+    /// Ends what has not come to its end in time.
+    pub fn expire(&mut self, now: Instant) {
+        while let Some(token) = self.deadlines.expired(now) {
+            self.reset_connection(token, CloseReason::Timeout);
         }
-        vacant.insert(Entry {
-            token,
-            peer,
-            is_ready: false,
-            deadline: None,
-        });
-        Some(slot)
-    }
-
-    fn slot(&self, token: Token) -> Option<usize> {
-        let slot = token.0 as u32 as usize;
-        self.entries
-            .get(slot)
-            .filter(|entry| entry.token == token)
-            .map(|_| slot)
-    }
-
-    fn connection(&mut self, slot: usize) -> Option<&mut VsockConnection> {
-        match &mut self.entries[slot].peer {
-            Peer::Connected(conn) => Some(conn),
-            _ => None,
+        while let Some(token) = self.clients.expired(now) {
+            self.clients.remove(token);
+            self.drop_client("no CONNECT line in time");
         }
     }
 
-    /// Does what follows from anything that a connection was given: the only place that knows whether it is to be
+    /// The device starts anew: the guest has lost all its connections. Bytes that belong to host programs are still kept for
+    /// them.
+    pub fn reset(&mut self) {
+        let open: Vec<Token> = self.connections.iter().map(|(token, _)| token).collect();
+        for token in open {
+            self.close(token, CloseReason::DeviceReset);
+        }
+        self.resets.clear();
+    }
+
+    /// There is no guest any more: closes its connections, and the clients that wait for one.
+    pub fn disconnect(&mut self) {
+        while let Some(token) = self.clients.oldest() {
+            self.clients.remove(token);
+            self.drop_client("the VMM is gone");
+        }
+        self.reset();
+    }
+
+    /// Does what follows from anything that a connection was given. This is the only place that knows whether it is to be
     /// served, watched or closed.
-    fn settle(&mut self, slot: usize, verdict: Verdict) {
+    fn settle(&mut self, token: Token, verdict: Verdict) {
         match verdict {
-            Verdict::Close(end) => return self.close(slot, end, false),
-            Verdict::Reset(end) => return self.close(slot, end, true),
+            Verdict::Close(reason) => return self.close(token, reason),
+            Verdict::Reset(reason) => return self.reset_connection(token, reason),
             Verdict::Open => {}
         }
-        let entry = &mut self.entries[slot];
-        let Peer::Connected(conn) = &entry.peer else {
+        let Some(entry) = self.connections.get_mut(token) else {
             return;
         };
-        let deadline = conn.deadline();
-        if !entry.is_ready && conn.rx_demand().is_some() {
-            entry.is_ready = true;
-            let token = entry.token;
-            self.push_ready(token);
-        }
-        self.set_deadline(slot, deadline);
-    }
-
-    fn push_ready(&mut self, token: Token) {
-        // A guest without buffers for us lets nothing leave the queue, and may open and close forever.
-        if self.ready.len() >= 2 * self.entries.len() + 64 {
-            let mut ready = std::mem::take(&mut self.ready);
-            ready.retain(|token| self.slot(*token).is_some());
-            self.ready = ready;
-        }
-        self.ready.push_back(token);
-    }
-
-    fn set_deadline(&mut self, slot: usize, deadline: Option<Instant>) {
-        let old = std::mem::replace(&mut self.entries[slot].deadline, deadline);
-        if old != deadline {
-            old.into_iter()
-                .for_each(|old| _ = self.deadlines.remove(&(old, slot)));
-            self.deadlines.extend(deadline.map(|new| (new, slot)));
-        }
-    }
-
-    /// Takes an entry out of the table and closes its socket; with `reset`, the guest is told. A connection that has
-    /// bytes for its host program stays as an orphan until they are gone, or until it is closed once more.
-    fn close(&mut self, slot: usize, end: End, reset: bool) {
-        self.set_deadline(slot, None);
-        let entry = &self.entries[slot];
-        let token = entry.token;
-        debug!("{} closed: {}", entry.name(), end.name());
-        if let Peer::Connected(conn) = &entry.peer {
-            let (key, owes_host) = (conn.key(), conn.owes_host());
-            let header = conn.reset_header();
-            // A guest that has sent what does not fit knows the ports, even where our REQUEST still waits.
-            let reset = reset && (conn.guest_knows() || end == End::Protocol);
-            if !self.orphans.contains(&token) {
-                self.counters.ended[end as usize] += 1;
-                self.by_key.remove(&key);
-                if reset {
-                    self.push_reset(header);
-                }
-                if owes_host {
-                    self.orphans.insert(token);
-                    return;
-                }
-            }
+        let (old, new) = (entry.deadline, entry.conn.deadline());
+        entry.deadline = new;
+        self.deadlines.replace(token, old, new);
+        if entry.conn.rx_size().is_some() {
+            self.ready.push(token.slot);
         } else {
-            self.counters.clients_dropped += 1;
+            self.ready.remove(token.slot);
         }
-        self.orphans.remove(&token);
-        self.handshakes.remove(&token);
-        self.entries.remove(slot);
+        if entry.conn.can_flush() {
+            self.flushable.push(token.slot);
+        } else {
+            self.flushable.remove(token.slot);
+        }
     }
-}
 
-impl Entry {
-    /// Its name in the log.
-    fn name(&self) -> String {
-        match &self.peer {
-            Peer::Handshaking(stream, _) => format!("client (fd {})", stream.as_raw_fd()),
-            Peer::Connected(conn) => {
-                let key = conn.key();
-                format!(
-                    "connection of guest port {} and host port {}",
-                    key.guest.0, key.host.0
-                )
+    /// Closes a connection without a word to the guest.
+    fn close(&mut self, token: Token, reason: CloseReason) {
+        drop(self.release(token, reason));
+    }
+
+    /// Closes a connection with an RST, if the guest knows of it.
+    fn reset_connection(&mut self, token: Token, reason: CloseReason) {
+        let Some(entry) = self.connections.get(token) else {
+            return;
+        };
+        // A guest that has sent what does not fit knows the ports, even where our REQUEST is still pending.
+        let is_known = entry.conn.known_to_guest() || reason == CloseReason::Protocol;
+        let header =
+            (is_known && !self.connections.is_lingering(token)).then(|| entry.conn.reset_header());
+        let socket = self.release(token, reason);
+        if let Some(header) = header {
+            self.push_reset(header, socket);
+        }
+    }
+
+    /// Takes a connection out of the table, and returns its socket to be closed. One that has bytes for its host program
+    /// stays and lingers until they are sent, or until it is released once more.
+    fn release(&mut self, token: Token, reason: CloseReason) -> Option<HostSocket> {
+        let entry = self.connections.get_mut(token)?;
+        let deadline = entry.deadline.take();
+        let (key, is_flushing) = (entry.conn.key(), entry.conn.is_flushing());
+        let can_flush = entry.conn.can_flush();
+        self.deadlines.remove(token, deadline);
+        self.ready.remove(token.slot);
+        self.flushable.remove(token.slot);
+        if !self.connections.is_lingering(token) {
+            debug!("{} closed: {}", name(key), reason.name());
+            self.counters.ended[reason as usize] += 1;
+            if is_flushing {
+                self.connections.linger(token);
+                if can_flush {
+                    self.flushable.push(token.slot);
+                }
+                return None;
             }
-            Peer::Moving => "client".into(),
         }
+        let entry = self.connections.remove(token)?;
+        Some(entry.conn.into_socket())
     }
 }
 
-/// Where a host program listens for the guest's connections to `port`.
-fn host_port_path(uds_path: &Path, port: HostPort) -> PathBuf {
-    let mut path = uds_path.as_os_str().to_owned();
-    path.push(format!("_{}", port.0));
-    path.into()
+/// A connection's name in the log.
+fn name(key: ConnKey) -> String {
+    format!("connection {} <-> {}", key.guest.0, key.peer)
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,18 +1,13 @@
 //! The bytes of one connection that the guest has sent and the host program has not taken yet.
 
 use std::collections::TryReserveError;
-use std::io::{self, IoSlice, Write};
-
-use crate::syscalls::Syscall;
-
-/// To flush what has waited.
-pub(crate) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_writev)];
+use std::io::IoSlice;
 
 /// The smallest allocation, in bytes.
 const FIRST_ALLOCATION: usize = 16 * 1024;
 
-/// A ring of bytes with a limit. It allocates only when something is put into it, grows by doubling, and gives its
-/// memory back when the last byte is out: a connection whose host program keeps up costs none.
+/// A ring of bytes with a limit. It allocates only when something is put into it, grows by doubling, and frees its memory
+/// when the last byte has left: a connection whose host program keeps up needs none.
 #[derive(Debug)]
 pub struct LocalTxBuf {
     ring: Box<[u8]>,
@@ -32,18 +27,18 @@ impl LocalTxBuf {
         }
     }
 
-    /// How many bytes wait in it.
+    /// How many bytes are in it.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether no byte waits.
+    /// Whether no byte is in it.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Puts `count` bytes behind the others. `copy` is called with an offset into them and the place where they go from
-    /// there on. False, and nothing is put, when they don't fit the limit or the system has no memory for them.
+    /// Appends `count` bytes. `copy` is called with an offset into them and the place for those from there on. False, and
+    /// nothing is appended, when they exceed the limit or the system has no memory for them.
     pub fn push(&mut self, count: usize, mut copy: impl FnMut(usize, &mut [u8])) -> bool {
         if count == 0 || count > self.limit - self.len {
             return count == 0;
@@ -63,10 +58,16 @@ impl LocalTxBuf {
         true
     }
 
-    /// Writes as much as `out` takes in one call, and answers how much that was.
-    pub fn flush_to(&mut self, mut out: impl Write) -> io::Result<usize> {
+    /// Lets `write` take bytes from the front, at most `limit` of them, and returns how many it took.
+    pub fn flush<E>(
+        &mut self,
+        limit: usize,
+        write: impl FnOnce(&[IoSlice<'_>]) -> Result<usize, E>,
+    ) -> Result<usize, E> {
         let (first, second) = self.parts();
-        let written = out.write_vectored(&[IoSlice::new(first), IoSlice::new(second)])?;
+        let first = &first[..first.len().min(limit)];
+        let second = &second[..second.len().min(limit - first.len())];
+        let written = write(&[IoSlice::new(first), IoSlice::new(second)])?;
         self.start = self.wrap(self.start + written);
         self.len -= written;
         if self.is_empty() {
@@ -75,7 +76,7 @@ impl LocalTxBuf {
         Ok(written)
     }
 
-    /// Drops what waits, and the memory.
+    /// Drops the bytes, and frees the memory.
     pub fn clear(&mut self) {
         self.ring = Box::default();
         self.start = 0;
@@ -123,6 +124,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::collections::VecDeque;
+    use std::io::{self, Write};
+
+    fn flush_to(buffer: &mut LocalTxBuf, mut out: impl Write) -> io::Result<usize> {
+        buffer.flush(usize::MAX, |slices| out.write_vectored(slices))
+    }
 
     fn push(buffer: &mut LocalTxBuf, bytes: &[u8]) -> bool {
         buffer.push(bytes.len(), |offset, place| {
@@ -153,12 +159,12 @@ mod tests {
     }
 
     #[test]
-    fn it_allocates_only_while_something_waits() {
+    fn it_allocates_only_while_it_holds_bytes() {
         let mut buffer = LocalTxBuf::new(1 << 20);
         assert_eq!(buffer.ring.len(), 0);
         assert!(push(&mut buffer, b"x"));
         assert_eq!(buffer.ring.len(), FIRST_ALLOCATION);
-        assert_eq!(buffer.flush_to(Vec::new()).unwrap(), 1);
+        assert_eq!(flush_to(&mut buffer, Vec::new()).unwrap(), 1);
         assert_eq!(buffer.ring.len(), 0);
     }
 
@@ -170,8 +176,18 @@ mod tests {
         buffer.limit = usize::MAX;
         assert!(!buffer.push(1 << 62, |_, _| unreachable!()));
         let mut out = Vec::new();
-        buffer.flush_to(&mut out).unwrap();
+        flush_to(&mut buffer, &mut out).unwrap();
         assert_eq!(out, b"here");
+    }
+
+    #[test]
+    fn a_flush_takes_no_more_than_its_limit() {
+        let mut buffer = LocalTxBuf::new(100);
+        assert!(push(&mut buffer, b"0123456789"));
+        let mut out = Vec::new();
+        let taken = buffer.flush(4, |slices| out.write_vectored(slices));
+        assert_eq!(taken.unwrap(), 4);
+        assert_eq!((&out[..], buffer.len()), (&b"0123"[..], 6));
     }
 
     #[test]
@@ -199,7 +215,7 @@ mod tests {
                     model.extend(bytes);
                 }
                 let mut out = Slow { taken: Vec::new(), room };
-                while !buffer.is_empty() && buffer.flush_to(&mut out).is_ok() {}
+                while !buffer.is_empty() && flush_to(&mut buffer, &mut out).is_ok() {}
                 let expected: Vec<u8> = model.drain(..room.min(model.len())).collect();
                 prop_assert_eq!(out.taken, expected);
                 prop_assert_eq!(buffer.len(), model.len());

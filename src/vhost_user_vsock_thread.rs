@@ -1,210 +1,194 @@
-//! The worker: it walks the rings, waits for the host's sockets and keeps the time.
+//! The worker: it walks the rings, waits for events and keeps the time.
 //!
-//! Whatever wakes it, it takes one [turn](VhostUserVsockThread::turn): rounds of host sockets, TX ring and RX ring, until
-//! there is nothing to do in any of them. Then it looks for more for a short while, asks the guest to kick again, and
-//! sleeps. A turn has a bounded number of rounds, and a round a bounded amount of work, so that the VMM's messages come
-//! in between; what is left over wakes the worker at once.
+//! A virtio-vsock device has an RX ring, where the driver posts buffers for packets to the guest, a TX ring, where it puts
+//! packets from the guest, and an event ring (virtio 1.2, 5.10.2). The driver *kicks* when it has put something into a ring and
+//! was asked to; the device *interrupts* when it has returned buffers and the driver wants to know (2.7.7, 2.7.10). Kicks,
+//! interrupts and the host's sockets meet here:
+//!
+//! ```text
+//! epoll --> turn:  round, round, …   each: RX ring, TX ring, flushes, new clients
+//!           nothing left to do: busy poll for a while, ask the driver to kick again, sleep
+//! ```
+//!
+//! A turn has a bounded number of rounds, and a round a bounded amount of work, so that the VMM's messages come in between.
+//! Whatever is left is the next turn's, which follows without waiting.
 
-pub mod busy_poll;
+mod acceptor;
+mod busy_poll;
+mod epoll;
+mod log_limit;
+mod ring;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use vhost_user_backend::{VringState, VringT};
+use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::config::VmConfig;
+use crate::host::socket::HostSocket;
 use crate::metrics::counters::Snapshot;
-use crate::packet::{PacketError, RxBatch, TxBatch};
+use crate::packet::{PacketError, RxBatch, RxStorage, TxChains, TxStorage};
 use crate::syscalls::Syscall;
-use crate::thread_backend::{Registry, Token, VsockThreadBackend};
-use crate::vhost_user_vsock_thread::busy_poll::Look;
-use crate::vhu_vsock::vring::{GuestMemoryHandle, VsockVring, has_entries, needs_interrupt};
-use crate::vsock_conn::Readiness;
+use crate::thread_backend::VsockThreadBackend;
+use crate::thread_backend::event_source::EventSource;
+use acceptor::{Accepted, Acceptor};
+use busy_poll::BusyPoll;
+use epoll::SocketRegistry;
+pub use epoll::{Epoll, EventBuffer, Wait};
+use log_limit::LogLimit;
+pub use ring::GuestMemoryHandle;
+use ring::{
+    Ring, RingState, VmmEvent, has_entries, needs_interrupt, return_buffer, rewind_to_used,
+};
 
-/// To wait for sockets and kicks, to set the timer, to wake itself, and to give way to others. Sockets are accepted as
-/// `listener` says.
-pub(crate) const SYSCALLS: &[Syscall] = &[
-    #[cfg(target_arch = "x86_64")]
-    Syscall::any(libc::SYS_epoll_wait),
-    Syscall::any(libc::SYS_epoll_pwait),
-    Syscall::any(libc::SYS_epoll_ctl),
+/// To set the timer, to wake the worker, and to give way to others while polling.
+const SYSCALLS: &[Syscall] = &[
     Syscall::any(libc::SYS_timerfd_settime),
     Syscall::any(libc::SYS_write),
     Syscall::any(libc::SYS_sched_yield),
 ];
 
+pub(crate) fn syscalls() -> Vec<Syscall> {
+    [
+        SYSCALLS,
+        acceptor::SYSCALLS,
+        busy_poll::SYSCALLS,
+        epoll::SYSCALLS,
+        ring::SYSCALLS,
+        &crate::host::syscalls(),
+        &crate::packet::syscalls(),
+    ]
+    .concat()
+}
+
+/// A ring in the vhost-user library's words.
+pub type VsockVring = VringMutex<GuestMemoryHandle>;
+
 /// The ring of the guest's buffers for packets to it.
 pub const RX_RING: usize = 0;
 /// The ring of the guest's packets.
 pub const TX_RING: usize = 1;
+/// RX, TX and event ring.
+pub const NUM_RINGS: usize = 3;
 
 /// How many rounds a turn has at most.
 const MAX_ROUNDS: usize = 16;
-/// How many packets, and about how many bytes of payload and descriptors, a round takes from the guest.
+/// How many packets, and about how many bytes and descriptors, a round takes from the guest.
 const MAX_TX_PACKETS: usize = 256;
 const MAX_TX_BYTES: usize = 256 * 1024;
 const MAX_TX_DESCRIPTORS: usize = 2048;
-/// How often a round goes to a connection for packets for the guest.
+/// How often a round serves a connection, or a reset, that has something for the guest.
 const MAX_RX_BATCHES: usize = 32;
+/// About how many descriptors a round takes from the RX ring.
+const MAX_RX_DESCRIPTORS: usize = 8192;
 /// How many bytes the guest is given before it is interrupted, so that it takes them while more are on the way.
-const MAX_UNTOLD_BYTES: usize = 64 * 1024;
-/// How many host programs a round accepts.
+const MAX_QUIET_BYTES: usize = 64 * 1024;
+/// How many clients a round accepts.
 const MAX_ACCEPTS: usize = 64;
-/// How many events of sockets a round takes.
-const MAX_EVENTS: usize = 256;
 
-/// How long no host program is accepted when there are no descriptors left.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How long the log says nothing more of what a guest has sent wrong.
-const LOG_PAUSE: Duration = Duration::from_secs(1);
-
-/// The worker's own descriptors in the event loop. Connections have other tokens.
-const LISTENER: u64 = u64::MAX;
-const TIMER: u64 = u64::MAX - 1;
-const WAKE: u64 = u64::MAX - 2;
-const KICK: u64 = u64::MAX - 3;
-
-/// A ring's state in the vhost-user library.
-type Ring = VringState<GuestMemoryHandle>;
-
-/// What the worker knows of a ring besides the ring itself.
-#[derive(Default)]
-struct RingProgress {
-    /// The next entry of the avail ring, as the worker has left it.
-    position: Option<u16>,
-    /// The start of the ring with which it was found in order.
-    checked: Option<u64>,
-    /// The start of the ring with which it was found broken.
-    broken: Option<u64>,
-    /// The guest was asked to kick.
-    kicks: bool,
-    /// The kick that is watched.
-    kick: Option<Arc<File>>,
-}
-
-/// The worker.
+/// The worker of one VM.
 pub struct VhostUserVsockThread {
     epoll: Arc<Epoll>,
-    listener: UnixListener,
+    events: EventBuffer,
+    acceptor: Acceptor,
     timer: TimerFd,
+    /// When the timer fires.
+    armed: Option<Instant>,
     wake: EventFd,
     backend: VsockThreadBackend,
     has_vmm: bool,
-    memory: Option<GuestMemoryHandle>,
-    rings: [RingProgress; 2],
     /// The guest's driver has started the device.
     started: bool,
     notify_on_empty: bool,
-    /// Host programs may be waiting to be accepted.
-    accepting: bool,
-    /// Some of them have to wait for a descriptor, and the log says so.
-    short: bool,
-    accept_again: Option<Instant>,
-    armed: Option<Instant>,
-    look: Look,
-    malformed_logged: Option<Instant>,
-    events: Vec<EpollEvent>,
+    memory: Option<GuestMemoryHandle>,
+    rings: [Ring; NUM_RINGS],
+    busy_poll: BusyPoll,
+    malformed_log: LogLimit,
+    broken_log: LogLimit,
+    tx_storage: TxStorage,
+    rx_storage: RxStorage,
     heads: Vec<u16>,
 }
 
-/// Registers sockets in the worker's epoll set, edge-triggered: it is told once of each change.
-struct EpollRegistry(Arc<Epoll>);
-
-impl Registry for EpollRegistry {
-    fn register(&self, socket: BorrowedFd<'_>, token: Token) -> io::Result<()> {
-        let flags = EpollFlags::EPOLLIN
-            | EpollFlags::EPOLLOUT
-            | EpollFlags::EPOLLRDHUP
-            | EpollFlags::EPOLLPRI
-            | EpollFlags::EPOLLET;
-        Ok(self.0.add(socket, EpollEvent::new(flags, token.0))?)
-    }
+/// The two rings that carry packets, for the time of a turn. One that can't be worked on is not there.
+struct Queues<'q> {
+    memory: &'q GuestMemoryMmap,
+    queues: [Option<&'q mut Queue>; 2],
 }
 
 impl VhostUserVsockThread {
     /// A worker without a VMM, for the host programs that connect to `listener`.
     pub fn new(config: &VmConfig, listener: UnixListener) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
-        let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
-        let timer = TimerFd::new(
-            ClockId::CLOCK_MONOTONIC,
-            TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
-        )?;
-        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let edge = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-        epoll.add(&listener, EpollEvent::new(edge, LISTENER))?;
-        epoll.add(timer.as_fd(), EpollEvent::new(edge, TIMER))?;
-        epoll.add(&wake, EpollEvent::new(edge, WAKE))?;
+        let epoll = Arc::new(Epoll::new()?);
+        let acceptor = Acceptor::new(listener)?;
+        let timer = TimerFd::new()?;
+        let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        epoll.add_input(&acceptor, EventSource::Listener)?;
+        epoll.add_input(&timer, EventSource::Timer)?;
+        epoll.add_input(&wake, EventSource::Wake)?;
+        let registry = Box::new(SocketRegistry(epoll.clone()));
         Ok(Self {
-            backend: VsockThreadBackend::new(config, Box::new(EpollRegistry(epoll.clone()))),
+            backend: VsockThreadBackend::new(config, registry),
             epoll,
-            listener,
+            events: EventBuffer::default(),
+            acceptor,
             timer,
+            armed: None,
             wake,
             has_vmm: false,
-            memory: None,
-            rings: Default::default(),
             started: false,
             notify_on_empty: false,
-            accepting: false,
-            short: false,
-            accept_again: None,
-            armed: None,
-            look: Look::new(config.busy_poll),
-            malformed_logged: None,
-            events: vec![EpollEvent::empty(); MAX_EVENTS],
+            memory: None,
+            rings: Default::default(),
+            busy_poll: BusyPoll::new(config.busy_poll),
+            malformed_log: LogLimit::default(),
+            broken_log: LogLimit::default(),
+            tx_storage: TxStorage::default(),
+            rx_storage: RxStorage::default(),
             heads: Vec::with_capacity(MAX_TX_PACKETS),
         })
     }
 
-    /// The epoll set of all that the worker waits for besides the rings.
-    pub fn epoll(&self) -> &Epoll {
-        &self.epoll
+    /// What the worker waits for between two turns.
+    pub fn epoll(&self) -> Arc<Epoll> {
+        self.epoll.clone()
     }
 
-    /// The VMM has given the guest this memory.
-    pub fn set_memory(&mut self, memory: GuestMemoryHandle) {
-        self.memory = Some(memory);
-        for ring in &mut self.rings {
-            ring.checked = None;
-        }
+    /// Whether there is a VMM, and how many connections.
+    pub fn status(&self) -> (bool, usize) {
+        (self.has_vmm, self.backend.connections())
     }
 
-    /// Whether the driver wants to be notified of a TX ring that runs empty.
-    pub fn set_notify_on_empty(&mut self, notify_on_empty: bool) {
-        self.notify_on_empty = notify_on_empty;
+    /// What statistics show now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.backend.snapshot(self.has_vmm)
     }
 
-    /// The VMM has stopped a ring. Connections wait until it goes on.
-    pub fn stop_ring(&mut self, index: usize) {
-        if index < self.rings.len() {
-            self.watch_kick(index, None);
-            self.rings[index].kicks = false;
-        }
+    /// What wakes the worker when 1 is written to it.
+    pub fn wake_handle(&self) -> io::Result<EventFd> {
+        self.wake.try_clone()
     }
 
-    /// The device starts anew: no connection survives.
-    pub fn reset(&mut self) {
-        for index in 0..self.rings.len() {
-            self.watch_kick(index, None);
-            self.rings[index] = RingProgress::default();
-        }
-        self.started = false;
-        self.backend.reset();
+    /// Lets the worker take a turn.
+    pub fn wake(&self) {
+        // It fails only where the counter is full, and then the worker is awake.
+        let _ = self.wake.write(1);
     }
+}
 
-    /// A VMM has come.
+// What the VMM decides.
+impl VhostUserVsockThread {
+    /// A VMM has connected.
     pub fn connect(&mut self) {
         self.has_vmm = true;
         self.backend.counters().sessions += 1;
@@ -214,436 +198,494 @@ impl VhostUserVsockThread {
     pub fn disconnect(&mut self) {
         self.has_vmm = false;
         self.reset();
+        self.rings = Default::default();
         self.backend.disconnect();
         self.memory = None;
         self.notify_on_empty = false;
     }
 
-    /// Whether there is a VMM, and how many connections.
-    pub fn status(&self) -> (bool, usize) {
-        (self.has_vmm, self.backend.connections())
-    }
-
-    /// What there is to tell now.
-    pub fn snapshot(&self) -> Snapshot {
-        self.backend.snapshot(self.has_vmm)
-    }
-
-    /// Does what there is to do.
-    pub fn turn(&mut self, vrings: &[VsockVring]) {
-        self.look.woke();
-        for _ in 0..MAX_ROUNDS {
-            // Clients come last: it depends on the rings whether there is a driver to talk to.
-            let worked = self.serve_host() | self.serve_rings(vrings) | self.accept();
-            if !worked && !self.look_for_work(vrings) && !self.ask_for_kicks(vrings) {
-                self.set_timer();
-                return self.look.sleeps();
+    /// The VMM has given the guest this memory. No turn goes on in what was there before.
+    pub fn set_memory(&mut self, memory: GuestMemoryHandle) {
+        self.memory = Some(memory);
+        for ring in &mut self.rings {
+            if ring.state == RingState::Running {
+                ring.state = RingState::Unchecked;
             }
         }
-        self.set_timer();
-        // The counter can't overflow: nothing but this adds to it, once a turn.
-        let _ = self.wake.write(1);
     }
 
-    /// Watches this kick in place of the one before. It is never read: each kick is an event of its own.
-    fn watch_kick(&mut self, index: usize, kick: Option<Arc<File>>) {
+    /// Whether the driver wants to be notified of a TX ring that runs empty (VIRTIO_F_NOTIFY_ON_EMPTY).
+    pub fn set_notify_on_empty(&mut self, notify_on_empty: bool) {
+        self.notify_on_empty = notify_on_empty;
+    }
+
+    /// Takes the eventfd for kicks in place of the one before. It is never read: each kick is an event of its own.
+    pub fn set_kick(&mut self, index: usize, kick: Option<File>) {
         if let Some(old) = std::mem::replace(&mut self.rings[index].kick, kick) {
-            let _ = self.epoll.delete(&*old);
+            self.epoll.remove(&old);
         }
-        if let Some(new) = &self.rings[index].kick {
-            let edge = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-            if let Err(error) = self.epoll.add(&**new, EpollEvent::new(edge, KICK)) {
-                warn!("ring {index}: its kicks can't be watched: {error}");
-            }
+        if let Some(new) = &self.rings[index].kick
+            && let Err(error) = self.epoll.add_input(new, EventSource::Kick(index as u32))
+        {
+            warn!("ring {index}: can't watch its kicks: {error}");
         }
     }
 
-    /// Takes what has happened to the host's sockets and the timer. False when nothing has.
-    fn serve_host(&mut self) -> bool {
-        let mut events = std::mem::take(&mut self.events);
-        let count = self
-            .epoll
-            .wait(&mut events, EpollTimeout::ZERO)
-            .unwrap_or(0);
-        for event in &events[..count] {
-            match event.data() {
-                LISTENER => self.accepting = self.accept_again.is_none(),
-                TIMER => self.timer_fired(),
-                KICK => self.backend.counters().kicks += 1,
-                WAKE => {}
-                token => {
-                    let flags = event.events();
-                    let has = |wanted| flags.intersects(wanted);
-                    let ready = Readiness {
-                        readable: has(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP),
-                        halting: has(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI),
-                        writable: has(EpollFlags::EPOLLOUT),
-                        gone: has(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR),
-                    };
-                    self.backend.socket_ready(Token(token), ready);
+    /// Takes the eventfd for interrupts. It is signalled once: the ring may have run without it before.
+    pub fn set_call(&mut self, index: usize, call: Option<File>) {
+        self.rings[index].call = call.map(VmmEvent::new);
+        self.rings[index].interrupt();
+    }
+
+    /// Takes the eventfd for errors.
+    pub fn set_err(&mut self, index: usize, err: Option<File>) {
+        self.rings[index].err = err.map(VmmEvent::new);
+    }
+
+    /// The VMM starts a ring, or changes one that runs. A ring that does not go on where it was left belongs to a driver that
+    /// has started afresh, and knows of no connection.
+    pub fn start_ring(&mut self, index: usize, queue: &mut Queue) {
+        queue.set_ready(true);
+        let memory = self.memory.as_ref().map(GuestMemoryHandle::memory);
+        let position = match memory {
+            Some(memory) => rewind_to_used(queue, &*memory),
+            None => Err(QueueError::QueueNotReady),
+        };
+        let ring = &mut self.rings[index];
+        ring.state = RingState::Unchecked;
+        ring.kicks_enabled = true;
+        match position {
+            Ok(position) => {
+                let left_at = ring.position.replace(position);
+                if left_at.is_some_and(|left_at| left_at != position) {
+                    debug!("ring {index} starts afresh, closing all connections");
+                    self.started = false;
+                    self.backend.reset();
                 }
             }
+            Err(error) => self.stop_broken(index, &error),
         }
+        self.wake();
+    }
+
+    /// Whether the VMM has started a ring and not stopped it since.
+    pub fn is_started(&self, index: usize) -> bool {
+        self.rings[index].state != RingState::Stopped
+    }
+
+    /// The VMM stops a ring. Connections wait until it goes on.
+    pub fn stop_ring(&mut self, index: usize) {
+        self.set_kick(index, None);
+        self.rings[index].state = RingState::Stopped;
+        self.rings[index].call = None;
+    }
+
+    /// The device starts anew: no connection survives.
+    pub fn reset(&mut self) {
+        for index in 0..NUM_RINGS {
+            self.set_kick(index, None);
+            self.rings[index].state = RingState::Stopped;
+            self.rings[index].position = None;
+        }
+        self.started = false;
+        self.backend.reset();
+    }
+}
+
+// The turn.
+impl VhostUserVsockThread {
+    /// Takes the events that a wait has brought.
+    pub fn take_events(&mut self, events: &EventBuffer) {
+        for (source, ready) in events.iter() {
+            match source {
+                EventSource::Connection(token) => self.backend.socket_ready(token, ready),
+                EventSource::Client(token) => self.backend.client_ready(token),
+                EventSource::Kick(_) => self.backend.counters().kicks += 1,
+                EventSource::Listener => self.acceptor.set_pending(),
+                EventSource::Timer => self.timer_fired(),
+                EventSource::Wake => {}
+            }
+        }
+    }
+
+    /// Does what there is to do, and returns whether to wait before the next turn.
+    pub fn turn(&mut self, vrings: &[VsockVring]) -> Wait {
+        self.busy_poll.woke();
+        let memory = self.memory.as_ref().map(GuestMemoryHandle::memory);
+        let (mut rx, mut tx) = (vrings[RX_RING].get_mut(), vrings[TX_RING].get_mut());
+        let mut queues = memory.as_deref().map(|memory| Queues {
+            memory,
+            queues: [
+                self.check_ring(RX_RING, &mut rx, memory),
+                self.check_ring(TX_RING, &mut tx, memory),
+            ],
+        });
+        let wait = self.rounds(queues.as_mut());
+        self.set_timer();
+        wait
+    }
+
+    fn rounds(&mut self, mut queues: Option<&mut Queues<'_>>) -> Wait {
+        for round in 0..MAX_ROUNDS {
+            // The events of the first round came with the wait. A second round is short where the first has done
+            // everything, and then waiting or polling brings the new ones.
+            let has_events = round > 1 && self.poll_events();
+            let worked = match &mut queues {
+                Some(queues) => self.serve_rings(queues),
+                None => false,
+            };
+            if has_events | worked | self.backend.flush() | self.accept() {
+                continue;
+            }
+            if let Some(queues) = &mut queues
+                && (self.busy_poll(queues) || self.enable_kicks(queues))
+            {
+                continue;
+            }
+            self.busy_poll.sleeps();
+            return Wait::ForEvents;
+        }
+        Wait::Not
+    }
+
+    /// Takes the events that are there now. False when there are none.
+    fn poll_events(&mut self) -> bool {
+        let mut events = std::mem::take(&mut self.events);
+        self.epoll.wait(&mut events, Wait::Not);
+        self.take_events(&events);
+        let has_events = !events.is_empty();
         self.events = events;
-        count > 0
+        has_events
     }
 
     fn timer_fired(&mut self) {
         let now = Instant::now();
         self.armed = None;
-        if self.accept_again.is_some_and(|again| again <= now) {
-            self.accept_again = None;
-            self.accepting = true;
-        }
+        self.acceptor.resume(now);
         self.backend.expire(now);
     }
 
-    /// Sets the timer for the next deadline. A timer that fires too early does no harm, so it is only set earlier.
+    /// Sets the timer for the next deadline. A timer that fires too early does no harm, so it is only ever set earlier.
     fn set_timer(&mut self) {
-        let next = self
-            .backend
-            .next_deadline()
-            .into_iter()
-            .chain(self.accept_again)
-            .min();
-        let Some(next) = next else { return };
+        let deadlines = [self.backend.next_deadline(), self.acceptor.deadline()];
+        let Some(next) = deadlines.into_iter().flatten().min() else {
+            return;
+        };
         if self.armed.is_some_and(|armed| armed <= next) {
             return;
         }
         let delay = next.saturating_duration_since(Instant::now());
-        let delay = TimeSpec::from_duration(delay.max(Duration::from_micros(1)));
-        match self
-            .timer
-            .set(Expiration::OneShot(delay), TimerSetTimeFlags::empty())
-        {
+        match self.timer.reset(delay.max(Duration::from_micros(1)), None) {
             Ok(()) => self.armed = Some(next),
-            Err(error) => warn!("the timer can't be set: {error}"),
+            Err(error) => warn!("can't set the timer: {error}"),
         }
     }
 
-    /// Accepts host programs. Without a guest's driver to talk to, they are closed at once. False when none waits.
+    /// Accepts clients. Without a driver to talk to, they are closed at once. False when nobody is waiting.
     fn accept(&mut self) -> bool {
-        if !self.accepting {
+        if !self.acceptor.is_pending() {
             return false;
         }
         for _ in 0..MAX_ACCEPTS {
-            let accepted = self.listener.accept().and_then(|(stream, _)| {
-                stream.set_nonblocking(true)?;
-                Ok(stream)
-            });
-            match accepted {
-                Ok(stream) if self.started => self.backend.add_client(stream),
-                Ok(_) => debug!("closed a client: the guest's driver has not started the device"),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.accepting = false;
-                    self.short = false;
-                    break;
+            match self.acceptor.accept() {
+                Accepted::Client(socket) if self.started => {
+                    self.backend.add_client(HostSocket::new(socket));
                 }
-                Err(error) if is_shortage(&error) => {
-                    if !std::mem::replace(&mut self.short, true) {
-                        self.backend.counters().shortages += 1;
-                        warn!("clients must wait: {error}");
-                    }
-                    self.accepting = false;
-                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
-                    break;
+                Accepted::Client(_) => {
+                    debug!("closed a client: the guest's driver has not started the device");
                 }
-                // The client is gone already.
-                Err(error) => debug!("a client could not be accepted: {error}"),
+                Accepted::Shortage => self.backend.counters().shortages += 1,
+                Accepted::Nobody => break,
             }
         }
         true
     }
 
-    /// Moves packets both ways. False when there was none.
-    fn serve_rings(&mut self, vrings: &[VsockVring]) -> bool {
-        let Some(memory) = self.memory.as_ref().map(|memory| memory.memory()) else {
+    /// Polls for work for a short while, if that has paid lately. True when there is some.
+    fn busy_poll(&mut self, queues: &mut Queues<'_>) -> bool {
+        let Some(until) = self.busy_poll.until() else {
             return false;
-        };
-        // What is owed already goes first: it makes room for the answers to what comes.
-        let received = self.serve_ring(RX_RING, vrings, &memory, Self::serve_rx);
-        let sent = self.serve_ring(TX_RING, vrings, &memory, Self::serve_tx);
-        self.started |= self.rings.iter().all(|ring| ring.position.is_some());
-        received | sent
-    }
-
-    /// Works on a ring if it runs, and stops it where it turns out to be broken.
-    fn serve_ring(
-        &mut self,
-        index: usize,
-        vrings: &[VsockVring],
-        memory: &GuestMemoryMmap,
-        work: impl FnOnce(&mut Self, &mut Ring, &GuestMemoryMmap) -> Result<bool, QueueError>,
-    ) -> bool {
-        let vring = &vrings[index];
-        let mut state = vring.get_mut();
-        let result = match self.is_running(index, vring, &state, memory) {
-            Ok(false) => return false,
-            Ok(true) => {
-                let result = work(self, &mut state, memory);
-                self.rings[index].position = Some(state.get_queue().next_avail());
-                result
-            }
-            Err(error) => Err(error),
-        };
-        drop(state);
-        result.unwrap_or_else(|error| {
-            warn!("ring {index} stops until it is started again: {error}");
-            self.rings[index].broken = Some(vring.starts());
-            vring.signal_error();
-            false
-        })
-    }
-
-    /// Whether a ring can be worked on. One that doesn't go on where it was left belongs to a driver that has started
-    /// afresh, and knows of no connection.
-    fn is_running(
-        &mut self,
-        index: usize,
-        vring: &VsockVring,
-        state: &Ring,
-        memory: &GuestMemoryMmap,
-    ) -> Result<bool, QueueError> {
-        let (queue, starts) = (state.get_queue(), vring.starts());
-        let ring = &self.rings[index];
-        if !state.is_enabled() || !queue.ready() || ring.broken == Some(starts) {
-            return Ok(false);
-        }
-        if ring
-            .position
-            .is_some_and(|position| position != queue.next_avail())
-        {
-            debug!("ring {index} starts afresh, closing all connections");
-            self.rings.iter_mut().for_each(|ring| ring.position = None);
-            self.backend.reset();
-        }
-        if self.rings[index].checked != Some(starts) {
-            if !queue.is_valid(memory) {
-                return Err(QueueError::QueueNotReady);
-            }
-            self.watch_kick(index, vring.kick());
-            self.rings[index].checked = Some(starts);
-            self.rings[index].kicks = true;
-        }
-        Ok(true)
-    }
-
-    /// Takes a batch of packets from the guest.
-    fn serve_tx(&mut self, state: &mut Ring, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        if !has_entries(state.get_queue(), memory)? {
-            return Ok(false);
-        }
-        self.stop_kicks(TX_RING, state, memory)?;
-        let queue = state.get_queue_mut();
-        let ring_size = queue.size();
-        let mut batch = TxBatch::new(memory);
-        let mut heads = std::mem::take(&mut self.heads);
-        for chain in queue.iter(memory)? {
-            heads.push(chain.head_index());
-            if let Err(error) = batch.push(chain, ring_size) {
-                self.log_malformed(&error);
-            }
-            let is_full =
-                batch.bytes() >= MAX_TX_BYTES || batch.descriptors() >= MAX_TX_DESCRIPTORS;
-            if is_full || heads.len() == MAX_TX_PACKETS {
-                break;
-            }
-        }
-        batch.parse(|error| self.log_malformed(&error));
-        self.backend.send_pkts(&batch);
-        heads
-            .drain(..)
-            .try_for_each(|head| return_buffer(queue, memory, head, 0))?;
-        self.heads = heads;
-        self.notify(state, memory)?;
-        Ok(true)
-    }
-
-    /// Gives the guest what is owed to it, as far as it has buffers.
-    fn serve_rx(&mut self, state: &mut Ring, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        if self.backend.rx_demand().is_none() {
-            return Ok(false);
-        }
-        self.stop_kicks(RX_RING, state, memory)?;
-        let mut batch = RxBatch::new(memory);
-        let mut worked = false;
-        let mut untold = 0;
-        for _ in 0..MAX_RX_BATCHES {
-            let Some(demand) = self.backend.rx_demand() else {
-                break;
-            };
-            let queue = state.get_queue_mut();
-            if self.gather(queue, memory, &mut batch, demand)? {
-                self.notify(state, memory)?;
-                worked = true;
-            }
-            if batch.is_empty() {
-                break;
-            }
-            let queue = state.get_queue_mut();
-            worked = true;
-            let first = queue.next_avail().wrapping_sub(batch.len() as u16);
-            self.backend.recv_pkts(&mut batch);
-            for buffer in batch.filled() {
-                return_buffer(queue, memory, buffer.head(), buffer.used())?;
-                untold += buffer.used() as usize;
-            }
-            queue.set_next_avail(first.wrapping_add(batch.filled().len() as u16));
-            if untold >= MAX_UNTOLD_BYTES {
-                self.notify(state, memory)?;
-                untold = 0;
-            }
-        }
-        if untold > 0 {
-            self.notify(state, memory)?;
-        }
-        Ok(worked)
-    }
-
-    /// Takes buffers for `demand` bytes of payload out of the RX ring, or one buffer when that is 0. A buffer that is
-    /// none is given back at once; then the answer is true.
-    fn gather(
-        &mut self,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-        batch: &mut RxBatch<'_>,
-        demand: usize,
-    ) -> Result<bool, QueueError> {
-        batch.clear();
-        let ring_size = queue.size();
-        let mut returned = 0;
-        loop {
-            let mut chains = queue.iter(memory)?;
-            let mut rejected = None;
-            for chain in chains.by_ref() {
-                let head = chain.head_index();
-                match batch.push(chain, ring_size, demand - batch.capacity()) {
-                    Ok(()) if batch.capacity() >= demand || batch.is_full() => break,
-                    Ok(()) => {}
-                    Err(error) => {
-                        self.log_malformed(&error);
-                        rejected = Some(head);
-                        break;
-                    }
-                }
-            }
-            match rejected {
-                None => return Ok(returned > 0),
-                // Used buffers keep their order: those before it go first, and it comes up again.
-                Some(_) if !batch.is_empty() => {
-                    queue.go_to_previous_position();
-                    return Ok(returned > 0);
-                }
-                Some(head) => {
-                    return_buffer(queue, memory, head, 0)?;
-                    returned += 1;
-                    // A guest that offers them again and again would never let this end.
-                    if returned == ring_size {
-                        return Ok(true);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Interrupts the guest if it wants to know of the buffers that were returned to it.
-    fn notify(&mut self, state: &mut Ring, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
-        let queue = state.get_queue_mut();
-        let wanted = needs_interrupt(queue, memory)?;
-        if wanted || (self.notify_on_empty && !has_entries(queue, memory)?) {
-            self.backend.counters().interrupts += 1;
-            // A VMM whose end is full has been told, and one without an end polls.
-            let _ = state.signal_used_queue();
-        }
-        Ok(())
-    }
-
-    fn stop_kicks(
-        &mut self,
-        index: usize,
-        state: &mut Ring,
-        memory: &GuestMemoryMmap,
-    ) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.rings[index].kicks) {
-            state.get_queue_mut().disable_notification(memory)?;
-        }
-        Ok(())
-    }
-
-    /// Asks the guest to kick for what the worker would go on with. True when some of it is there already.
-    fn ask_for_kicks(&mut self, vrings: &[VsockVring]) -> bool {
-        let Some(memory) = self.memory.as_ref().map(|memory| memory.memory()) else {
-            return false;
-        };
-        let ask = |index: usize| {
-            move |worker: &mut Self, state: &mut Ring, memory: &GuestMemoryMmap| {
-                worker.rings[index].kicks = true;
-                state.get_queue_mut().enable_notification(memory)
-            }
-        };
-        let more = self.serve_ring(TX_RING, vrings, &memory, ask(TX_RING));
-        // Only a guest that has left us without buffers has reason to kick for new ones.
-        let starving = self.backend.rx_demand().is_some();
-        more | (starving && self.serve_ring(RX_RING, vrings, &memory, ask(RX_RING)))
-    }
-
-    /// Looks for work for a short while, if that has paid lately. True when there is some.
-    fn look_for_work(&mut self, vrings: &[VsockVring]) -> bool {
-        let Some(until) = self.look.until() else {
-            return false;
-        };
-        let Some(memory) = self.memory.as_ref().map(|memory| memory.memory()) else {
-            return false;
-        };
-        let waiting = |_: &mut Self, state: &mut Ring, memory: &GuestMemoryMmap| {
-            has_entries(state.get_queue(), memory)
         };
         while Instant::now() < until {
-            if self.serve_host() || self.serve_ring(TX_RING, vrings, &memory, waiting) {
+            let has_packets = self.with_queue(queues, TX_RING, |_, queue, memory| {
+                has_entries(queue, memory)
+            });
+            if has_packets || self.poll_events() {
                 return true;
             }
             // What is waited for may need this processor.
             std::thread::yield_now();
         }
-        self.look.in_vain();
+        self.busy_poll.was_in_vain();
         false
     }
+}
 
-    /// Counts what the guest has sent wrong, and says so now and then.
-    fn log_malformed(&mut self, error: &PacketError) {
-        self.backend.counters().malformed += 1;
-        let now = Instant::now();
-        if self
-            .malformed_logged
-            .is_none_or(|last| now - last >= LOG_PAUSE)
-        {
-            self.malformed_logged = Some(now);
-            let count = self.backend.counters().malformed;
-            warn!("the guest's driver sent {count} malformed chains so far, the last: {error}");
+// The rings.
+impl VhostUserVsockThread {
+    /// The queue of a ring that can be worked on. One that was started since is checked first.
+    fn check_ring<'q>(
+        &mut self,
+        index: usize,
+        vring: &'q mut VringState<GuestMemoryHandle>,
+        memory: &GuestMemoryMmap,
+    ) -> Option<&'q mut Queue> {
+        if !vring.is_enabled() {
+            return None;
         }
+        let queue = vring.get_queue_mut();
+        match self.rings[index].state {
+            RingState::Stopped | RingState::Broken => return None,
+            RingState::Running => {}
+            RingState::Unchecked if queue.is_valid(memory) => {
+                self.rings[index].state = RingState::Running;
+            }
+            RingState::Unchecked => {
+                self.stop_broken(index, &QueueError::QueueNotReady);
+                return None;
+            }
+        }
+        Some(queue)
+    }
+
+    fn stop_broken(&mut self, index: usize, error: &QueueError) {
+        self.rings[index].set_broken();
+        self.broken_log
+            .log(|| warn!("ring {index} stops until it is started again: {error}"));
+    }
+
+    /// Works on a ring if it can be worked on, and stops it where it turns out to be broken. False when there was nothing to
+    /// do.
+    fn with_queue(
+        &mut self,
+        queues: &mut Queues<'_>,
+        index: usize,
+        work: impl FnOnce(&mut Self, &mut Queue, &GuestMemoryMmap) -> Result<bool, QueueError>,
+    ) -> bool {
+        let Some(queue) = &mut queues.queues[index] else {
+            return false;
+        };
+        let result = work(self, queue, queues.memory);
+        self.rings[index].position = Some(queue.next_avail());
+        result.unwrap_or_else(|error| {
+            queues.queues[index] = None;
+            self.stop_broken(index, &error);
+            false
+        })
+    }
+
+    /// Moves packets both ways. False when there were none.
+    fn serve_rings(&mut self, queues: &mut Queues<'_>) -> bool {
+        // What is pending already goes first: it makes room for the answers to what comes.
+        let received = self.with_queue(queues, RX_RING, Self::serve_rx);
+        let sent = self.with_queue(queues, TX_RING, Self::serve_tx);
+        self.started |= queues.queues.iter().all(Option::is_some);
+        if queues.queues[RX_RING].is_none() {
+            self.backend.rx_starved();
+        }
+        received | sent
+    }
+
+    /// Takes a batch of packets from the guest.
+    fn serve_tx(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, QueueError> {
+        if !has_entries(queue, memory)? {
+            return Ok(false);
+        }
+        self.disable_kicks(TX_RING, queue, memory)?;
+        let ring_size = queue.size();
+        let mut chains = TxChains::new(memory, std::mem::take(&mut self.tx_storage));
+        self.heads.clear();
+        for chain in queue.iter(memory)? {
+            self.heads.push(chain.head_index());
+            if let Err(error) = chains.push(chain, ring_size) {
+                self.count_malformed(&error);
+            }
+            let is_full =
+                chains.bytes() >= MAX_TX_BYTES || chains.descriptors() >= MAX_TX_DESCRIPTORS;
+            if is_full || self.heads.len() == MAX_TX_PACKETS {
+                break;
+            }
+        }
+        let batch = chains.parse(|error| self.count_malformed(&error));
+        self.backend.send_pkts(&batch);
+        self.tx_storage = batch.into_storage();
+        for head in &self.heads {
+            return_buffer(queue, memory, *head, 0)?;
+        }
+        self.notify(TX_RING, queue, memory)?;
+        Ok(true)
+    }
+
+    /// Gives the guest what is pending for it, as far as it has buffers.
+    fn serve_rx(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, QueueError> {
+        if self.backend.rx_size().is_none() {
+            return Ok(false);
+        }
+        self.disable_kicks(RX_RING, queue, memory)?;
+        let mut batch = RxBatch::new(memory, std::mem::take(&mut self.rx_storage));
+        let worked = self.fill_batches(queue, memory, &mut batch);
+        self.rx_storage = batch.into_storage();
+        self.backend.rx_delivered();
+        worked
+    }
+
+    fn fill_batches(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+        batch: &mut RxBatch<'_>,
+    ) -> Result<bool, QueueError> {
+        let mut worked = false;
+        let mut quiet = 0;
+        for _ in 0..MAX_RX_BATCHES {
+            let Some(size) = self.backend.rx_size() else {
+                break;
+            };
+            worked |= self.gather(queue, memory, batch, size)?;
+            if batch.is_empty() {
+                if batch.descriptors() < MAX_RX_DESCRIPTORS {
+                    self.backend.rx_starved();
+                }
+                break;
+            }
+            worked = true;
+            let first = queue.next_avail().wrapping_sub(batch.len() as u16);
+            self.backend.recv_pkts(batch);
+            for buffer in batch.filled() {
+                return_buffer(queue, memory, buffer.head(), buffer.used())?;
+                quiet += buffer.used() as usize;
+            }
+            queue.set_next_avail(first.wrapping_add(batch.filled().len() as u16));
+            if quiet >= MAX_QUIET_BYTES {
+                self.notify(RX_RING, queue, memory)?;
+                quiet = 0;
+            }
+            if batch.descriptors() >= MAX_RX_DESCRIPTORS {
+                break;
+            }
+        }
+        if quiet > 0 {
+            self.notify(RX_RING, queue, memory)?;
+        }
+        Ok(worked)
+    }
+
+    /// Takes buffers for `size` bytes of payload out of the RX ring, or one buffer when that is 0. A buffer that can take no
+    /// packet is returned unused at once; then the answer is true.
+    fn gather(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+        batch: &mut RxBatch<'_>,
+        size: usize,
+    ) -> Result<bool, QueueError> {
+        batch.clear();
+        let mut rejected = 0;
+        loop {
+            match self.gather_sound(queue, memory, batch, size)? {
+                None => break,
+                // Used buffers keep their order: those before it go first, and it comes up again.
+                Some(_) if !batch.is_empty() => {
+                    queue.go_to_previous_position();
+                    break;
+                }
+                Some(head) => {
+                    return_buffer(queue, memory, head, 0)?;
+                    rejected += 1;
+                    // A guest that offers such buffers again and again would never let this end.
+                    if rejected == queue.size() || batch.descriptors() >= MAX_RX_DESCRIPTORS {
+                        break;
+                    }
+                }
+            }
+        }
+        if rejected > 0 {
+            self.notify(RX_RING, queue, memory)?;
+        }
+        Ok(rejected > 0)
+    }
+
+    /// Takes buffers until the batch holds `size` bytes, and returns the head of a buffer that can take no packet.
+    fn gather_sound(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+        batch: &mut RxBatch<'_>,
+        size: usize,
+    ) -> Result<Option<u16>, QueueError> {
+        let ring_size = queue.size();
+        for chain in queue.iter(memory)? {
+            let head = chain.head_index();
+            match batch.push(chain, ring_size, size - batch.capacity()) {
+                Ok(()) => {}
+                Err(error) => {
+                    self.count_malformed(&error);
+                    return Ok(Some(head));
+                }
+            }
+            let is_full = batch.is_full() || batch.descriptors() >= MAX_RX_DESCRIPTORS;
+            if batch.capacity() >= size || is_full {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Interrupts the guest if it wants to know of the buffers that were returned to it.
+    fn notify(
+        &mut self,
+        index: usize,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), QueueError> {
+        let wanted = needs_interrupt(queue, memory)?;
+        if wanted || (self.notify_on_empty && !has_entries(queue, memory)?) {
+            self.backend.counters().interrupts += 1;
+            self.rings[index].interrupt();
+        }
+        Ok(())
+    }
+
+    fn disable_kicks(
+        &mut self,
+        index: usize,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), QueueError> {
+        if std::mem::take(&mut self.rings[index].kicks_enabled) {
+            queue.disable_notification(memory)?;
+        }
+        Ok(())
+    }
+
+    /// Asks the driver to kick for what the worker would go on with. True when some of it is there already.
+    fn enable_kicks(&mut self, queues: &mut Queues<'_>) -> bool {
+        let enable = |index: usize| {
+            move |worker: &mut Self, queue: &mut Queue, memory: &GuestMemoryMmap| {
+                worker.rings[index].kicks_enabled = true;
+                queue.enable_notification(memory)
+            }
+        };
+        let has_packets = self.with_queue(queues, TX_RING, enable(TX_RING));
+        // Only where buffers are missing is there a reason to hear of new ones.
+        let is_starved = self.backend.rx_size().is_some();
+        has_packets | (is_starved && self.with_queue(queues, RX_RING, enable(RX_RING)))
+    }
+
+    /// Counts what the guest's driver has got wrong, and logs it now and then.
+    fn count_malformed(&mut self, error: &PacketError) {
+        self.backend.counters().malformed += 1;
+        let count = self.backend.counters().malformed;
+        self.malformed_log.log(|| {
+            warn!("the guest's driver sent {count} malformed chains so far, the last: {error}");
+        });
     }
 }
-
-/// Returns a buffer to the guest. A head that is no descriptor can't be.
-fn return_buffer(
-    queue: &mut Queue,
-    memory: &GuestMemoryMmap,
-    head: u16,
-    used: u32,
-) -> Result<(), QueueError> {
-    if head >= queue.size() {
-        return Ok(());
-    }
-    queue.add_used(memory, head, used)
-}
-
-/// Whether an error of accept says that something has run out, for now.
-fn is_shortage(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)
-    )
-}
-
-#[cfg(test)]
-mod tests;

@@ -1,61 +1,55 @@
-//! The device as the vhost-user library sees it: features, configuration, memory, and the rings' start and stop.
+//! The virtio-vsock device of one guest, as the vhost-user library's traits describe a device.
+//!
+//! [`VhostUserVsockBackend`] answers what the device is: its features, its configuration space (the guest's CID, virtio 1.2,
+//! 5.10.4) and its three rings. One worker thread does its work, in [`VhostUserVsockBackend::run`]. What a VMM negotiates and
+//! sets up is kept by [`session`], one session after the other.
 
-pub mod vring;
+mod memory;
+pub(crate) mod session;
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::sync::OnceLock;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::debug;
 use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::Backend;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
+use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
+use virtio_queue::QueueT;
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{
-    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
-};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::VmConfig;
-use crate::daemon::service::Status;
 use crate::metrics::counters::Snapshot;
 use crate::packet::header::Cid;
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
-use crate::vhost_user_vsock_thread::VhostUserVsockThread;
-use crate::vhu_vsock::vring::{GuestMemoryHandle, VsockVring};
+use crate::vhost_user_vsock_thread::{
+    self, Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, VhostUserVsockThread, VsockVring, Wait,
+};
 
-/// For the vhost-user library: the VMM's messages with their descriptors, the guest's memory, and the worker's events.
-pub(crate) const SYSCALLS: &[Syscall] = &[
+/// For the vhost-user library: the VMM's messages with their descriptors, and the guest's memory.
+const SYSCALLS: &[Syscall] = &[
     Syscall::any(libc::SYS_recvmsg),
     Syscall::any(libc::SYS_sendmsg),
-    Syscall::only(libc::SYS_getsockopt, &[Argument::Is(1, libc::SOL_SOCKET)]),
     Syscall::any(libc::SYS_shutdown),
     Syscall::any(libc::SYS_close),
     Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
     Syscall::only(libc::SYS_mmap, NOT_EXECUTABLE),
     Syscall::any(libc::SYS_munmap),
-    Syscall::any(libc::SYS_epoll_create1),
-    #[cfg(target_arch = "x86_64")]
-    Syscall::any(libc::SYS_epoll_wait),
-    Syscall::any(libc::SYS_epoll_pwait),
-    Syscall::any(libc::SYS_epoll_ctl),
-    Syscall::any(libc::SYS_eventfd2),
-    Syscall::any(libc::SYS_read),
-    Syscall::any(libc::SYS_write),
 ];
 
-/// RX, TX and event queue (virtio 1.2, 5.10.2). The event queue is not used: it tells of migrations.
-const NUM_QUEUES: usize = 3;
-
-/// Names the worker's epoll set in the library's. Below it are the rings and the library's own event.
-const WORKER_EVENT: u64 = NUM_QUEUES as u64 + 1;
+pub(crate) fn syscalls() -> Vec<Syscall> {
+    [SYSCALLS, &vhost_user_vsock_thread::syscalls()].concat()
+}
 
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_F_NOTIFY_ON_EMPTY
@@ -64,77 +58,134 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
+/// What a device is doing, for whoever supervises it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// A VMM is connected.
+    pub has_vmm: bool,
+    /// Connections at the moment.
+    pub connections: usize,
+}
+
+/// Takes a device's activity after each turn. It is called often, with the worker's lock.
+type Observer = Box<dyn Fn(Activity) + Send + Sync>;
+
 /// The device of one guest. It lives as long as the daemon, and serves one VMM after the other.
 pub struct VhostUserVsockBackend {
     guest_cid: Cid,
     queue_size: u16,
+    epoll: Arc<Epoll>,
     worker: Mutex<VhostUserVsockThread>,
+    memory: GuestMemoryHandle,
+    vrings: Vec<VsockVring>,
     /// The channel for requests to the VMM. Nothing is ever requested, but it stays open: some VMMs watch it.
     requests: Mutex<Option<Backend>>,
-    /// The descriptor with which the library's worker thread is told to end, and which it doesn't close.
-    exit: Mutex<Option<RawFd>>,
-    status: OnceLock<Status>,
+    wake: EventFd,
+    stopping: AtomicBool,
+    observer: Observer,
 }
 
 impl VhostUserVsockBackend {
-    /// The device that `config` asks for. Host programs connect to `listener`.
-    pub fn new(config: &VmConfig, listener: UnixListener) -> io::Result<Self> {
+    /// The device that `config` describes. Host programs connect to `listener`, and `observer` is told of its activity.
+    pub fn new(
+        config: &VmConfig,
+        listener: UnixListener,
+        observer: impl Fn(Activity) + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        let worker = VhostUserVsockThread::new(config, listener)?;
+        let memory = GuestMemoryHandle::new(GuestMemoryMmap::new());
+        let vring = |_| VsockVring::new(memory.clone(), config.queue_size);
+        let vrings = (0..NUM_RINGS).map(vring).collect::<Result<_, _>>();
         Ok(Self {
             guest_cid: config.guest_cid,
             queue_size: config.queue_size,
-            worker: Mutex::new(VhostUserVsockThread::new(config, listener)?),
+            epoll: worker.epoll(),
+            wake: worker.wake_handle()?,
+            worker: Mutex::new(worker),
+            vrings: vrings.map_err(io::Error::other)?,
+            memory,
             requests: Mutex::default(),
-            exit: Mutex::default(),
-            status: OnceLock::new(),
+            stopping: AtomicBool::new(false),
+            observer: Box::new(observer),
         })
     }
 
-    /// Lets the worker thread of `daemon` wait for the host's sockets.
-    pub fn attach<T>(&self, daemon: &VhostUserDaemon<T>) -> io::Result<()>
-    where
-        T: VhostUserBackend<Vring = VsockVring, Bitmap = ()> + Clone + 'static,
-    {
-        let worker = self.worker.lock();
-        daemon.get_epoll_handlers().iter().try_for_each(|handler| {
-            handler.register_listener(worker.epoll().0.as_raw_fd(), EventSet::IN, WORKER_EVENT)
-        })
+    /// Works until [`VhostUserVsockBackend::stop`]. This is the worker thread, of which there is one.
+    pub fn run(&self) {
+        let mut events = EventBuffer::default();
+        let mut wait = Wait::ForEvents;
+        while !self.stopping.load(Ordering::Acquire) {
+            self.epoll.wait(&mut events, wait);
+            wait = self.turn(&events);
+        }
+    }
+
+    /// Ends the worker thread, after its turn.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        // Without the worker's lock: whatever it is stuck in, this returns.
+        let _ = self.wake.write(1);
+    }
+
+    /// What statistics show now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.worker().snapshot()
     }
 
     /// A VMM has connected.
-    pub fn greet(&self) {
-        let mut worker = self.worker.lock();
+    pub(crate) fn begin_session(&self) {
+        let mut worker = self.worker();
         worker.connect();
         self.report(&worker);
     }
 
-    fn report(&self, worker: &VhostUserVsockThread) {
-        if let Some(status) = self.status.get() {
-            let (has_vmm, connections) = worker.status();
-            status.set(has_vmm, connections);
-        }
-    }
-
-    /// Reports what happens to `status` from now on.
-    pub fn report_to(&self, status: Status) {
-        // There is one service manager.
-        let _ = self.status.set(status);
-    }
-
-    /// What there is to tell now.
-    pub fn snapshot(&self) -> Snapshot {
-        self.worker.lock().snapshot()
-    }
-
-    /// Forgets the VMM, after its daemon has ended.
-    pub fn detach(&self) {
-        let mut worker = self.worker.lock();
+    /// The VMM is gone. Nothing of it is left: its memory is unmapped, its descriptors are closed.
+    pub(crate) fn end_session(&self) {
+        let mut worker = self.worker();
         worker.disconnect();
         self.report(&worker);
+        for vring in &self.vrings {
+            let mut vring = vring.get_mut();
+            vring.set_enabled(false);
+            vring.get_queue_mut().reset();
+        }
+        if let Ok(memory) = self.memory.lock() {
+            memory.replace(GuestMemoryMmap::new());
+        }
         drop(worker);
         *self.requests.lock() = None;
-        if let Some(exit) = self.exit.lock().take() {
-            let _ = nix::unistd::close(exit);
-        }
+    }
+
+    /// The worker, between two turns.
+    pub(crate) fn worker(&self) -> MutexGuard<'_, VhostUserVsockThread> {
+        self.worker.lock()
+    }
+
+    pub(crate) fn vrings(&self) -> &[VsockVring] {
+        &self.vrings
+    }
+
+    /// The guest's memory, as the rings see it.
+    pub(crate) fn shared_memory(&self) -> GuestMemoryHandle {
+        self.memory.clone()
+    }
+
+    fn turn(&self, events: &EventBuffer) -> Wait {
+        let mut worker = self.worker();
+        worker.take_events(events);
+        let wait = worker.turn(&self.vrings);
+        self.report(&worker);
+        // A worker that is busy all the time would not let others have the lock.
+        MutexGuard::unlock_fair(worker);
+        wait
+    }
+
+    fn report(&self, worker: &VhostUserVsockThread) {
+        let (has_vmm, connections) = worker.status();
+        (self.observer)(Activity {
+            has_vmm,
+            connections,
+        });
     }
 }
 
@@ -143,7 +194,7 @@ impl VhostUserBackend for VhostUserVsockBackend {
     type Vring = VsockVring;
 
     fn num_queues(&self) -> usize {
-        NUM_QUEUES
+        NUM_RINGS
     }
 
     fn max_queue_size(&self) -> usize {
@@ -155,9 +206,9 @@ impl VhostUserBackend for VhostUserVsockBackend {
     }
 
     fn acked_features(&self, features: u64) {
-        debug!("the driver takes the features {features:#x}");
+        debug!("the driver accepts the features {features:#x}");
         let notify_on_empty = features & (1 << VIRTIO_F_NOTIFY_ON_EMPTY) != 0;
-        self.worker.lock().set_notify_on_empty(notify_on_empty);
+        self.worker().set_notify_on_empty(notify_on_empty);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -166,59 +217,59 @@ impl VhostUserBackend for VhostUserVsockBackend {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
     fn reset_device(&self) {
-        self.worker.lock().reset();
+        let mut worker = self.worker();
+        for vring in &self.vrings {
+            vring.set_enabled(false);
+        }
+        worker.reset();
     }
 
-    fn set_event_idx(&self, _enabled: bool) {
-        // The rings know.
+    fn set_event_idx(&self, enabled: bool) {
+        let _worker = self.worker();
+        for vring in &self.vrings {
+            vring.set_queue_event_idx(enabled);
+        }
     }
 
-    /// The bytes of the configuration space from `offset` on, which is the CID as a little-endian number of 8 bytes
-    /// (virtio 1.2, 5.10.4). Empty, which the library answers as an error, when that space has not as many.
+    /// The bytes of the configuration space from `offset` on: the CID as a little-endian number of 8 bytes (virtio 1.2,
+    /// 5.10.4). None, which the VMM gets as an error, when the space has not as many.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let space = self.guest_cid.0.to_le_bytes();
+        let space = self.guest_cid.get().to_le_bytes();
         let end = offset.saturating_add(size) as usize;
         space.get(offset as usize..end).unwrap_or_default().to_vec()
     }
 
     fn update_memory(&self, memory: GuestMemoryHandle) -> io::Result<()> {
-        self.worker.lock().set_memory(memory);
+        self.worker().set_memory(memory);
         Ok(())
     }
 
-    fn set_backend_req_fd(&self, backend: Backend) {
-        *self.requests.lock() = Some(backend);
-    }
-
-    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
-        let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
-        let (consumer, notifier) = new_event_consumer_and_notifier(flags).ok()?;
-        *self.exit.lock() = Some(consumer.as_raw_fd());
-        Some((consumer, notifier))
+    fn set_backend_req_fd(&self, requests: Backend) {
+        *self.requests.lock() = Some(requests);
     }
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        // With the lock, the worker's turn has ended.
-        self.worker.lock().stop_ring(queue_index as usize);
+        self.worker().stop_ring(queue_index as usize);
         Ok(())
     }
 
-    /// Whatever has happened, the worker takes a turn. Never an error: that would end the worker thread.
+    /// Takes a turn, for an event loop other than [`VhostUserVsockBackend::run`].
     fn handle_event(
         &self,
         _device_event: u16,
-        _evset: EventSet,
-        vrings: &[VsockVring],
+        _events: EventSet,
+        _vrings: &[VsockVring],
         _thread_id: usize,
     ) -> io::Result<()> {
-        let mut worker = self.worker.lock();
-        worker.turn(vrings);
-        self.report(&worker);
-        // A worker with enough to do would not let the VMM's messages in.
-        MutexGuard::unlock_fair(worker);
+        let mut events = EventBuffer::default();
+        self.epoll.wait(&mut events, Wait::Not);
+        if self.turn(&events) == Wait::Not {
+            self.worker().wake();
+        }
         Ok(())
     }
 }

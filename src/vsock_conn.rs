@@ -1,85 +1,72 @@
-//! One connection between a guest program and a host program.
+//! One connection between a guest program and its peer, which is usually a host program.
+//!
+//! # Protocol
+//!
+//! A connection is named by the ports and CIDs of its two ends (virtio 1.2, 5.10.6). Either side begins one with REQUEST, and
+//! the other accepts with RESPONSE or refuses with RST. RW packets carry the bytes, within the credit that the receiver
+//! gives ([`Credit`]). SHUTDOWN ends one direction or both; a side that gets SHUTDOWN for both and has nothing more to do
+//! with the bytes confirms with RST, which frees the ports. RST at any other time aborts.
+//!
+//! A guest's `connect`, a request, an answer, and its `close`:
 //!
 //! ```text
-//!  host program        VsockConnection                         guest
-//!  CONNECT 1234  ->    Connecting    -- REQUEST -->
-//!             <- OK    Established   <-- RESPONSE --
-//!                      Established   <-- REQUEST --   (accepted at once: RESPONSE)
-//!        bytes  <->    Established   <-- RW -->
-//!                      Flushing      <-- SHUTDOWN 3 -- bytes still wait for the host, then RST
-//!        closes  ->    Finishing     -- SHUTDOWN 3 --> waits for the guest's RST
+//! guest 4:40001                                     daemon, for 2:80           host program at <uds-path>_80
+//! REQUEST   buf_alloc 262144                   ->   connect(2)            ->   accept(2)
+//!           buf_alloc 262144   RESPONSE        <-
+//! RW        len 15  "GET / HTTP/1.0\n"          ->   sendmsg(2)            ->
+//!           len 1024  RW                       <-   recvmsg(2)            <-   write(2)
+//! SHUTDOWN  flags 3                            ->
+//!                      RST                     <-   close(2)              ->   end of the stream
 //! ```
 //!
-//! Packets and the socket's readiness go in; bytes to the socket, operations owed to the guest and the verdict whether
-//! the connection goes on come out. It knows no ring, no epoll and no other connection.
+//! # States
+//!
+//! ```text
+//! guest's REQUEST --> Dialing --the peer answers--> Established        Dialing is skipped where connect(2) succeeds at once
+//! client's CONNECT -> Requested --RESPONSE--------> Established
+//! Established --SHUTDOWN 3 from the guest--> Flushing --all sent to the host program--> RST, closed
+//! Established --the host program closes----> Closing (SHUTDOWN 3 sent) --RST from the guest--> closed
+//! ```
+//!
+//! Packets and socket events go in. Operations for the guest come out ([`RxQueue`]), and with each call the [`Verdict`] whether
+//! the connection goes on. It knows no ring, no epoll and no other connection.
 
 pub mod credit;
+mod shutdown;
+mod stream_mover;
+#[cfg(test)]
+mod tests;
 
-use std::io::{self, Write};
-use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::io::IoSlice;
+use std::net::Shutdown as Direction;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
-
-use crate::metrics::counters::{ConnectionStats, End, Side};
-use crate::packet::header::{
-    Cid, GuestPort, HostPort, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, VsockHeader,
-};
-use crate::packet::{Payload, Read, RxBatch, TxBatch, VsockPacket};
+use crate::host::connect_line::{self, Line, Progress};
+use crate::host::socket::{HostSocket, ReceiveError};
+use crate::metrics::counters::{CloseReason, ConnectionStats, Side};
+use crate::packet::header::{Cid, GuestPort, Op, PeerAddr, ShutdownFlags, VsockHeader};
+use crate::packet::{Payload, RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
-use crate::syscalls::{Argument, Syscall};
-use crate::txbuf::LocalTxBuf;
-use crate::vsock_conn::credit::Credit;
+use credit::Credit;
+use shutdown::Shutdown;
+use stream_mover::{Delivered, Flushed, StreamMover};
 
-/// For a larger socket buffer and the `OK` line, to look at what a socket holds and whether its other end is there, and to end one direction of it.
-pub(crate) const SYSCALLS: &[Syscall] = &[
-    Syscall::only(
-        libc::SYS_setsockopt,
-        &[
-            Argument::Is(1, libc::SOL_SOCKET),
-            Argument::Is(2, libc::SO_SNDBUF),
-        ],
-    ),
-    Syscall::any(libc::SYS_write),
-    Syscall::any(libc::SYS_recvfrom),
-    Syscall::any(libc::SYS_sendto),
-    #[cfg(target_arch = "x86_64")]
-    Syscall::any(libc::SYS_poll),
-    Syscall::any(libc::SYS_ppoll),
-    Syscall::any(libc::SYS_shutdown),
-    Syscall::any(libc::SYS_close),
-];
-
-/// How long the guest has to answer a REQUEST.
+/// How long the guest has to answer a REQUEST, and the peer to answer the guest's.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the guest has to confirm our SHUTDOWN 3 with its RST. Linux gives its peer as long.
+/// How long the guest has to confirm SHUTDOWN with its RST. Linux gives its peer as long.
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// The least and the most payload that is read from the host program in one go, in bytes.
-const READ_RANGE: (usize, usize) = (4 * 1024, 256 * 1024);
-
-/// What part of the guest's buffer one read may fill. Much more, and the stream becomes stop-and-wait: the guest's
-/// program has nothing to read while the next batch is made, and we have no credit while it reads. A part
-/// below the least of [`READ_RANGE`] is not worth a packet: Linux also counts some 600 bytes of its own for each packet
-/// that waits to be read, and resets a connection whose buffer can't hold these.
-const WINDOW_PART: usize = 4;
-
-/// What the kernel is asked to hold on the way to a slow host program, in bytes. It doubles the number for its own
-/// needs, up to twice `net.core.wmem_max`.
-const SEND_BUFFER: usize = 256 * 1024;
-
-/// The two ports that name a connection. Who began it does not matter.
+/// What names a connection: the addresses of its two ends, without the guest's CID, which is always the same. Who began it
+/// does not matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ConnKey {
     /// The guest's port.
     pub guest: GuestPort,
-    /// The host's port.
-    pub host: HostPort,
+    /// The other end.
+    pub peer: PeerAddr,
 }
 
 impl ConnKey {
@@ -87,31 +74,31 @@ impl ConnKey {
     pub fn of(header: &VsockHeader) -> Self {
         Self {
             guest: header.guest_port,
-            host: header.host_port,
+            peer: header.peer,
         }
     }
 }
 
-/// What a socket has become ready for.
+/// What an event says about a socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Readiness {
     /// There are bytes, or the end of the stream.
     pub readable: bool,
-    /// A read may end before the last byte that is there, or before the end of the stream behind it.
-    pub halting: bool,
+    /// A short receive does not mean that the socket is drained: EPOLLRDHUP or EPOLLPRI was set.
+    pub until_empty: bool,
     /// There is room.
     pub writable: bool,
     /// Both directions are over.
-    pub gone: bool,
+    pub hung_up: bool,
 }
 
 impl Readiness {
     /// Room, and nothing else.
     const WRITABLE: Self = Self {
         readable: false,
-        halting: false,
+        until_empty: false,
         writable: true,
-        gone: false,
+        hung_up: false,
     };
 }
 
@@ -122,31 +109,43 @@ pub enum Verdict {
     /// It does.
     Open,
     /// It is over, and the guest knows.
-    Close(End),
-    /// It is over, and the guest must be told with an RST.
-    Reset(End),
+    Close(CloseReason),
+    /// It is over, and the guest gets an RST.
+    Reset(CloseReason),
+}
+
+/// What a guest's REQUEST waits for.
+#[derive(Clone, Debug)]
+pub enum Dialing {
+    /// The end of a connect(2) that has not waited.
+    Connect,
+    /// The answer to our CONNECT line.
+    Answer(Line),
 }
 
 /// Where a connection is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 enum State {
-    /// The guest has not answered our REQUEST.
-    Connecting,
+    /// The guest's REQUEST waits for the peer.
+    Dialing(Dialing),
+    /// Our REQUEST waits for the guest's answer.
+    Requested,
     /// Bytes flow.
     Established,
-    /// The guest is done; what it sent still waits for the host program.
+    /// The guest has closed; bytes of its still wait for the host program.
     Flushing,
-    /// The host program is done and the guest was told so.
-    Finishing,
+    /// The host program has closed, and the guest was sent SHUTDOWN for both directions.
+    Closing,
 }
 
 impl State {
-    fn name(self) -> &'static str {
+    fn name(&self) -> &'static str {
         match self {
-            Self::Connecting => "connecting",
+            Self::Dialing(_) => "dialing",
+            Self::Requested => "connecting",
             Self::Established => "established",
             Self::Flushing => "flushing",
-            Self::Finishing => "finishing",
+            Self::Closing => "finishing",
         }
     }
 }
@@ -156,88 +155,74 @@ impl State {
 pub struct VsockConnection {
     guest_cid: Cid,
     key: ConnKey,
-    stream: UnixStream,
     state: State,
     deadline: Option<Instant>,
     rx_queue: RxQueue,
     credit: Credit,
-    tx_buf: LocalTxBuf,
-    /// The socket may have bytes: the last read did not say otherwise.
-    readable: bool,
-    /// What a read leaves behind has no event of its own any more: out-of-band data stops a read, and an end of the stream
-    /// may have been seen together with the bytes before it. So reading goes on until there is really nothing.
-    halting: bool,
-    /// The socket may have room: the last write did not say otherwise.
-    writable: bool,
-    /// Both directions of the socket are over.
-    gone: bool,
-    /// Bytes of the guest's came after the host program had stopped reading, and were dropped.
-    dropped: bool,
-    /// What the guest will no more do, as flags of SHUTDOWN.
-    guest_shutdown: u32,
-    /// What the host program will no more do.
-    host_shutdown: u32,
-    /// What of it the guest was told.
-    told_shutdown: u32,
     /// A CREDIT_REQUEST was sent since there was last credit.
-    credit_asked: bool,
-    /// How much to read next.
-    read_size: usize,
+    credit_requested: bool,
+    mover: StreamMover,
+    shutdown: Shutdown,
 }
 
 impl VsockConnection {
-    /// The connection that a guest's REQUEST has opened to the host program behind `stream`.
-    pub fn accepted(request: &VsockHeader, stream: UnixStream, buf_alloc: u32) -> Self {
-        let key = ConnKey::of(request);
-        let mut conn = Self::new(request.guest_cid, key, stream, buf_alloc);
-        conn.state = State::Established;
-        conn.credit.learn(request);
-        conn.rx_queue.add(RxOps::Response);
+    /// The connection that a guest's REQUEST has opened: the peer behind `socket` has it.
+    pub fn accepted(request: &VsockHeader, socket: HostSocket, buf_alloc: u32) -> Self {
+        let mut conn = Self::new(request.guest_cid, ConnKey::of(request), socket, buf_alloc);
+        conn.credit.read_from(request);
+        conn.accept();
         conn
     }
 
-    /// The connection that the host program behind `stream` wants.
-    pub fn requested(guest_cid: Cid, key: ConnKey, stream: UnixStream, buf_alloc: u32) -> Self {
-        let mut conn = Self::new(guest_cid, key, stream, buf_alloc);
+    /// The connection that a guest's REQUEST asks for, before the peer behind `socket` has answered.
+    pub fn dialing(
+        request: &VsockHeader,
+        socket: HostSocket,
+        dialing: Dialing,
+        buf_alloc: u32,
+    ) -> Self {
+        let mut conn = Self::new(request.guest_cid, ConnKey::of(request), socket, buf_alloc);
+        conn.credit.read_from(request);
+        conn.state = State::Dialing(dialing);
+        conn.deadline = Some(Instant::now() + ANSWER_TIMEOUT);
+        conn
+    }
+
+    /// The connection that the host program behind `socket` asks for.
+    pub fn requested(guest_cid: Cid, key: ConnKey, socket: HostSocket, buf_alloc: u32) -> Self {
+        let mut conn = Self::new(guest_cid, key, socket, buf_alloc);
         conn.deadline = Some(Instant::now() + ANSWER_TIMEOUT);
         conn.rx_queue.add(RxOps::Request);
         conn
     }
 
-    fn new(guest_cid: Cid, key: ConnKey, stream: UnixStream, buf_alloc: u32) -> Self {
-        // With the kernel's own choice it works as well, if more slowly.
-        let _ = setsockopt(&stream, sockopt::SndBuf, &SEND_BUFFER);
+    fn new(guest_cid: Cid, key: ConnKey, socket: HostSocket, buf_alloc: u32) -> Self {
         Self {
             guest_cid,
             key,
-            stream,
-            state: State::Connecting,
+            state: State::Requested,
             deadline: None,
             rx_queue: RxQueue::default(),
             credit: Credit::new(buf_alloc),
-            tx_buf: LocalTxBuf::new(buf_alloc),
-            readable: true,
-            // What happened before it became a connection was not for it to see.
-            halting: true,
-            writable: true,
-            gone: false,
-            dropped: false,
-            guest_shutdown: 0,
-            host_shutdown: 0,
-            told_shutdown: 0,
-            credit_asked: false,
-            read_size: READ_RANGE.0,
+            credit_requested: false,
+            mover: StreamMover::new(socket, buf_alloc),
+            shutdown: Shutdown::default(),
         }
     }
 
-    /// The ports that name it.
+    /// What names it.
     pub fn key(&self) -> ConnKey {
         self.key
     }
 
-    /// Its socket.
-    pub fn stream(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+    /// Its socket, for readiness.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.mover.as_fd()
+    }
+
+    /// Its socket, when it is over.
+    pub fn into_socket(self) -> HostSocket {
+        self.mover.into_socket()
     }
 
     /// When it is reset unless something happens before.
@@ -245,47 +230,54 @@ impl VsockConnection {
         self.deadline
     }
 
-    /// Whether the guest has ended it properly and bytes still wait for the host program, whose they are.
-    pub fn owes_host(&self) -> bool {
-        self.state == State::Flushing && !self.tx_buf.is_empty()
+    /// Whether the guest has closed it properly and bytes still wait for the host program, to which they belong.
+    pub fn is_flushing(&self) -> bool {
+        matches!(self.state, State::Flushing) && self.mover.buffered() > 0
     }
 
-    /// Whether the guest has heard of it: our REQUEST may still wait for a buffer.
-    pub fn guest_knows(&self) -> bool {
-        self.state != State::Connecting || self.rx_queue.peek() != Some(RxOps::Request)
+    /// Whether bytes wait for the host program although its socket may have room, so that [`VsockConnection::flush`] must
+    /// be called without an event.
+    pub fn can_flush(&self) -> bool {
+        self.mover.can_flush()
     }
 
-    /// What it owes the guest first.
-    pub fn owes(&self) -> Option<RxOps> {
+    /// Whether the guest has seen a packet of it: our REQUEST may still be pending.
+    pub fn known_to_guest(&self) -> bool {
+        !matches!(self.state, State::Requested) || self.rx_queue.peek() != Some(RxOps::Request)
+    }
+
+    /// The operation that is pending first.
+    pub fn pending(&self) -> Option<RxOps> {
         self.rx_queue.peek()
     }
 
-    /// Whether it owes the guest a packet, and how many bytes of payload that packet and the ones right behind it can
-    /// have.
-    pub fn rx_demand(&self) -> Option<usize> {
-        self.owes().map(|op| match op {
-            RxOps::Rw => {
-                let batch = (self.credit.guest_window() / WINDOW_PART).max(READ_RANGE.0);
-                self.read_size.min(batch).min(self.credit.for_us())
-            }
+    /// How many bytes of payload the guest's next buffers are to hold: 0 for a packet without payload, none when nothing is
+    /// pending.
+    pub fn rx_size(&self) -> Option<usize> {
+        self.pending().map(|op| match op {
+            RxOps::Rw => self
+                .mover
+                .receive_size(self.credit.guest_window(), self.credit.ours()),
             _ => 0,
         })
     }
 
-    /// What there is to tell of it.
+    /// What statistics show of it.
     pub fn stats(&self) -> ConnectionStats {
-        let credit = self.credit.for_us();
+        let credit = self.credit.ours();
         ConnectionStats {
             guest_port: self.key.guest,
-            host_port: self.key.host,
+            peer: self.key.peer,
             state: self.state.name(),
             from_guest: self.credit.received(),
             to_guest: self.credit.sent(),
-            buffered: self.tx_buf.len(),
+            buffered: self.mover.buffered(),
             credit,
-            waits_for: if !self.tx_buf.is_empty() {
+            waits_for: if self.mover.buffered() > 0 || matches!(self.state, State::Dialing(_)) {
                 Some(Side::Host)
-            } else if self.state == State::Connecting || (self.readable && credit == 0) {
+            } else if matches!(self.state, State::Requested)
+                || (self.mover.is_readable() && credit == 0)
+            {
                 Some(Side::Guest)
             } else {
                 None
@@ -299,333 +291,356 @@ impl VsockConnection {
     }
 
     /// Takes a packet without payload from the guest.
-    pub fn send_pkt(&mut self, op: Op, header: &VsockHeader) -> Verdict {
-        self.credit.learn(header);
-        let verdict = match op {
-            // The guest has lost the connection that we still know.
-            Op::Request => Verdict::Reset(End::Protocol),
-            Op::Response if self.state == State::Connecting && self.guest_knows() => {
-                self.establish()
-            }
-            Op::Rst => Verdict::Close(match self.state {
-                State::Connecting => End::Refused,
-                State::Established => End::GuestReset,
-                State::Flushing | State::Finishing => End::Done,
-            }),
-            Op::Shutdown if self.state == State::Connecting => Verdict::Reset(End::Protocol),
-            Op::Shutdown => self.shut_down(header.flags & SHUTDOWN_BOTH),
-            Op::CreditRequest if self.state != State::Flushing => {
-                self.rx_queue.add(RxOps::CreditUpdate);
-                Verdict::Open
-            }
-            Op::Response | Op::CreditUpdate | Op::CreditRequest | Op::Rw => Verdict::Open,
+    pub fn send_pkt(&mut self, header: &VsockHeader) -> Verdict {
+        self.credit.read_from(header);
+        let verdict = match header.op {
+            Op::Rst => return Verdict::Close(self.reset_reason()),
+            // A guest that asks again has lost the connection.
+            Op::Request | Op::Unknown(_) => return Verdict::Reset(CloseReason::Protocol),
+            Op::Response => self.take_response(),
+            Op::Shutdown => self.take_shutdown(header.shutdown_flags()),
+            Op::CreditRequest => self.take_credit_request(),
+            Op::CreditUpdate | Op::Rw => Verdict::Open,
         };
-        if verdict == Verdict::Open && !self.tx_buf.is_empty() {
-            // An occasion to look whether the host program still reads.
+        if verdict == Verdict::Open && self.mover.buffered() > 0 {
+            // A full socket has no event for a host program that stops reading, so look when anything happens.
             return self.socket_ready(Readiness::default());
         }
-        self.update_owed();
+        self.update_pending();
         verdict
     }
 
     /// Takes consecutive RW packets of `batch`.
     pub fn send_payload(&mut self, batch: &TxBatch<'_>, packets: &[VsockPacket]) -> Verdict {
-        let ended = self.guest_shutdown & SHUTDOWN_SEND != 0;
-        if self.state == State::Connecting || ended {
-            return Verdict::Reset(End::Protocol);
+        let is_early = matches!(self.state, State::Requested | State::Dialing(_));
+        if is_early || self.shutdown.guest.contains(ShutdownFlags::SEND) {
+            return Verdict::Reset(CloseReason::Protocol);
         }
-        let mut room = self.credit.for_guest();
-        let fitting = packets.iter().take_while(|packet| {
+        let mut credit = self.credit.guests();
+        let within = packets.iter().take_while(|packet| {
             let len = packet.header().len as usize;
-            let fits = len <= room;
-            room = room.saturating_sub(len);
+            let fits = len <= credit;
+            credit = credit.saturating_sub(len);
             fits
         });
-        let (within, past) = packets.split_at(fitting.count());
+        let (within, past) = packets.split_at(within.count());
         let mut verdict = if past.is_empty() {
             Verdict::Open
         } else {
-            Verdict::Reset(End::Protocol)
+            Verdict::Reset(CloseReason::Protocol)
         };
         if let Some(last) = within.last() {
-            self.credit.learn(last.header());
+            self.credit.read_from(last.header());
             let delivered = self.deliver(&batch.payload(within));
             if delivered != Verdict::Open {
                 verdict = delivered;
             }
         }
-        self.update_owed();
+        self.update_pending();
         verdict
     }
 
-    /// Takes what the socket has become ready for.
+    /// Takes an event of the socket.
     pub fn socket_ready(&mut self, ready: Readiness) -> Verdict {
-        self.readable |= ready.readable;
-        self.halting |= ready.halting | ready.gone;
-        self.writable |= ready.writable;
-        let waiting = !self.tx_buf.is_empty();
-        if (waiting && !ready.writable) || (!waiting && ready == Readiness::WRITABLE) {
-            self.probe();
+        if matches!(self.state, State::Dialing(_)) {
+            return self.continue_dialing();
         }
-        if ready.gone && self.state != State::Connecting {
-            self.host_gone();
+        if ready.readable {
+            self.mover.set_readable();
         }
-        let dropped = waiting && self.tx_buf.is_empty();
-        let verdict = if dropped || waiting && self.writable {
-            self.flush()
+        if ready.until_empty || ready.hung_up {
+            self.mover.set_until_empty();
+        }
+        if ready.writable {
+            self.mover.set_writable();
+        }
+        let was_waiting = self.mover.buffered() > 0;
+        if (was_waiting && !ready.writable) || (!was_waiting && ready == Readiness::WRITABLE) {
+            self.probe_receiver();
+        }
+        if ready.hung_up && !matches!(self.state, State::Requested) {
+            self.host_closed();
+        }
+        let dropped = was_waiting && self.mover.buffered() == 0;
+        let verdict = if dropped || self.mover.can_flush() {
+            self.flush_buffered()
         } else {
             Verdict::Open
         };
-        self.update_owed();
+        self.update_pending();
         verdict
     }
 
-    /// Puts what is owed to the guest first into `batch`, which was made for [`VsockConnection::rx_demand`].
+    /// Sends more of what waits for the host program.
+    pub fn flush(&mut self) -> Verdict {
+        let verdict = self.flush_buffered();
+        self.update_pending();
+        verdict
+    }
+
+    /// Puts what is pending first into `batch`, which was made for [`VsockConnection::rx_size`] and is not empty.
     pub fn recv_pkt(&mut self, batch: &mut RxBatch<'_>) -> Verdict {
         let Some(op) = self.rx_queue.peek() else {
             return Verdict::Open;
         };
-        match op {
+        let verdict = match op {
+            RxOps::Rw => self.fill_payload(batch),
+            RxOps::Shutdown => self.fill_shutdown(batch),
             RxOps::Request => self.fill(batch, Op::Request),
             RxOps::Response => self.fill(batch, Op::Response),
             RxOps::CreditUpdate => self.fill(batch, Op::CreditUpdate),
             RxOps::CreditRequest => self.fill(batch, Op::CreditRequest),
-            RxOps::Shutdown => self.fill_shutdown(batch),
-            RxOps::Rw => self.fill_payload(batch),
-        }
+        };
         self.rx_queue.remove(op);
-        self.update_owed();
-        Verdict::Open
+        self.update_pending();
+        verdict
+    }
+}
+
+// What the guest's packets do.
+impl VsockConnection {
+    fn reset_reason(&self) -> CloseReason {
+        match self.state {
+            State::Requested => CloseReason::Refused,
+            State::Dialing(_) | State::Established => CloseReason::GuestReset,
+            State::Flushing | State::Closing => CloseReason::Done,
+        }
     }
 
-    /// The guest has accepted: the host program hears so.
-    fn establish(&mut self) -> Verdict {
+    /// The guest has accepted, and the client gets its `OK`.
+    fn take_response(&mut self) -> Verdict {
+        if !matches!(self.state, State::Requested) || !self.known_to_guest() {
+            return Verdict::Open;
+        }
         self.state = State::Established;
         self.deadline = None;
-        let line = format!("OK {}\n", self.key.host.0);
-        match self.stream.write(line.as_bytes()) {
-            Ok(written) if written == line.len() => Verdict::Open,
-            // It is dead, but what it wrote before is still the guest's.
-            _ if self.has_bytes() => {
-                self.host_gone();
+        let line = connect_line::answer(self.key.peer.port.0);
+        let slices = [IoSlice::new(line.as_bytes())];
+        match self.mover.socket().send_bytes(&slices) {
+            Ok(sent) if sent == line.len() => Verdict::Open,
+            // It has left, but what it wrote before is still for the guest.
+            _ if matches!(self.mover.socket().peek(&mut [0]), Ok(1)) => {
+                self.host_closed();
                 Verdict::Open
             }
-            _ => Verdict::Reset(End::HostGone),
+            _ => Verdict::Reset(CloseReason::HostGone),
         }
     }
 
-    fn has_bytes(&self) -> bool {
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        matches!(recv(self.stream.as_raw_fd(), &mut [0], flags), Ok(1))
-    }
-
-    /// The guest will no more receive, send, or both.
-    fn shut_down(&mut self, flags: u32) -> Verdict {
-        let new = flags & !self.guest_shutdown;
-        self.guest_shutdown |= flags;
-        if self.guest_shutdown == SHUTDOWN_BOTH {
+    /// The guest will no longer receive, send, or both.
+    fn take_shutdown(&mut self, flags: ShutdownFlags) -> Verdict {
+        if matches!(self.state, State::Requested | State::Dialing(_)) {
+            return Verdict::Reset(CloseReason::Protocol);
+        }
+        let new = flags.difference(self.shutdown.guest);
+        self.shutdown.guest |= flags;
+        if self.shutdown.guest.is_all() {
             self.state = State::Flushing;
             self.deadline = None;
             self.rx_queue.clear();
-            return self.flush();
+            return self.flush_buffered();
         }
-        if new & SHUTDOWN_RECEIVE != 0 {
-            // An error here only says that the socket is gone already.
-            let _ = self.stream.shutdown(Shutdown::Read);
+        if new.contains(ShutdownFlags::RECEIVE) {
+            self.mover.socket().shutdown(Direction::Read);
         }
-        if new & SHUTDOWN_SEND != 0 {
-            return self.flush();
+        if new.contains(ShutdownFlags::SEND) {
+            return self.flush_buffered();
         }
         Verdict::Open
     }
 
-    /// Looks whether the host program has stopped reading. Nothing else tells: a socket with room seems to have got more,
-    /// as when the program has read something, and a full one has no event at all. So that one is looked at when
-    /// anything else happens to the connection.
-    fn probe(&mut self) {
-        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        // Behind the last byte, it is we who have ended this direction.
-        let ours = self.guest_shutdown & SHUTDOWN_SEND != 0 && self.tx_buf.is_empty();
-        if !ours && send(self.stream.as_raw_fd(), &[], flags) == Err(nix::Error::EPIPE) {
+    fn take_credit_request(&mut self) -> Verdict {
+        if !matches!(self.state, State::Flushing | State::Dialing(_)) {
+            self.rx_queue.add(RxOps::CreditUpdate);
+        }
+        Verdict::Open
+    }
+
+    /// Sends payload to the host program, and buffers what it does not take yet.
+    fn deliver(&mut self, payload: &Payload<'_>) -> Verdict {
+        let len = payload.len();
+        self.credit.count_received(len);
+        if self.shutdown.host_receives() {
+            match self.mover.deliver(payload) {
+                Delivered::Sent(sent) => {
+                    self.credit.count_forwarded(sent);
+                    return Verdict::Open;
+                }
+                Delivered::Closed => self.stop_delivering(),
+                Delivered::Failed => return Verdict::Reset(CloseReason::HostGone),
+            }
+        }
+        self.credit.count_forwarded(len);
+        self.shutdown.dropped = true;
+        Verdict::Open
+    }
+}
+
+// What the socket's events do.
+impl VsockConnection {
+    /// The peer has the guest's REQUEST.
+    fn accept(&mut self) {
+        self.state = State::Established;
+        self.deadline = None;
+        self.rx_queue.add(RxOps::Response);
+    }
+
+    /// Looks whether the peer has answered.
+    fn continue_dialing(&mut self) -> Verdict {
+        let socket = self.mover.socket();
+        let answered = match &mut self.state {
+            State::Dialing(Dialing::Connect) => match socket.connect_result() {
+                Ok(()) => Progress::Complete {
+                    port: self.key.peer.port.0,
+                    consumed: 0,
+                },
+                Err(_) => Progress::Invalid,
+            },
+            State::Dialing(Dialing::Answer(line)) => connect_line::read(socket, line),
+            _ => return Verdict::Open,
+        };
+        match answered {
+            Progress::Incomplete => return Verdict::Open,
+            Progress::Invalid => return Verdict::Reset(CloseReason::Refused),
+            Progress::Complete { .. } => self.accept(),
+        }
+        self.update_pending();
+        Verdict::Open
+    }
+
+    /// Looks whether the host program has stopped receiving, which causes no event of its own. A socket with room seems to
+    /// have got more, as when the program has read something; a full one has no event at all.
+    fn probe_receiver(&mut self) {
+        // Behind the last byte it is we who have shut this direction down.
+        let ours = self.shutdown.guest.contains(ShutdownFlags::SEND) && self.mover.buffered() == 0;
+        if !ours && self.mover.socket().peer_stopped_receiving() {
             self.stop_delivering();
         }
     }
 
     /// Both directions of the socket are over. What it holds can still be read.
-    fn host_gone(&mut self) {
-        self.gone = true;
-        self.readable = true;
+    fn host_closed(&mut self) {
+        self.shutdown.host_closed = true;
+        self.mover.set_readable();
         self.stop_delivering();
     }
 
-    /// The host program takes no more bytes: what comes for it is dropped from now on.
+    /// The host program receives no more: what comes for it is dropped from now on.
     fn stop_delivering(&mut self) {
-        self.host_shutdown |= SHUTDOWN_RECEIVE;
-        self.credit.count_forwarded(self.tx_buf.len());
-        self.tx_buf.clear();
+        self.shutdown.host |= ShutdownFlags::RECEIVE;
+        self.credit.count_forwarded(self.mover.drop_buffered());
     }
 
-    /// Sends payload to the host program, and keeps what it does not take yet.
-    fn deliver(&mut self, payload: &Payload<'_>) -> Verdict {
-        let len = payload.len();
-        self.credit.count_received(len);
-        let mut sent = 0;
-        if self.writable && self.tx_buf.is_empty() && self.host_shutdown & SHUTDOWN_RECEIVE == 0 {
-            match payload.send_to(&self.stream) {
-                Ok(count) => sent = count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if is_end(&error) => self.stop_delivering(),
-                Err(_) => return Verdict::Reset(End::HostGone),
-            }
-            self.writable = sent == len;
+    /// Sends what waits for the host program, and does what was to happen behind the last byte.
+    fn flush_buffered(&mut self) -> Verdict {
+        let credit = &mut self.credit;
+        match self.mover.flush(|sent| credit.count_forwarded(sent)) {
+            Flushed::All => {}
+            Flushed::Part => return Verdict::Open,
+            Flushed::Closed => self.stop_delivering(),
+            Flushed::Failed => return Verdict::Reset(CloseReason::HostGone),
         }
-        if self.host_shutdown & SHUTDOWN_RECEIVE != 0 {
-            self.credit.count_forwarded(len);
-            self.dropped = true;
-            return Verdict::Open;
+        if matches!(self.state, State::Flushing) {
+            return Verdict::Reset(CloseReason::Done);
         }
-        self.credit.count_forwarded(sent);
-        let kept = self.tx_buf.push(len - sent, |offset, place| {
-            payload.copy_to(sent + offset, place);
-        });
-        // The guest's credit is the room in this buffer: only where the system has no memory are bytes lost.
-        if kept {
-            Verdict::Open
-        } else {
-            Verdict::Reset(End::HostGone)
+        if self.shutdown.guest.contains(ShutdownFlags::SEND) {
+            self.mover.socket().shutdown(Direction::Write);
         }
+        Verdict::Open
+    }
+}
+
+// Packets for the guest.
+impl VsockConnection {
+    fn header(&self, op: Op) -> VsockHeader {
+        VsockHeader::new(self.guest_cid, self.key.guest, self.key.peer, op)
     }
 
-    /// Writes what waits for the host program, and does what was to happen behind the last byte.
-    fn flush(&mut self) -> Verdict {
-        while !self.tx_buf.is_empty() {
-            match self.tx_buf.flush_to(&self.stream) {
-                Ok(written) => self.credit.count_forwarded(written),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.writable = false;
-                    return Verdict::Open;
-                }
-                Err(error) if is_end(&error) => self.stop_delivering(),
-                Err(_) => return Verdict::Reset(End::HostGone),
-            }
-        }
-        if self.state == State::Flushing {
-            return Verdict::Reset(End::Done);
-        }
-        if self.guest_shutdown & SHUTDOWN_SEND != 0 {
-            let _ = self.stream.shutdown(Shutdown::Write);
+    fn fill(&mut self, batch: &mut RxBatch<'_>, op: Op) -> Verdict {
+        let mut header = self.header(op);
+        self.credit.write_to(&mut header);
+        batch.fill_header(&header);
+        Verdict::Open
+    }
+
+    fn fill_shutdown(&mut self, batch: &mut RxBatch<'_>) -> Verdict {
+        let mut header = self.header(Op::Shutdown);
+        header.flags = self.shutdown.host.bits();
+        self.credit.write_to(&mut header);
+        batch.fill_header(&header);
+        self.shutdown.sent = self.shutdown.host;
+        if self.shutdown.sent.is_all() {
+            self.state = State::Closing;
+            self.deadline = Some(Instant::now() + CLOSE_TIMEOUT);
         }
         Verdict::Open
     }
 
-    fn header(&self, op: Op) -> VsockHeader {
-        VsockHeader::to_guest(self.guest_cid, self.key.guest, self.key.host, op)
-    }
-
-    fn fill(&mut self, batch: &mut RxBatch<'_>, op: Op) {
-        let mut header = self.header(op);
-        self.credit.tell(&mut header);
-        batch.fill_header(&header);
-    }
-
-    fn fill_shutdown(&mut self, batch: &mut RxBatch<'_>) {
-        let mut header = self.header(Op::Shutdown);
-        header.flags = self.host_shutdown;
-        self.credit.tell(&mut header);
-        batch.fill_header(&header);
-        self.told_shutdown = self.host_shutdown;
-        if self.told_shutdown == SHUTDOWN_BOTH {
-            self.state = State::Finishing;
-            self.deadline = Some(Instant::now() + CLOSE_TIMEOUT);
+    fn fill_payload(&mut self, batch: &mut RxBatch<'_>) -> Verdict {
+        if batch.capacity() == 0 {
+            return Verdict::Open;
         }
-    }
-
-    fn fill_payload(&mut self, batch: &mut RxBatch<'_>) {
-        let capacity = batch.capacity();
-        if capacity == 0 {
-            return;
-        }
-        match batch.read_from(&self.stream) {
-            Ok(Read { bytes: 0, .. }) => self.host_ended(),
-            Ok(Read { bytes, is_all }) => {
+        match self.mover.receive(batch) {
+            Ok(0) => self.host_sends_no_more(),
+            Ok(bytes) => {
                 let mut header = self.header(Op::Rw);
-                self.credit.tell(&mut header);
+                self.credit.write_to(&mut header);
                 self.credit.count_sent(bytes);
                 batch.fill(&header, bytes);
-                let next = if bytes == capacity {
-                    4 * capacity
-                } else {
-                    2 * bytes
-                };
-                self.read_size = next.clamp(READ_RANGE.0, READ_RANGE.1);
-                self.readable = !is_all || self.halting;
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.readable = false;
-                self.halting = false;
+            Err(ReceiveError::Empty) => {}
+            Err(ReceiveError::Reset) => {
+                self.host_closed();
+                self.host_sends_no_more();
             }
-            // The host program has closed with bytes of the guest's unread.
-            Err(_) => {
-                self.host_gone();
-                self.host_ended();
+            Err(ReceiveError::GuestMemory) => {
+                // The stream to the guest has a hole, but that to the host program has none.
+                self.state = State::Flushing;
+                self.rx_queue.clear();
+                return Verdict::Reset(CloseReason::Protocol);
             }
+            Err(ReceiveError::Failed(_)) => return Verdict::Reset(CloseReason::HostGone),
         }
+        Verdict::Open
     }
 
-    /// The last byte of the host program's was read. Whether it only stopped writing or closed is told by poll: the
-    /// socket's event may not have come yet.
-    fn host_ended(&mut self) {
-        self.readable = false;
-        self.host_shutdown |= SHUTDOWN_SEND;
-        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
-        let closed = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0);
-        if closed && !self.gone {
-            self.gone = true;
+    /// The host program's last byte was read. Whether it has closed or only stopped writing is asked, for the event that
+    /// says so may not have come yet.
+    fn host_sends_no_more(&mut self) {
+        self.shutdown.host |= ShutdownFlags::SEND;
+        if !self.shutdown.host_closed && self.mover.socket().peer_closed() {
+            self.shutdown.host_closed = true;
             self.stop_delivering();
         }
     }
 
-    /// Brings the operations owed to the guest in line with the connection's state.
-    fn update_owed(&mut self) {
-        if matches!(self.state, State::Connecting | State::Flushing) {
+    /// Brings the pending operations in line with the connection's state.
+    fn update_pending(&mut self) {
+        if !matches!(self.state, State::Established | State::Closing) {
             return;
         }
-        if self.gone && self.guest_shutdown & SHUTDOWN_RECEIVE != 0 {
-            // What the host program wrote last has nobody to go to.
-            self.host_shutdown |= SHUTDOWN_SEND;
+        if self.shutdown.host_closed && self.shutdown.guest.contains(ShutdownFlags::RECEIVE) {
+            // Nobody receives what the host program wrote last.
+            self.shutdown.host |= ShutdownFlags::SEND;
         }
         self.rx_queue.remove(RxOps::Rw);
-        let credit = self.credit.for_us();
+        let credit = self.credit.ours();
         if credit > 0 {
-            self.credit_asked = false;
+            self.credit_requested = false;
         }
-        let reading =
-            (self.guest_shutdown & SHUTDOWN_RECEIVE) | (self.host_shutdown & SHUTDOWN_SEND) == 0;
-        if reading && self.readable {
+        if self.shutdown.to_guest_open() && self.mover.is_readable() {
             if credit > 0 {
                 self.rx_queue.add(RxOps::Rw);
-            } else if !self.credit_asked {
-                self.credit_asked = true;
+            } else if !self.credit_requested {
+                self.credit_requested = true;
                 self.rx_queue.add(RxOps::CreditRequest);
             }
         }
-        if self.credit.is_due() {
+        if self.credit.update_is_due() {
             self.rx_queue.add(RxOps::CreditUpdate);
         }
-        // A host program that is gone ends both directions with one SHUTDOWN, behind the last byte it wrote. But a guest that
-        // goes on sending is told first that nobody takes it: it may never read so far.
-        let untold = self.host_shutdown & !self.told_shutdown;
-        if untold != 0 && (self.dropped || !(self.gone && reading)) {
+        if self.shutdown.is_due() {
             self.rx_queue.add(RxOps::Shutdown);
         }
     }
 }
-
-/// Whether an error says that the other end is gone. Any other is a failure of the system, which has cost bytes.
-fn is_end(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
-    matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
-}
-
-#[cfg(test)]
-mod tests;

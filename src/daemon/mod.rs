@@ -1,7 +1,15 @@
 //! The daemon as a process.
+//!
+//! ```text
+//! server       the process: its VMs, what they share, its end
+//!   vm         one VM: its sockets, its device, its threads
+//!   service    the service manager: readiness and status
+//!   sandbox    what the process gives up before it serves
+//! log_writer   the log's way to stderr
+//! ```
 
 pub mod log_writer;
-pub mod relay;
 pub mod sandbox;
 pub mod server;
 pub mod service;
+pub mod vm;

@@ -26,13 +26,7 @@ use seccompiler::{
 use thiserror::Error;
 
 use crate::config::{ProcessConfig, Sandbox, folder};
-use crate::daemon::{log_writer, relay, service};
-use crate::host::listener;
-use crate::metrics::socket as stats_socket;
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
-use crate::vhost_user_vsock_thread::busy_poll as look;
-use crate::vhu_vsock::vring;
-use crate::{packet, thread_backend, txbuf, vhost_user_vsock_thread, vhu_vsock, vsock_conn};
 
 /// The Landlock of Linux 6.12, which has all that the sandbox asks for but one.
 const LANDLOCK: ABI = ABI::V6;
@@ -137,7 +131,7 @@ enum Missing {
 
 /// Gives up all that serving does not need, for the calling thread and those that it starts from now on. The sockets
 /// of `config` are there already. Besides the calls that are listed below the caller, its own can be made.
-pub fn enter(config: &ProcessConfig, callers: &[Syscall]) -> Result<(), SandboxError> {
+pub fn enter(config: &ProcessConfig, syscalls: &[Syscall]) -> Result<(), SandboxError> {
     if config.sandbox == Sandbox::Off {
         return Ok(());
     }
@@ -148,7 +142,7 @@ pub fn enter(config: &ProcessConfig, callers: &[Syscall]) -> Result<(), SandboxE
         leave_files(config),
         drop_capabilities().map_err(Missing::Capabilities),
         set_dumpable(false).map_err(Missing::Dumpable),
-        leave_calls(callers),
+        leave_calls(syscalls),
     ];
     let missing = parts.into_iter().filter_map(Result::err);
     let missing: Vec<String> = missing.map(|missing| missing.to_string()).collect();
@@ -206,29 +200,12 @@ fn leave_files(config: &ProcessConfig) -> Result<(), Missing> {
 }
 
 /// Makes every call that is not listed the last one, in all threads.
-fn leave_calls(callers: &[Syscall]) -> Result<(), Missing> {
-    let allowed = [
-        SYSCALLS,
-        callers,
-        listener::SYSCALLS,
-        vhu_vsock::SYSCALLS,
-        vring::SYSCALLS,
-        vhost_user_vsock_thread::SYSCALLS,
-        look::SYSCALLS,
-        log_writer::SYSCALLS,
-        relay::SYSCALLS,
-        service::SYSCALLS,
-        stats_socket::SYSCALLS,
-        thread_backend::SYSCALLS,
-        vsock_conn::SYSCALLS,
-        txbuf::SYSCALLS,
-        packet::SYSCALLS,
-    ];
+fn leave_calls(syscalls: &[Syscall]) -> Result<(), Missing> {
     let refuse = |calls: &[Syscall], error: c_int| {
         let error = SeccompAction::Errno(error as u32);
         compile(&[calls], error, SeccompAction::Allow)
     };
-    let known = [&allowed[..], &[FILES, UNREADABLE]].concat();
+    let known = [SYSCALLS, syscalls, FILES, UNREADABLE];
     // The strictest of them decides.
     let filters = [
         refuse(FILES, libc::EACCES)?,

@@ -1,272 +1,181 @@
-//! The daemon's life: its sockets, and one VMM after the other.
+//! The process: its VMs, what they share, and its end.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use log::{info, warn};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use parking_lot::Mutex;
-use vhost::vhost_user::{Error as VhostUserError, Listener};
-use vhost_user_backend::{Error, ShutdownHandle, VhostUserDaemon};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::config::{ConfigError, ProcessConfig, Socket, VmConfig};
-use crate::daemon::relay::Relay;
-use crate::daemon::sandbox::{self, SandboxError};
-use crate::daemon::service::ServiceManager;
-use crate::host::listener::{self, Inherited, ListenerError, SocketFile};
-use crate::metrics::socket;
+use super::log_writer;
+use super::sandbox::{self, SandboxError};
+use super::service::{self, ServiceManager, Status};
+use super::vm::{self, BoundVm, Threads, Vm, VmError};
+use crate::config::{ConfigError, ProcessConfig};
+use crate::host::listener::{self, ListenerError, SocketFile};
+use crate::metrics;
 use crate::syscalls::Syscall;
-use crate::vhu_vsock::VhostUserVsockBackend;
+use crate::vhu_vsock::{self, Activity};
 
-/// To wait for a VMM and for the wish to stop, which a signal brings: its handler sends a byte to the thread that reads
-/// it.
+/// To return from signal handlers, which send a byte.
 const SYSCALLS: &[Syscall] = &[
-    #[cfg(target_arch = "x86_64")]
-    Syscall::any(libc::SYS_poll),
-    Syscall::any(libc::SYS_ppoll),
-    Syscall::any(libc::SYS_restart_syscall),
     Syscall::any(libc::SYS_rt_sigreturn),
     Syscall::any(libc::SYS_sendto),
-    Syscall::any(libc::SYS_recvfrom),
 ];
 
-/// How long to wait before the next try to serve, in milliseconds.
-const RETRY: u16 = 100;
+/// How long the threads may take to end after a signal. What is stuck then ends with the process.
+const STOP_TIMEOUT: Duration = Duration::from_millis(700);
 
 /// Why the daemon can't go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// It was told something that can't work.
+    /// Its configuration can't work.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// A socket can't be made.
     #[error(transparent)]
     Listener(#[from] ListenerError),
-    /// It must not serve without a sandbox that it can't have.
+    /// The sandbox is incomplete, and it must not serve without.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     /// The system refused something that every daemon needs.
     #[error("can't serve: {0}")]
     Io(#[from] io::Error),
-    /// The vhost-user library refused.
-    #[error("can't serve a VMM: {0}")]
-    Daemon(Error),
 }
 
-/// Asks the daemon to stop, from any thread.
-#[derive(Clone)]
-pub struct Stop(Arc<StopState>);
-
-struct StopState {
-    requested: AtomicBool,
-    event: EventFd,
-    /// The VMM that is served at the moment.
-    session: Mutex<Option<ShutdownHandle>>,
-}
-
-impl Stop {
-    /// A wish that was not uttered yet.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self(Arc::new(StopState {
-            requested: AtomicBool::new(false),
-            event: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
-            session: Mutex::default(),
-        })))
-    }
-
-    /// Asks.
-    pub fn request(&self) {
-        self.0.requested.store(true, Ordering::SeqCst);
-        let _ = self.0.event.write(1);
-        if let Some(session) = self.0.session.lock().as_ref() {
-            session.shutdown();
+impl From<VmError> for ServerError {
+    fn from(error: VmError) -> Self {
+        match error {
+            VmError::Config(error) => error.into(),
+            VmError::Listener(error) => error.into(),
+            VmError::Io(error) => error.into(),
         }
     }
+}
 
-    fn is_requested(&self) -> bool {
-        self.0.requested.load(Ordering::SeqCst)
-    }
+/// The activity of all VMs, for the service manager.
+#[derive(Default)]
+struct Board {
+    vmms: AtomicUsize,
+    connections: AtomicUsize,
+    status: OnceLock<Status>,
+}
 
-    /// Takes the VMM that is served from now on.
-    fn set_session(&self, session: Option<ShutdownHandle>) {
-        *self.0.session.lock() = session;
-        if self.is_requested() {
-            self.request();
+/// What a VM has last written on the board.
+#[derive(Default)]
+struct Posted {
+    vmms: AtomicUsize,
+    connections: AtomicUsize,
+}
+
+impl Board {
+    /// Replaces what a VM has on the board.
+    fn post(&self, posted: &Posted, activity: Activity) {
+        let replace = |total: &AtomicUsize, part: &AtomicUsize, new: usize| {
+            let old = part.swap(new, Ordering::Relaxed);
+            if old != new {
+                total.fetch_add(new.wrapping_sub(old), Ordering::Relaxed);
+            }
+            total.load(Ordering::Relaxed)
+        };
+        let vmms = replace(&self.vmms, &posted.vmms, activity.has_vmm.into());
+        let connections = replace(&self.connections, &posted.connections, activity.connections);
+        if let Some(status) = self.status.get() {
+            status.set(vmms > 0, connections);
         }
     }
 }
 
 /// The daemon with its sockets, which go with it.
 pub struct Server {
-    socket: SocketFile,
-    /// Held for their files. Others have the sockets.
-    _others: [Option<SocketFile>; 2],
-    /// The VMM is there from the start, and there is no other one.
-    is_single: bool,
+    vms: Vec<Vm>,
+    stats: Option<SocketFile>,
+    threads: Arc<Threads>,
     manager: ServiceManager,
-    backend: Arc<VhostUserVsockBackend>,
 }
 
 impl Server {
-    /// Makes the sockets and enters the sandbox. The process may have no thread but the calling one, which alone enters
-    /// it, with those it starts later.
+    /// Makes the sockets, enters the sandbox and serves. The process may have no thread but the calling one, which alone enters
+    /// the sandbox, with those that it starts later.
+    ///
+    /// # Errors
+    /// The configuration can't work, a socket can't be made, the sandbox is incomplete and `strict`, or the system refuses.
     pub fn start(config: &ProcessConfig) -> Result<Self, ServerError> {
         config.check()?;
-        let Some(vm) = config.vms.first() else {
-            return Err(ConfigError::Vms(0).into());
-        };
         raise_descriptor_limit();
-        let (socket, relay) = vmm_socket(vm)?;
-        let uds = match vm.uds_fd {
-            Some(fd) => SocketFile::foreign(Inherited::take_listener(fd)?),
-            None => SocketFile::bind(&vm.uds_path, vm.access)?,
-        };
+        listener::tighten_umask();
+        let board = Arc::new(Board::default());
+        let mut bound = Vec::new();
+        for vm in &config.vms {
+            let (board, posted) = (board.clone(), Posted::default());
+            let observer = move |activity| board.post(&posted, activity);
+            bound.push(BoundVm::new(vm, observer)?);
+        }
         let stats = config.stats_path.as_ref();
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
         let stats = stats.transpose()?;
-        let is_single = relay.is_some();
-        let backend = Arc::new(VhostUserVsockBackend::new(vm, uds.listener()?)?);
         let manager = ServiceManager::from_env();
-        sandbox::enter(config, SYSCALLS)?;
-        info!(
-            "CID {}: waiting for a VMM at {}, for host programs at {}",
-            vm.guest_cid.0,
-            vm.socket,
-            vm.uds_path.display()
-        );
-        if let Some(stats) = &stats {
-            let backend = backend.clone();
-            socket::serve(stats.listener()?, move || backend.snapshot())?;
+        sandbox::enter(config, &syscalls())?;
+        let threads = Threads::new()?;
+        let mut vms = Vec::new();
+        for (vm, config) in bound.into_iter().zip(&config.vms) {
+            info!(
+                "CID {}: waiting for a VMM at {}, for host programs at {}",
+                config.guest_cid,
+                config.socket,
+                config.uds_path.display()
+            );
+            vms.push(vm.start(threads.clone())?);
         }
-        if let Some(relay) = &relay {
-            relay.start()?;
+        if let (Some(stats), [vm]) = (&stats, &vms[..]) {
+            let device = vm.device();
+            metrics::socket::serve(stats.listener()?, move || device.snapshot())?;
         }
-        backend.report_to(manager.ready()?);
+        // There is one service manager.
+        let _ = board.status.set(manager.ready()?);
         Ok(Self {
-            socket,
-            _others: [Some(uds), stats],
-            is_single,
+            vms,
+            stats,
+            threads,
             manager,
-            backend,
         })
     }
 
-    /// Serves one VMM after the other until `stop` asks for the end. One whose connection was inherited is the only one.
-    pub fn run(self, stop: &Stop) -> Result<(), ServerError> {
-        let mut is_short = false;
-        while !stop.is_requested() {
-            match serve(&self.backend, &self.socket, stop) {
-                Ok(()) if self.is_single => break,
-                Ok(()) => is_short = false,
-                Err(error) if self.is_single => return Err(error),
-                Err(error) => {
-                    // Descriptors or memory have run out, which passes.
-                    if !std::mem::replace(&mut is_short, true) {
-                        warn!("{error}");
-                    }
-                    wait_for(&[stop.0.event.as_fd()], RETRY)?;
-                }
-            }
-        }
+    /// Serves until something can be read from `stop`, or until the only VMM of each VM, whose connection was inherited, is
+    /// gone. Then it removes its sockets and ends its threads. What does not end in time is left to the end of the process,
+    /// which must follow.
+    ///
+    /// # Errors
+    /// The system refuses to wait.
+    pub fn run(mut self, stop: BorrowedFd<'_>) -> Result<(), ServerError> {
+        self.threads.wait(stop)?;
         self.manager.stopping();
-        info!("stopped");
+        self.stats = None;
+        for vm in &mut self.vms {
+            vm.begin_stop();
+        }
+        if self.threads.wait_timeout(STOP_TIMEOUT)? {
+            info!("stopped");
+        } else {
+            warn!("stopped, though a thread did not end");
+        }
         Ok(())
     }
 }
 
-/// The socket for VMMs, and the way to the one whose connection was inherited. It is made before other sockets: the
-/// folder that the relay makes for a moment would be closed to us, too, with their umask.
-fn vmm_socket(config: &VmConfig) -> Result<(SocketFile, Option<Relay>), ServerError> {
-    let inherited = match &config.socket {
-        Socket::Inherited(fd) => Inherited::take(*fd)?,
-        Socket::Path(path) => {
-            listener::tighten_umask();
-            return Ok((SocketFile::bind(path, config.access)?, None));
-        }
-    };
-    let (listener, relay) = match inherited {
-        Inherited::Listener(listener) => (listener, None),
-        Inherited::Stream(vmm) => {
-            let (relay, listener) = Relay::new(vmm)?;
-            (listener, Some(relay))
-        }
-    };
-    listener::tighten_umask();
-    Ok((SocketFile::foreign(listener), relay))
-}
-
-/// Waits for a VMM and serves it until it is gone.
-fn serve(
-    backend: &Arc<VhostUserVsockBackend>,
-    socket: &SocketFile,
-    stop: &Stop,
-) -> Result<(), ServerError> {
-    let served = serve_once(backend, socket, stop);
-    // The worker has ended with its daemon, and only now has the guest's memory no user.
-    backend.detach();
-    served
-}
-
-fn serve_once(
-    backend: &Arc<VhostUserVsockBackend>,
-    socket: &SocketFile,
-    stop: &Stop,
-) -> Result<(), ServerError> {
-    // The worker is there before the VMM: it is the one who turns host programs away.
-    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-    let mut daemon =
-        VhostUserDaemon::new("vmm".into(), backend.clone(), memory).map_err(ServerError::Daemon)?;
-    backend.attach(&daemon)?;
-    wait_for(&[socket.as_fd(), stop.0.event.as_fd()], PollTimeout::NONE)?;
-    if stop.is_requested() {
-        Ok(())
-    } else {
-        serve_vmm(backend, &mut daemon, socket, stop)
-    }
-}
-
-/// Serves the VMM that has connected.
-fn serve_vmm(
-    backend: &VhostUserVsockBackend,
-    daemon: &mut VhostUserDaemon<Arc<VhostUserVsockBackend>>,
-    socket: &SocketFile,
-    stop: &Stop,
-) -> Result<(), ServerError> {
-    let mut listener = Listener::from(socket.listener()?);
-    daemon.start(&mut listener).map_err(ServerError::Daemon)?;
-    backend.greet();
-    info!("a VMM connected");
-    stop.set_session(daemon.shutdown_handle());
-    let end = daemon.wait();
-    stop.set_session(None);
-    match end {
-        Ok(()) | Err(Error::HandleRequest(VhostUserError::Disconnected)) => {
-            info!("the VMM disconnected");
-        }
-        Err(error) => warn!("the VMM is no longer served: {error}"),
-    }
-    Ok(())
-}
-
-/// Waits until one of the descriptors is readable, or the time is over.
-fn wait_for(fds: &[BorrowedFd<'_>], timeout: impl Into<PollTimeout>) -> io::Result<()> {
-    let mut fds: Vec<PollFd<'_>> = fds
-        .iter()
-        .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
-        .collect();
-    let timeout = timeout.into();
-    loop {
-        match poll(&mut fds, timeout) {
-            Ok(_) => return Ok(()),
-            Err(nix::Error::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
+/// All system calls of the daemon but those of the language's run time.
+fn syscalls() -> Vec<Syscall> {
+    [
+        SYSCALLS,
+        vm::SYSCALLS,
+        service::SYSCALLS,
+        log_writer::SYSCALLS,
+        metrics::socket::SYSCALLS,
+        &vhu_vsock::syscalls(),
+    ]
+    .concat()
 }
 
 /// A connection is a descriptor: as many as the system allows.

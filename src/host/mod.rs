@@ -1,4 +1,19 @@
-//! What is on the host's side of a connection.
+//! The host's side: everything that is not the guest.
+//!
+//! ```text
+//! listener       the sockets that the daemon makes, and their files
+//! socket         the host's end of a connection
+//! connect_line   CONNECT and OK
+//! routes         where a guest's connection leads
+//! ```
 
 pub mod connect_line;
 pub mod listener;
+pub mod routes;
+pub mod socket;
+
+use crate::syscalls::Syscall;
+
+pub(crate) fn syscalls() -> Vec<Syscall> {
+    [listener::SYSCALLS, socket::SYSCALLS].concat()
+}

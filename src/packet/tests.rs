@@ -1,4 +1,5 @@
 use std::io::{Read as _, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use proptest::prelude::*;
@@ -6,7 +7,8 @@ use virtio_vsock::packet::VsockPacket as Oracle;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::packet::header::{Cid, GuestPort, HostPort, Op};
+
+use crate::packet::header::{Cid, GuestPort, Op, PeerAddr};
 use crate::testing::{Area, BORDER, RING_SIZE, WRITE, chain, chain_ending, memory, rx_batch};
 
 const NEXT: u16 = 1;
@@ -14,7 +16,7 @@ const NEXT: u16 = 1;
 fn rw(len: usize) -> VsockHeader {
     VsockHeader {
         len: len as u32,
-        ..VsockHeader::to_guest(Cid(4), GuestPort(1), HostPort(2), Op::Rw)
+        ..VsockHeader::new(Cid::from_raw(4), GuestPort(1), PeerAddr::host(2), Op::Rw)
     }
 }
 
@@ -38,26 +40,36 @@ fn write_over(memory: &GuestMemoryMmap, areas: &[Area], bytes: &[u8]) {
     }
 }
 
-/// Adds a chain to the batch and makes a packet of it.
-fn take(
-    batch: &mut TxBatch<'_>,
+fn tx_chains(memory: &GuestMemoryMmap) -> TxChains<'_> {
+    TxChains::new(memory, TxStorage::default())
+}
+
+fn rx_batch_of(memory: &GuestMemoryMmap) -> RxBatch<'_> {
+    RxBatch::new(memory, RxStorage::default())
+}
+
+/// A batch of the packet in a chain.
+fn take<'m>(
+    memory: &'m GuestMemoryMmap,
     chain: DescriptorChain<&GuestMemoryMmap>,
-) -> Result<(), PacketError> {
-    batch.push(chain, RING_SIZE)?;
-    let mut refused = None;
-    batch.parse(|error| refused = Some(error));
-    refused.map_or(Ok(()), Err)
+) -> Result<TxBatch<'m>, PacketError> {
+    let mut chains = tx_chains(memory);
+    let pushed = chains.push(chain, RING_SIZE);
+    let mut rejected = None;
+    let batch = chains.parse(|error| rejected = Some(error));
+    let result = pushed.and(rejected.map_or(Ok(()), Err));
+    if result.is_err() {
+        assert!(
+            batch.packets().is_empty() && batch.slices.len() == 0,
+            "nothing is left of it"
+        );
+    }
+    result.map(|()| batch)
 }
 
 fn refusal(areas: &[Area], last: (u16, u16)) -> PacketError {
     let memory = memory();
-    let mut batch = TxBatch::new(&memory);
-    let error = take(&mut batch, chain_ending(&memory, areas, last)).unwrap_err();
-    assert!(
-        batch.packets().is_empty() && batch.slices.len() == 0,
-        "nothing is left of it"
-    );
-    error
+    take(&memory, chain_ending(&memory, areas, last)).unwrap_err()
 }
 
 #[test]
@@ -103,8 +115,7 @@ fn a_header_must_not_promise_more_than_there_is() {
         memory
             .write_slice(&header.to_tx(), GuestAddress(0x8000))
             .unwrap();
-        let mut batch = TxBatch::new(&memory);
-        let result = take(&mut batch, chain(&memory, &[(0x8000, 49, 0)]));
+        let result = take(&memory, chain(&memory, &[(0x8000, 49, 0)]));
         assert!(matches!(result, Err(PacketError::Short)), "{len}");
     }
 }
@@ -113,14 +124,14 @@ fn a_header_must_not_promise_more_than_there_is() {
 fn a_chain_longer_than_its_ring_is_refused() {
     let memory = memory();
     let chain = chain(&memory, &areas(0x8000, &[44, 1, 1, 1], 0));
-    let result = TxBatch::new(&memory).push(chain, 3);
+    let result = tx_chains(&memory).push(chain, 3);
     assert!(matches!(result, Err(PacketError::Endless)));
 }
 
 #[test]
 fn rx_buffers_hold_a_header_and_a_byte() {
     let memory = memory();
-    let mut batch = RxBatch::new(&memory);
+    let mut batch = rx_batch_of(&memory);
     let mut push = |len, payload| {
         batch
             .push(chain(&memory, &[(0x8000, len, WRITE)]), RING_SIZE, payload)
@@ -148,12 +159,12 @@ fn a_read_that_ends_at_descriptors_is_not_all() {
         let (fd, flags) = (program.as_raw_fd(), MsgFlags::empty());
         sendmsg::<()>(fd, &[IoSlice::new(text)], &rights, flags, None).unwrap();
     }
-    let expected = Read {
+    let expected = Received {
         bytes: 6,
-        is_all: false,
+        drained: false,
     };
-    assert_eq!(batch.read_from(&host).unwrap(), expected);
-    assert_eq!(batch.read_from(&host).unwrap(), expected);
+    assert_eq!(batch.receive_from(&host).unwrap(), expected);
+    assert_eq!(batch.receive_from(&host).unwrap(), expected);
 }
 
 proptest! {
@@ -172,8 +183,7 @@ proptest! {
         let areas = areas(start, &lengths, 0);
         write_over(&memory, &areas, &bytes);
 
-        let mut batch = TxBatch::new(&memory);
-        take(&mut batch, chain(&memory, &areas)).unwrap();
+        let batch = take(&memory, chain(&memory, &areas)).unwrap();
         let packets = batch.packets();
         prop_assert_eq!(packets[0].header(), &rw(payload.len()));
         let whole = batch.payload(packets);
@@ -196,7 +206,7 @@ proptest! {
         packets in prop::collection::vec((0usize..300, 6usize..80, prop::bool::weighted(0.2)), 1..20),
     ) {
         let memory = memory();
-        let mut batch = TxBatch::new(&memory);
+        let mut chains = tx_chains(&memory);
         let (mut at, mut sent, mut lengths) = (0x8000, Vec::new(), Vec::new());
         for (number, (len, cut, short)) in packets.iter().enumerate() {
             let payload = vec![number as u8; *len];
@@ -204,19 +214,19 @@ proptest! {
             let cuts: Vec<usize> = bytes.chunks(*cut).map(<[u8]>::len).collect();
             let areas = areas(at, &cuts, 0);
             write_over(&memory, &areas, &bytes);
-            batch.push(chain(&memory, &areas), RING_SIZE).unwrap();
+            chains.push(chain(&memory, &areas), RING_SIZE).unwrap();
             at += 0x400;
             if !short {
                 sent.extend(payload);
                 lengths.push(*len as u32);
             }
         }
-        let mut refused = 0;
-        batch.parse(|error| {
+        let mut rejected = 0;
+        let batch = chains.parse(|error| {
             assert!(matches!(error, PacketError::Short));
-            refused += 1;
+            rejected += 1;
         });
-        prop_assert_eq!(refused, packets.len() - lengths.len());
+        prop_assert_eq!(rejected, packets.len() - lengths.len());
         let found: Vec<u32> = batch.packets().iter().map(|packet| packet.header().len).collect();
         prop_assert_eq!(found, lengths);
         let whole = batch.payload(batch.packets());
@@ -238,18 +248,17 @@ proptest! {
         memory.write_slice(&len.to_le_bytes(), GuestAddress(0x8000 + 24)).unwrap();
         let count = if len == 0 { 1 } else { 2 };
         let oracle = Oracle::from_tx_virtq_chain(&memory, &mut chain(&memory, &areas[..count]), 65536);
-        let mut batch = TxBatch::new(&memory);
-        let ours = take(&mut batch, chain(&memory, &areas[..count]));
+        let ours = take(&memory, chain(&memory, &areas[..count]));
         prop_assert_eq!(ours.is_ok(), oracle.is_ok());
-        if let Ok(oracle) = oracle {
+        if let (Ok(batch), Ok(oracle)) = (ours, oracle) {
             let header = batch.packets()[0].header();
-            prop_assert_eq!(header.guest_cid.0, oracle.src_cid());
-            prop_assert_eq!(header.host_cid.0, oracle.dst_cid());
+            prop_assert_eq!(header.guest_cid.get(), oracle.src_cid());
+            prop_assert_eq!(header.peer.cid.get(), oracle.dst_cid());
             prop_assert_eq!(header.guest_port.0, oracle.src_port());
-            prop_assert_eq!(header.host_port.0, oracle.dst_port());
+            prop_assert_eq!(header.peer.port.0, oracle.dst_port());
             prop_assert_eq!(header.len, oracle.len());
-            prop_assert_eq!(header.kind, oracle.type_());
-            prop_assert_eq!(header.op, oracle.op());
+            prop_assert_eq!(u16::from(header.packet_type), oracle.type_());
+            prop_assert_eq!(u16::from(header.op), oracle.op());
             prop_assert_eq!(header.flags, oracle.flags());
             prop_assert_eq!(header.buf_alloc, oracle.buf_alloc());
             prop_assert_eq!(header.fwd_cnt, oracle.fwd_cnt());
@@ -263,7 +272,7 @@ proptest! {
         limit in 1usize..5000,
     ) {
         let memory = memory();
-        let mut batch = RxBatch::new(&memory);
+        let mut batch = rx_batch_of(&memory);
         let mut taken = Vec::new();
         for (index, lengths) in buffers.iter().enumerate() {
             let areas = areas(0x8000 + 0x1000 * index as u64, lengths, WRITE);
@@ -284,10 +293,10 @@ proptest! {
         if batch.is_empty() {
             return Ok(());
         }
-        let read = batch.read_from(&host).unwrap();
+        let read = batch.receive_from(&host).unwrap();
         let count = read.bytes;
         prop_assert_eq!(count, payload.len().min(batch.capacity()));
-        prop_assert_eq!(read.is_all, count < batch.capacity());
+        prop_assert_eq!(read.drained, count < batch.capacity());
         batch.fill(&rw(0), count);
         let mut got = Vec::new();
         for (buffer, (areas, room)) in batch.filled().iter().zip(&taken) {

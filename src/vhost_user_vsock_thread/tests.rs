@@ -1,13 +1,12 @@
 use std::sync::mpsc;
 use std::thread;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::packet::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
+use crate::packet::header::{Cid, GuestPort, Op, PeerAddr, VsockHeader};
 use crate::testing::{self, WRITE, tx_batch};
 
 /// Where the rings' descriptors lie, their avail and used rings, a packet or buffer, and an indirect table.
@@ -70,14 +69,19 @@ impl Endless {
     }
 
     /// Starts a ring all of whose descriptors are the same.
-    fn start(&self, ring: usize, area: testing::Area) {
+    fn start(&mut self, ring: usize, area: testing::Area) {
         let vring = &self.vrings[ring];
         let size = vring.get_ref().get_queue().size();
         for slot in 0..u64::from(size) {
             self.write_descriptor(DESCRIPTORS[ring] + 16 * slot, area, 0);
         }
-        vring.set_queue_ready(true);
-        vring.set_enabled(true);
+        self.worker
+            .start_ring(ring, self.vrings[ring].get_mut().get_queue_mut());
+        self.vrings[ring]
+            .get_mut()
+            .get_queue_mut()
+            .set_next_avail(0);
+        self.vrings[ring].set_enabled(true);
     }
 
     /// Lays a packet over an indirect table of so many descriptors of one byte.
@@ -109,47 +113,41 @@ impl Endless {
 
     /// Takes a turn, and answers how many buffers it took from `ring`.
     #[track_caller]
-    fn turn(mut self, ring: usize) -> (Self, u16) {
+    fn turn(mut self, ring: usize) -> (Self, u16, Wait) {
         let (done, wait) = mpsc::channel();
         thread::spawn(move || {
             let before = self.vrings[ring].queue_next_avail();
-            self.worker.turn(&self.vrings);
+            let wait = self.worker.turn(&self.vrings);
             let after = self.vrings[ring].queue_next_avail();
-            let _ = done.send((self, after.wrapping_sub(before)));
+            let _ = done.send((self, after.wrapping_sub(before), wait));
         });
         wait.recv_timeout(Duration::from_secs(20))
             .expect("a turn without an end")
     }
-
-    /// Whether the worker will be woken at once.
-    fn is_awake(&self) -> bool {
-        let mut fds = [PollFd::new(self.worker.epoll.0.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
-    }
 }
 
 fn packet(port: u32, op: Op) -> VsockHeader {
-    VsockHeader::to_guest(Cid(4), GuestPort(port), HostPort(9), op)
+    VsockHeader::new(Cid::from_raw(4), GuestPort(port), PeerAddr::host(9), op)
 }
 
 /// Turns that take buffers, but no more than `limit` each, and leave the rest to the next.
 #[track_caller]
 fn assert_bounded(mut endless: Endless, ring: usize, limit: usize) {
     for _ in 0..3 {
-        let taken;
-        (endless, taken) = endless.turn(ring);
+        let (taken, wait);
+        (endless, taken, wait) = endless.turn(ring);
         assert!(taken > 0, "nothing was taken");
         assert!(
             usize::from(taken) <= limit,
             "{taken} taken, {limit} expected"
         );
-        assert!(endless.is_awake(), "the rest is forgotten");
+        assert_eq!(wait, Wait::Not, "the rest is forgotten");
     }
 }
 
 #[test]
 fn a_turn_takes_a_bounded_number_of_packets() {
-    let endless = Endless::new(1024);
+    let mut endless = Endless::new(1024);
     let header = packet(1, Op::Rst).to_tx();
     endless
         .memory
@@ -163,7 +161,7 @@ fn a_turn_takes_a_bounded_number_of_packets() {
 fn a_turn_takes_a_bounded_number_of_descriptors() {
     // As long as the ring, and one longer: the first are packets, the others are not.
     for descriptors in [1024, 1025] {
-        let endless = Endless::new(1024);
+        let mut endless = Endless::new(1024);
         let table = endless.write_table(&packet(1, Op::Rst).to_tx(), descriptors);
         endless.start(TX_RING, table);
         let chains_in_a_round = MAX_TX_DESCRIPTORS / 1024 + 1;
@@ -173,7 +171,7 @@ fn a_turn_takes_a_bounded_number_of_descriptors() {
 
 #[test]
 fn a_turn_takes_a_bounded_number_of_bytes() {
-    let endless = Endless::new(1024);
+    let mut endless = Endless::new(1024);
     let header = VsockHeader {
         len: 60_000,
         ..packet(1, Op::Rw)
@@ -201,7 +199,7 @@ fn a_turn_gives_the_guest_a_bounded_number_of_packets() {
     let mut endless = Endless::new(64);
     endless.start(RX_RING, (BUFFER, 100, WRITE));
     endless.owe_resets(1024);
-    let (endless, given) = endless.turn(RX_RING);
+    let (_, given, wait) = endless.turn(RX_RING);
     assert_eq!(usize::from(given), MAX_ROUNDS * MAX_RX_BATCHES);
-    assert!(endless.is_awake());
+    assert_eq!(wait, Wait::Not);
 }

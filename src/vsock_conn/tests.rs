@@ -1,13 +1,15 @@
 use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
 
 use super::*;
 use crate::testing::{memory, received, rx_batch, tx_batch};
 
 const KEY: ConnKey = ConnKey {
     guest: GuestPort(1234),
-    host: HostPort(40000),
+    peer: PeerAddr::host(40000),
 };
 const WINDOW: u32 = 4096;
+const CID: Cid = Cid::from_raw(4);
 
 /// A connection and its two ends: the host program's socket, and the packets of the guest.
 struct Ends {
@@ -18,26 +20,26 @@ struct Ends {
 fn packet(op: Op) -> VsockHeader {
     VsockHeader {
         buf_alloc: WINDOW,
-        ..VsockHeader::to_guest(Cid(4), KEY.guest, KEY.host, op)
+        ..VsockHeader::new(CID, KEY.guest, KEY.peer, op)
     }
 }
 
-fn shutdown(flags: u32) -> VsockHeader {
+fn shutdown(flags: ShutdownFlags) -> VsockHeader {
     VsockHeader {
-        flags,
+        flags: flags.bits(),
         ..packet(Op::Shutdown)
     }
 }
 
 impl Ends {
-    fn of(make: impl FnOnce(UnixStream) -> VsockConnection) -> Self {
+    fn of(make: impl FnOnce(HostSocket) -> VsockConnection) -> Self {
         let (stream, program) = UnixStream::pair().unwrap();
         stream.set_nonblocking(true).unwrap();
         program
             .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
         Self {
-            conn: make(stream),
+            conn: make(stream.into()),
             program,
         }
     }
@@ -46,19 +48,19 @@ impl Ends {
     fn established(buf_alloc: u32) -> Self {
         let mut ends =
             Self::of(|stream| VsockConnection::accepted(&packet(Op::Request), stream, buf_alloc));
-        assert_eq!(ends.ops(), [Op::Response as u16]);
+        assert_eq!(ends.ops(), [Op::Response]);
         ends
     }
 
     /// A connection that the host program has asked for and whose REQUEST is out.
     fn requested() -> Self {
-        let mut ends = Self::of(|stream| VsockConnection::requested(Cid(4), KEY, stream, WINDOW));
-        assert_eq!(ends.ops(), [Op::Request as u16]);
+        let mut ends = Self::of(|stream| VsockConnection::requested(CID, KEY, stream, WINDOW));
+        assert_eq!(ends.ops(), [Op::Request]);
         ends
     }
 
     fn guest(&mut self, header: &VsockHeader) -> Verdict {
-        self.conn.send_pkt(Op::from_raw(header.op).unwrap(), header)
+        self.conn.send_pkt(header)
     }
 
     fn guest_writes(&mut self, payload: &[u8]) -> Verdict {
@@ -70,16 +72,16 @@ impl Ends {
     /// Everything the guest gets now.
     fn packets(&mut self) -> Vec<(VsockHeader, Vec<u8>)> {
         let mut packets = Vec::new();
-        while let Some(demand) = self.conn.rx_demand() {
+        while let Some(size) = self.conn.rx_size() {
             let memory = memory();
-            let mut batch = rx_batch(&memory, demand);
+            let mut batch = rx_batch(&memory, size);
             assert_eq!(self.conn.recv_pkt(&mut batch), Verdict::Open);
             packets.extend(received(&memory, &batch));
         }
         packets
     }
 
-    fn ops(&mut self) -> Vec<u16> {
+    fn ops(&mut self) -> Vec<Op> {
         self.packets().iter().map(|(header, _)| header.op).collect()
     }
 
@@ -93,7 +95,7 @@ impl Ends {
     fn ended(&mut self) -> Verdict {
         self.conn.socket_ready(Readiness {
             readable: true,
-            halting: true,
+            until_empty: true,
             ..Readiness::default()
         })
     }
@@ -108,9 +110,9 @@ impl Ends {
     fn gone(&mut self) -> Verdict {
         self.conn.socket_ready(Readiness {
             readable: true,
-            halting: true,
+            until_empty: true,
             writable: true,
-            gone: true,
+            hung_up: true,
         })
     }
 
@@ -119,7 +121,7 @@ impl Ends {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             let verdict = self.writable();
-            if self.conn.tx_buf.is_empty() {
+            if self.conn.mover.buffered() == 0 {
                 return verdict;
             }
             assert!(
@@ -132,7 +134,7 @@ impl Ends {
     /// Lets the guest write until the host program's socket is full and `waiting` bytes wait for it.
     fn fill(&mut self, waiting: usize) -> Vec<u8> {
         let mut written = Vec::new();
-        while self.conn.tx_buf.len() < waiting {
+        while self.conn.mover.buffered() < waiting {
             let chunk: Vec<u8> = (0..1000).map(|i| (written.len() + i) as u8).collect();
             assert_eq!(self.guest_writes(&chunk), Verdict::Open);
             written.extend(chunk);
@@ -154,7 +156,7 @@ fn an_accepted_request_answers_and_carries_bytes_both_ways() {
     ends.program.write_all(b"answer").unwrap();
     assert_eq!(ends.readable(), Verdict::Open);
     let (header, payload) = &ends.packets()[0];
-    assert_eq!((header.op, &payload[..]), (Op::Rw as u16, &b"answer"[..]));
+    assert_eq!((header.op, &payload[..]), (Op::Rw, &b"answer"[..]));
     assert_eq!((header.buf_alloc, header.fwd_cnt), (WINDOW, 5));
 }
 
@@ -183,7 +185,7 @@ fn a_dead_client_is_reset_unless_it_left_bytes() {
     ends.program = UnixStream::pair().unwrap().0;
     assert_eq!(
         ends.guest(&packet(Op::Response)),
-        Verdict::Reset(End::HostGone)
+        Verdict::Reset(CloseReason::HostGone)
     );
 
     let mut ends = Ends::requested();
@@ -192,16 +194,22 @@ fn a_dead_client_is_reset_unless_it_left_bytes() {
     assert_eq!(ends.guest(&packet(Op::Response)), Verdict::Open);
     let packets = ends.packets();
     assert_eq!(packets[0].1, b"last words");
-    assert_eq!(packets[1].0.flags, SHUTDOWN_BOTH);
+    assert_eq!(packets[1].0.shutdown_flags(), ShutdownFlags::all());
 }
 
 #[test]
 fn bytes_before_the_answer_or_after_the_end_reset_it() {
     let mut ends = Ends::requested();
-    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset(End::Protocol));
+    assert_eq!(
+        ends.guest_writes(b"x"),
+        Verdict::Reset(CloseReason::Protocol)
+    );
     let mut ends = Ends::established(WINDOW);
-    assert_eq!(ends.guest(&shutdown(SHUTDOWN_SEND)), Verdict::Open);
-    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset(End::Protocol));
+    assert_eq!(ends.guest(&shutdown(ShutdownFlags::SEND)), Verdict::Open);
+    assert_eq!(
+        ends.guest_writes(b"x"),
+        Verdict::Reset(CloseReason::Protocol)
+    );
 }
 
 #[test]
@@ -210,18 +218,21 @@ fn bytes_past_the_credit_reset_it() {
     assert_eq!(ends.guest_writes(&[0; 10]), Verdict::Open);
     assert_eq!(
         ends.guest_writes(&[0; 1]),
-        Verdict::Reset(End::Protocol),
+        Verdict::Reset(CloseReason::Protocol),
         "the guest was told of no more room"
     );
     let mut ends = Ends::established(10);
-    assert_eq!(ends.guest_writes(&[0; 11]), Verdict::Reset(End::Protocol));
+    assert_eq!(
+        ends.guest_writes(&[0; 11]),
+        Verdict::Reset(CloseReason::Protocol)
+    );
 }
 
 #[test]
 fn a_program_that_does_not_read_costs_its_buffer_only_until_it_does() {
     let mut ends = Ends::established(WINDOW);
     let written = ends.fill(3000);
-    assert!(ends.conn.tx_buf.len() <= WINDOW as usize);
+    assert!(ends.conn.mover.buffered() <= WINDOW as usize);
     ends.program.set_nonblocking(true).unwrap();
     let mut read = Vec::new();
     for _ in 0..10 {
@@ -237,7 +248,7 @@ fn a_program_that_does_not_read_costs_its_buffer_only_until_it_does() {
 fn a_credit_request_is_answered() {
     let mut ends = Ends::established(WINDOW);
     assert_eq!(ends.guest(&packet(Op::CreditRequest)), Verdict::Open);
-    assert_eq!(ends.ops(), [Op::CreditUpdate as u16]);
+    assert_eq!(ends.ops(), [Op::CreditUpdate]);
 }
 
 #[test]
@@ -269,7 +280,7 @@ fn without_credit_it_asks_once_and_waits() {
         .flat_map(|(_, payload)| payload.clone())
         .collect();
     assert_eq!(sent, b"abc");
-    assert_eq!(packets.last().unwrap().0.op, Op::CreditRequest as u16);
+    assert_eq!(packets.last().unwrap().0.op, Op::CreditRequest);
     assert_eq!(ends.readable(), Verdict::Open);
     assert_eq!(ends.packets(), []);
     let update = VsockHeader {
@@ -300,18 +311,18 @@ fn a_small_buffer_is_filled_with_one_packet() {
 fn a_host_program_that_stops_writing_ends_one_direction() {
     let mut ends = Ends::established(WINDOW);
     ends.program.write_all(b"question").unwrap();
-    ends.program.shutdown(Shutdown::Write).unwrap();
+    ends.program.shutdown(Direction::Write).unwrap();
     assert_eq!(ends.ended(), Verdict::Open);
     let packets = ends.packets();
     assert_eq!(packets[0].1, b"question");
     assert_eq!(
-        (packets[1].0.op, packets[1].0.flags),
-        (Op::Shutdown as u16, SHUTDOWN_SEND)
+        (packets[1].0.op, packets[1].0.shutdown_flags()),
+        (Op::Shutdown, ShutdownFlags::SEND)
     );
     assert_eq!(ends.guest_writes(b"answer"), Verdict::Open);
     assert_eq!(
-        ends.guest(&shutdown(SHUTDOWN_BOTH)),
-        Verdict::Reset(End::Done)
+        ends.guest(&shutdown(ShutdownFlags::all())),
+        Verdict::Reset(CloseReason::Done)
     );
     drop(ends.conn);
     let mut answer = String::new();
@@ -329,9 +340,7 @@ fn a_host_program_that_closes_ends_both_with_one_shutdown() {
     let sent: usize = packets.iter().map(|(_, payload)| payload.len()).sum();
     assert_eq!(sent, WINDOW as usize);
     assert!(
-        packets
-            .iter()
-            .all(|(header, _)| header.op != Op::Shutdown as u16),
+        packets.iter().all(|(header, _)| header.op != Op::Shutdown),
         "bytes are left"
     );
     let mut taken = WINDOW;
@@ -349,9 +358,15 @@ fn a_host_program_that_closes_ends_both_with_one_shutdown() {
             .sum::<u32>();
     }
     assert_eq!(taken, 10_000);
-    assert_eq!(last.last().unwrap().0.flags, SHUTDOWN_BOTH);
+    assert_eq!(
+        last.last().unwrap().0.shutdown_flags(),
+        ShutdownFlags::all()
+    );
     assert!(ends.conn.deadline().is_some(), "the guest has to confirm");
-    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close(End::Done));
+    assert_eq!(
+        ends.guest(&packet(Op::Rst)),
+        Verdict::Close(CloseReason::Done)
+    );
 }
 
 #[test]
@@ -363,7 +378,7 @@ fn what_comes_for_a_program_that_is_gone_is_taken_and_dropped() {
         assert_eq!(ends.guest_writes(&[1; 1000]), Verdict::Open);
         ends.packets();
     }
-    assert!(ends.conn.tx_buf.is_empty());
+    assert!(ends.conn.mover.buffered() == 0);
 }
 
 #[test]
@@ -373,12 +388,15 @@ fn a_guest_that_sends_to_a_program_that_is_gone_hears_so_before_it_has_read_all(
     ends.program = UnixStream::pair().unwrap().0;
     assert_eq!(ends.gone(), Verdict::Open);
     let before = ends.packets();
-    let is_shutdown = |(header, _): &(VsockHeader, _)| header.op == Op::Shutdown as u16;
+    let is_shutdown = |(header, _): &(VsockHeader, _)| header.op == Op::Shutdown;
     assert!(!before.iter().any(is_shutdown), "bytes are left");
     assert_eq!(ends.guest_writes(&[1; 1000]), Verdict::Open);
     let told = ends.packets();
-    let told: Vec<_> = told.iter().map(|(it, _)| (it.op, it.flags)).collect();
-    assert_eq!(told, [(Op::Shutdown as u16, SHUTDOWN_RECEIVE)]);
+    let told: Vec<_> = told
+        .iter()
+        .map(|(it, _)| (it.op, it.shutdown_flags()))
+        .collect();
+    assert_eq!(told, [(Op::Shutdown, ShutdownFlags::RECEIVE)]);
 
     let update = VsockHeader {
         buf_alloc: 20_000,
@@ -389,14 +407,17 @@ fn a_guest_that_sends_to_a_program_that_is_gone_hears_so_before_it_has_read_all(
     let bytes = |packets: &[(VsockHeader, Vec<u8>)]| packets.iter().map(|(_, it)| it.len()).sum();
     let (early, late): (usize, usize) = (bytes(&before), bytes(&after));
     assert_eq!(early + late, 10_000);
-    assert_eq!(after.last().unwrap().0.flags, SHUTDOWN_BOTH);
+    assert_eq!(
+        after.last().unwrap().0.shutdown_flags(),
+        ShutdownFlags::all()
+    );
 }
 
 #[test]
 fn a_guest_that_stops_sending_ends_the_programs_reading_behind_the_last_byte() {
     let mut ends = Ends::established(WINDOW);
     let written = ends.fill(2000);
-    assert_eq!(ends.guest(&shutdown(SHUTDOWN_SEND)), Verdict::Open);
+    assert_eq!(ends.guest(&shutdown(ShutdownFlags::SEND)), Verdict::Open);
     let reader = std::thread::spawn({
         let mut program = ends.program.try_clone().unwrap();
         move || {
@@ -414,15 +435,15 @@ fn a_guest_that_stops_sending_ends_the_programs_reading_behind_the_last_byte() {
 #[test]
 fn a_guest_that_stops_receiving_makes_the_programs_writing_fail() {
     let mut ends = Ends::established(WINDOW);
-    assert_eq!(ends.guest(&shutdown(SHUTDOWN_RECEIVE)), Verdict::Open);
+    assert_eq!(ends.guest(&shutdown(ShutdownFlags::RECEIVE)), Verdict::Open);
     assert_eq!(
         ends.program.write_all(b"x").unwrap_err().kind(),
         ErrorKind::BrokenPipe
     );
     assert_eq!(ends.guest_writes(b"still sends"), Verdict::Open);
     assert_eq!(
-        ends.guest(&shutdown(SHUTDOWN_SEND)),
-        Verdict::Reset(End::Done),
+        ends.guest(&shutdown(ShutdownFlags::SEND)),
+        Verdict::Reset(CloseReason::Done),
         "the flags add up"
     );
     drop(ends.conn);
@@ -434,12 +455,12 @@ fn a_guest_that_stops_receiving_makes_the_programs_writing_fail() {
 #[test]
 fn a_host_program_that_stops_reading_ends_the_guests_sending() {
     let mut ends = Ends::established(WINDOW);
-    ends.program.shutdown(Shutdown::Read).unwrap();
+    ends.program.shutdown(Direction::Read).unwrap();
     assert_eq!(ends.writable(), Verdict::Open);
     let packets = ends.packets();
     assert_eq!(
-        (packets[0].0.op, packets[0].0.flags),
-        (Op::Shutdown as u16, SHUTDOWN_RECEIVE)
+        (packets[0].0.op, packets[0].0.shutdown_flags()),
+        (Op::Shutdown, ShutdownFlags::RECEIVE)
     );
     ends.program.write_all(b"still speaks").unwrap();
     assert_eq!(ends.readable(), Verdict::Open);
@@ -461,14 +482,14 @@ fn a_host_program_that_stops_reading_a_full_socket_is_found_out_by_whatever_come
     for next in ANYTHING {
         let mut ends = Ends::established(WINDOW);
         ends.fill(2000);
-        ends.program.shutdown(Shutdown::Read).unwrap();
+        ends.program.shutdown(Direction::Read).unwrap();
         assert_eq!(next(&mut ends), Verdict::Open);
-        assert!(ends.conn.tx_buf.is_empty());
+        assert!(ends.conn.mover.buffered() == 0);
         let packets = ends.packets();
         let (last, _) = packets.last().unwrap();
         assert_eq!(
-            (last.op, last.flags),
-            (Op::Shutdown as u16, SHUTDOWN_RECEIVE)
+            (last.op, last.shutdown_flags()),
+            (Op::Shutdown, ShutdownFlags::RECEIVE)
         );
         // What still comes is dropped, at the cost of no credit.
         (0..10).for_each(|_| {
@@ -483,9 +504,9 @@ fn a_close_towards_a_program_that_stops_reading_a_full_socket_is_confirmed() {
     for next in ANYTHING {
         let mut ends = Ends::established(WINDOW);
         ends.fill(2000);
-        assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
-        ends.program.shutdown(Shutdown::Read).unwrap();
-        assert_eq!(next(&mut ends), Verdict::Reset(End::Done));
+        assert_eq!(ends.guest(&shutdown(ShutdownFlags::all())), Verdict::Open);
+        ends.program.shutdown(Direction::Read).unwrap();
+        assert_eq!(next(&mut ends), Verdict::Reset(CloseReason::Done));
     }
 }
 
@@ -493,10 +514,13 @@ fn a_close_towards_a_program_that_stops_reading_a_full_socket_is_confirmed() {
 fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
     let mut ends = Ends::established(WINDOW);
     let written = ends.fill(2000);
-    assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
-    assert!(ends.conn.owes_host());
-    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close(End::Done));
-    assert!(ends.conn.owes_host(), "the bytes are the host program's");
+    assert_eq!(ends.guest(&shutdown(ShutdownFlags::all())), Verdict::Open);
+    assert!(ends.conn.is_flushing());
+    assert_eq!(
+        ends.guest(&packet(Op::Rst)),
+        Verdict::Close(CloseReason::Done)
+    );
+    assert!(ends.conn.is_flushing(), "the bytes are the host program's");
     let reader = std::thread::spawn({
         let mut program = ends.program.try_clone().unwrap();
         move || {
@@ -504,7 +528,7 @@ fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
             program.read_to_end(&mut bytes).map(|_| bytes)
         }
     });
-    assert_eq!(ends.flush_to_reader(), Verdict::Reset(End::Done));
+    assert_eq!(ends.flush_to_reader(), Verdict::Reset(CloseReason::Done));
     drop(ends.conn);
     assert_eq!(reader.join().unwrap().unwrap(), written);
 }
@@ -515,18 +539,18 @@ fn an_abort_does_not_wait() {
     ends.fill(2000);
     assert_eq!(
         ends.guest(&packet(Op::Rst)),
-        Verdict::Close(End::GuestReset)
+        Verdict::Close(CloseReason::GuestReset)
     );
-    assert!(!ends.conn.owes_host());
+    assert!(!ends.conn.is_flushing());
 }
 
 #[test]
 fn a_close_towards_a_program_that_is_gone_is_confirmed_at_once() {
     let mut ends = Ends::established(WINDOW);
     ends.fill(2000);
-    assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
+    assert_eq!(ends.guest(&shutdown(ShutdownFlags::all())), Verdict::Open);
     ends.program = UnixStream::pair().unwrap().0;
-    assert_eq!(ends.gone(), Verdict::Reset(End::Done));
+    assert_eq!(ends.gone(), Verdict::Reset(CloseReason::Done));
 }
 
 #[test]
@@ -534,7 +558,7 @@ fn a_request_for_a_living_connection_resets_it() {
     let mut ends = Ends::established(WINDOW);
     assert_eq!(
         ends.guest(&packet(Op::Request)),
-        Verdict::Reset(End::Protocol)
+        Verdict::Reset(CloseReason::Protocol)
     );
 }
 

@@ -1,0 +1,371 @@
+//! One VM: its sockets, its device, and the two threads that serve it.
+//!
+//! The *session* thread accepts a VMM and handles its messages, one VMM after the other. The *worker* thread moves the
+//! packets. The first may wait for a VMM that has sent half a message, so it is ended by shutting that VMM's socket down.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::Mutex;
+use thiserror::Error;
+use vhost::vhost_user::Error as VhostUserError;
+
+use crate::config::{ConfigError, ProcessConfig, Sandbox, Socket, VmConfig};
+use crate::host::listener::{Inherited, ListenerError, SocketFile};
+use crate::metrics::counters::Snapshot;
+use crate::syscalls::Syscall;
+use crate::vhu_vsock::session::Session;
+use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
+
+/// To wait for a VMM, and for the end.
+pub(super) const SYSCALLS: &[Syscall] = &[
+    #[cfg(target_arch = "x86_64")]
+    Syscall::any(libc::SYS_poll),
+    Syscall::any(libc::SYS_ppoll),
+    Syscall::any(libc::SYS_restart_syscall),
+    Syscall::any(libc::SYS_write),
+    Syscall::any(libc::SYS_read),
+];
+
+/// How long no VMM is accepted after an error, in milliseconds.
+const ACCEPT_PAUSE: u16 = 100;
+
+/// How long a VM's threads may take to end.
+const STOP_TIMEOUT: Duration = Duration::from_millis(800);
+
+/// Why a VM can't be served.
+#[derive(Debug, Error)]
+pub enum VmError {
+    /// Its configuration can't work.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A socket can't be made.
+    #[error(transparent)]
+    Listener(#[from] ListenerError),
+    /// The system refused something that every VM needs.
+    #[error("can't serve: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Counts threads, and signals when one has ended.
+#[derive(Debug)]
+pub(super) struct Threads {
+    running: AtomicUsize,
+    ended: EventFd,
+}
+
+/// A thread that counts as long as this exists.
+struct Running(Arc<Threads>);
+
+impl Threads {
+    pub(super) fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            running: AtomicUsize::new(0),
+            ended: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+        }))
+    }
+
+    fn spawn(
+        self: &Arc<Self>,
+        name: String,
+        work: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        self.running.fetch_add(1, Ordering::SeqCst);
+        let running = Running(self.clone());
+        thread::Builder::new().name(name).spawn(move || {
+            let _running = running;
+            work();
+        })?;
+        Ok(())
+    }
+
+    /// Waits until all have ended, or until something can be read from `other`.
+    pub(super) fn wait(&self, other: BorrowedFd<'_>) -> io::Result<()> {
+        while self.running.load(Ordering::SeqCst) > 0 {
+            let ready = wait_readable(&[other, self.ended.as_fd()], PollTimeout::NONE)?;
+            if ready[0] {
+                break;
+            }
+            let _ = self.ended.read();
+        }
+        Ok(())
+    }
+
+    /// Waits until all have ended. False when that takes longer than `timeout`.
+    pub(super) fn wait_timeout(&self, timeout: Duration) -> io::Result<bool> {
+        let deadline = Instant::now() + timeout;
+        while self.running.load(Ordering::SeqCst) > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            wait_readable(&[self.ended.as_fd()], left)?;
+            let _ = self.ended.read();
+        }
+        Ok(true)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::SeqCst);
+        let _ = self.0.ended.write(1);
+    }
+}
+
+/// A VM whose sockets exist, and that is not served yet.
+pub(super) struct BoundVm {
+    name: String,
+    vmm: VmmSocket,
+    uds: SocketFile,
+    device: Arc<VhostUserVsockBackend>,
+}
+
+/// Where VMMs come from.
+enum VmmSocket {
+    Listener(SocketFile),
+    /// This is the only one.
+    Connected(UnixStream),
+}
+
+impl BoundVm {
+    /// Makes the sockets of a VM. `observer` is told of its activity.
+    pub(super) fn new(
+        config: &VmConfig,
+        observer: impl Fn(Activity) + Send + Sync + 'static,
+    ) -> Result<Self, VmError> {
+        let vmm = match &config.socket {
+            Socket::Path(path) => VmmSocket::Listener(SocketFile::bind(path, config.access)?),
+            Socket::Inherited(fd) => match Inherited::take(*fd)? {
+                Inherited::Listener(listener) => VmmSocket::Listener(SocketFile::foreign(listener)),
+                Inherited::Stream(vmm) => VmmSocket::Connected(vmm),
+            },
+        };
+        let uds = match config.uds_fd {
+            Some(fd) => SocketFile::foreign(Inherited::take_listener(fd)?),
+            None => SocketFile::bind(&config.uds_path, config.access)?,
+        };
+        let device = VhostUserVsockBackend::new(config, uds.listener()?, observer)?;
+        Ok(Self {
+            name: config.guest_cid.to_string(),
+            vmm,
+            uds,
+            device: Arc::new(device),
+        })
+    }
+
+    /// Starts to serve.
+    pub(super) fn start(self, threads: Arc<Threads>) -> Result<Vm, VmError> {
+        let stop = Arc::new(Stop::new()?);
+        let device = self.device.clone();
+        threads.spawn(format!("worker-{}", self.name), move || device.run())?;
+        let (device, stopping) = (self.device.clone(), stop.clone());
+        let name = format!("session-{}", self.name);
+        let socket = match self.vmm {
+            VmmSocket::Listener(socket) => {
+                let listener = socket.listener()?;
+                listener.set_nonblocking(true)?;
+                threads.spawn(name, move || {
+                    serve_vmms(&listener, &device, &stopping);
+                    device.stop();
+                })?;
+                Some(socket)
+            }
+            VmmSocket::Connected(vmm) => {
+                // Whoever has made it may have meant it for an event loop.
+                vmm.set_nonblocking(false)?;
+                threads.spawn(name, move || {
+                    serve_vmm(vmm, &device, &stopping);
+                    device.stop();
+                })?;
+                None
+            }
+        };
+        Ok(Vm {
+            sockets: Some((socket, self.uds)),
+            device: self.device,
+            stop,
+            threads,
+        })
+    }
+}
+
+/// A VM that is served. When this is dropped, it no longer is.
+pub struct Vm {
+    /// Held for their files.
+    sockets: Option<(Option<SocketFile>, SocketFile)>,
+    device: Arc<VhostUserVsockBackend>,
+    stop: Arc<Stop>,
+    threads: Arc<Threads>,
+}
+
+impl Vm {
+    /// Makes the sockets of a VM and serves it, in two threads. There is no sandbox: that is for a process of its own.
+    ///
+    /// # Errors
+    /// The configuration can't work, a socket can't be made, or the system has no threads or descriptors left.
+    pub fn start(config: &VmConfig) -> Result<Self, VmError> {
+        let process = ProcessConfig {
+            vms: vec![config.clone()],
+            stats_path: None,
+            access: config.access,
+            sandbox: Sandbox::Off,
+        };
+        process.check()?;
+        BoundVm::new(config, |_| {})?.start(Threads::new()?)
+    }
+
+    /// Its counters and connections now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.device.snapshot()
+    }
+
+    /// Statistics for as long as the process runs.
+    pub(super) fn device(&self) -> Arc<VhostUserVsockBackend> {
+        self.device.clone()
+    }
+
+    /// Removes its sockets and tells its threads to end.
+    pub(super) fn begin_stop(&mut self) {
+        self.sockets = None;
+        self.stop.request();
+        self.device.stop();
+    }
+
+    /// Stops serving: removes the sockets, and leaves the VMM and all connections. Takes at most a second.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if self.sockets.is_some() {
+            self.begin_stop();
+            let _ = self.threads.wait_timeout(STOP_TIMEOUT);
+        }
+    }
+}
+
+/// Ends the session thread.
+#[derive(Debug)]
+struct Stop {
+    requested: AtomicBool,
+    event: EventFd,
+    /// The VMM that is served at the moment.
+    vmm: Mutex<Option<UnixStream>>,
+}
+
+impl Stop {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            requested: AtomicBool::new(false),
+            event: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            vmm: Mutex::default(),
+        })
+    }
+
+    fn request(&self) {
+        self.requested.store(true, Ordering::SeqCst);
+        let _ = self.event.write(1);
+        self.shut_down_vmm();
+    }
+
+    fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::SeqCst)
+    }
+
+    fn shut_down_vmm(&self) {
+        if let Some(vmm) = self.vmm.lock().as_ref() {
+            let _ = vmm.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// The VMM that is served from now on.
+    fn set_vmm(&self, vmm: Option<UnixStream>) {
+        *self.vmm.lock() = vmm;
+        if self.is_requested() {
+            self.shut_down_vmm();
+        }
+    }
+}
+
+/// Serves one VMM after the other until the end is requested.
+fn serve_vmms(listener: &UnixListener, device: &Arc<VhostUserVsockBackend>, stop: &Stop) {
+    let mut is_short = false;
+    while !stop.is_requested() {
+        let waited = wait_readable(&[listener.as_fd(), stop.event.as_fd()], PollTimeout::NONE);
+        if stop.is_requested() {
+            return;
+        }
+        match waited.and_then(|_| listener.accept()) {
+            Ok((vmm, _)) => {
+                is_short = false;
+                serve_vmm(vmm, device, stop);
+            }
+            Err(error) => match error.kind() {
+                // Somebody else who has the listener was faster, or the VMM has left already.
+                io::ErrorKind::WouldBlock
+                | io::ErrorKind::ConnectionAborted
+                | io::ErrorKind::Interrupted => {}
+                // Nothing left to accept with, or a listener that somebody has shut down: it may pass.
+                _ => {
+                    if !std::mem::replace(&mut is_short, true) {
+                        warn!("can't accept a VMM: {error}");
+                    }
+                    let _ = wait_readable(&[stop.event.as_fd()], ACCEPT_PAUSE.into());
+                }
+            },
+        }
+    }
+}
+
+/// Serves a VMM until it is gone.
+fn serve_vmm(vmm: UnixStream, device: &Arc<VhostUserVsockBackend>, stop: &Stop) {
+    match vmm.try_clone() {
+        Ok(clone) => stop.set_vmm(Some(clone)),
+        Err(error) => return warn!("can't serve a VMM: {error}"),
+    }
+    info!("a VMM connected");
+    device.begin_session();
+    let mut session = Session::begin(vmm, device.clone());
+    let end = loop {
+        if let Err(error) = session.handle_request() {
+            break error;
+        }
+    };
+    stop.set_vmm(None);
+    drop(session);
+    device.end_session();
+    match end {
+        VhostUserError::Disconnected | VhostUserError::SocketBroken(_) => {
+            info!("the VMM disconnected");
+        }
+        _ if stop.is_requested() => info!("the VMM disconnected"),
+        error => warn!("the VMM is no longer served: {error}"),
+    }
+}
+
+/// Waits until one of the descriptors is readable, or the time is over. Says which are.
+fn wait_readable<const N: usize>(
+    fds: &[BorrowedFd<'_>; N],
+    timeout: PollTimeout,
+) -> io::Result<[bool; N]> {
+    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    loop {
+        match poll(&mut fds, timeout) {
+            Ok(_) => return Ok(fds.map(|fd| fd.any().unwrap_or(true))),
+            Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

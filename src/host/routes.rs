@@ -1,0 +1,74 @@
+//! Where a guest's connection leads: the host program, or the peer, that a destination stands for.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use super::socket::HostSocket;
+use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort};
+
+/// Why a destination can't be reached.
+#[derive(Debug, Error)]
+pub enum DialError {
+    /// Nothing is behind this CID.
+    #[error("CID {0} can't be reached")]
+    NoSuchCid(Cid),
+    /// Connections of this type are not offered.
+    #[error("no connections of type {0:?}")]
+    Type(PacketType),
+    /// Nobody listens, the backlog is full, or the system refused.
+    #[error("{}: {error}", .path.display())]
+    Connect {
+        /// Where the host program would listen.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+/// A connection that was begun.
+#[derive(Debug)]
+pub enum Dialed {
+    /// The other side has it.
+    Connected(HostSocket),
+    /// The other side will answer.
+    Connecting(HostSocket),
+}
+
+/// Where the destinations of one guest lead.
+#[derive(Clone, Debug)]
+pub struct Routes {
+    uds_path: PathBuf,
+}
+
+impl Routes {
+    /// The host's ports are at `uds_path` with `_` and the port behind it.
+    pub fn new(uds_path: &Path) -> Self {
+        Self {
+            uds_path: uds_path.to_owned(),
+        }
+    }
+
+    /// Connects to the destination `peer`, without waiting.
+    pub fn dial(&self, peer: PeerAddr, packet_type: PacketType) -> Result<Dialed, DialError> {
+        if packet_type != PacketType::Stream {
+            return Err(DialError::Type(packet_type));
+        }
+        if peer.cid != Cid::HOST {
+            return Err(DialError::NoSuchCid(peer.cid));
+        }
+        let path = self.host_path(peer.port);
+        match HostSocket::connect(&path) {
+            Ok(socket) => Ok(Dialed::Connected(socket)),
+            Err(error) => Err(DialError::Connect { path, error }),
+        }
+    }
+
+    /// Where a host program listens for the guest's connections to `port`.
+    pub fn host_path(&self, port: PeerPort) -> PathBuf {
+        let mut path = self.uds_path.as_os_str().to_owned();
+        path.push(format!("_{}", port.0));
+        path.into()
+    }
+}

@@ -1,0 +1,92 @@
+//! Host programs that have connected and not said yet which port they want.
+
+use std::time::{Duration, Instant};
+
+use super::event_source::Token;
+use super::slot_list::SlotList;
+use super::slots::Slots;
+use crate::host::connect_line::{self, Line, Progress};
+use crate::host::socket::HostSocket;
+
+/// How long a host program has to write its CONNECT line. A person may type it by hand.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How many host programs may have connected without a CONNECT line. One more evicts the oldest.
+pub const MAX_CLIENTS: usize = 1024;
+
+/// A client and its line as far as it has come.
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) socket: HostSocket,
+    line: Line,
+    deadline: Instant,
+}
+
+impl Client {
+    pub(super) fn new(socket: HostSocket) -> Self {
+        Self {
+            socket,
+            line: Line::request(),
+            deadline: Instant::now() + HANDSHAKE_TIMEOUT,
+        }
+    }
+
+    /// Reads on at its line.
+    pub(super) fn read_line(&mut self) -> Progress {
+        connect_line::read(&self.socket, &mut self.line)
+    }
+}
+
+/// The clients, oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Clients {
+    slots: Slots<Client>,
+    /// Oldest first, and so by deadline too.
+    order: SlotList,
+}
+
+impl Clients {
+    pub(super) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.len() >= MAX_CLIENTS
+    }
+
+    /// Adds the client that `make` returns for its token.
+    pub(super) fn try_insert<E>(
+        &mut self,
+        make: impl FnOnce(Token) -> Result<Client, E>,
+    ) -> Result<Token, E> {
+        let token = self.slots.try_insert(make)?;
+        self.order.push(token.slot);
+        Ok(token)
+    }
+
+    pub(super) fn get_mut(&mut self, token: Token) -> Option<&mut Client> {
+        self.slots.get_mut(token)
+    }
+
+    pub(super) fn remove(&mut self, token: Token) -> Option<Client> {
+        let client = self.slots.remove(token)?;
+        self.order.remove(token.slot);
+        Some(client)
+    }
+
+    pub(super) fn oldest(&self) -> Option<Token> {
+        self.slots.token(self.order.first()?)
+    }
+
+    /// The earliest deadline.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        let oldest = self.slots.get(self.oldest()?)?;
+        Some(oldest.deadline)
+    }
+
+    /// A client whose deadline has passed.
+    pub(super) fn expired(&self, now: Instant) -> Option<Token> {
+        self.next_deadline().filter(|deadline| *deadline <= now)?;
+        self.oldest()
+    }
+}
