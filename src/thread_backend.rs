@@ -61,7 +61,7 @@ const MAX_FLUSHES: usize = 8;
 
 /// Where sockets are registered for readiness, once, for their whole life.
 pub trait Registry: Send {
-    /// Registers `socket`: its events come back with `source`.
+    /// Registers `socket`, or gives one that is registered another source: its events come back with `source`.
     fn register(&self, socket: BorrowedFd<'_>, source: EventSource) -> io::Result<()>;
 }
 

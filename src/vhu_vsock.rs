@@ -40,6 +40,7 @@ use crate::vhost_user_vsock_thread::{
 const SYSCALLS: &[Syscall] = &[
     Syscall::any(libc::SYS_recvmsg),
     Syscall::any(libc::SYS_sendmsg),
+    Syscall::only(libc::SYS_getsockopt, &[Argument::Is(1, libc::SOL_SOCKET)]),
     Syscall::any(libc::SYS_shutdown),
     Syscall::any(libc::SYS_close),
     Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),

@@ -466,7 +466,7 @@ impl VsockConnection {
                     self.credit.count_forwarded(sent);
                     return Verdict::Open;
                 }
-                Delivered::Closed => self.stop_delivering(),
+                Delivered::Closed => self.receiver_closed(),
                 Delivered::Failed => return Verdict::Reset(CloseReason::HostGone),
             }
         }
@@ -515,6 +515,18 @@ impl VsockConnection {
         let ours = self.shutdown.guest.contains(ShutdownFlags::SEND) && self.mover.buffered() == 0;
         if !ours && self.mover.socket().peer_stopped_receiving() {
             self.stop_delivering();
+        }
+    }
+
+    /// The host program receives no more, as a send has shown. If it has closed, and all that it sent was read, one SHUTDOWN says
+    /// both.
+    fn receiver_closed(&mut self) {
+        if !self.mover.socket().peer_closed() {
+            return self.stop_delivering();
+        }
+        self.host_closed();
+        if !matches!(self.mover.socket().peek(&mut [0]), Ok(1)) {
+            self.shutdown.host |= ShutdownFlags::SEND;
         }
     }
 

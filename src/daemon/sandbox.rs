@@ -72,6 +72,9 @@ const SYSCALLS: &[Syscall] = &[
     Syscall::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGSEGV)]),
     Syscall::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGBUS)]),
     Syscall::any(libc::SYS_exit_group),
+    // A check of the standard library before it closes a descriptor.
+    #[cfg(debug_assertions)]
+    Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_GETFD)]),
 ];
 
 const A_THREAD: &[Argument] = &[Argument::Bits {

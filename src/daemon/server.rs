@@ -117,8 +117,8 @@ impl Server {
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
         let stats = stats.transpose()?;
         let manager = ServiceManager::from_env();
-        sandbox::enter(config, &syscalls())?;
         let threads = Threads::new()?;
+        sandbox::enter(config, &syscalls())?;
         let mut vms = Vec::new();
         for (vm, config) in bound.into_iter().zip(&config.vms) {
             info!(

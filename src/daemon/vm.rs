@@ -128,6 +128,7 @@ pub(super) struct BoundVm {
     vmm: VmmSocket,
     uds: SocketFile,
     device: Arc<VhostUserVsockBackend>,
+    stop: Arc<Stop>,
 }
 
 /// Where VMMs come from.
@@ -160,22 +161,22 @@ impl BoundVm {
             vmm,
             uds,
             device: Arc::new(device),
+            stop: Arc::new(Stop::new()?),
         })
     }
 
     /// Starts to serve.
     pub(super) fn start(self, threads: Arc<Threads>) -> Result<Vm, VmError> {
-        let stop = Arc::new(Stop::new()?);
         let device = self.device.clone();
         threads.spawn(format!("worker-{}", self.name), move || device.run())?;
-        let (device, stopping) = (self.device.clone(), stop.clone());
+        let (device, stop) = (self.device.clone(), self.stop.clone());
         let name = format!("session-{}", self.name);
         let socket = match self.vmm {
             VmmSocket::Listener(socket) => {
                 let listener = socket.listener()?;
                 listener.set_nonblocking(true)?;
                 threads.spawn(name, move || {
-                    serve_vmms(&listener, &device, &stopping);
+                    serve_vmms(&listener, &device, &stop);
                     device.stop();
                 })?;
                 Some(socket)
@@ -184,7 +185,7 @@ impl BoundVm {
                 // Whoever has made it may have meant it for an event loop.
                 vmm.set_nonblocking(false)?;
                 threads.spawn(name, move || {
-                    serve_vmm(vmm, &device, &stopping);
+                    serve_vmm(vmm, &device, &stop);
                     device.stop();
                 })?;
                 None
@@ -193,7 +194,7 @@ impl BoundVm {
         Ok(Vm {
             sockets: Some((socket, self.uds)),
             device: self.device,
-            stop,
+            stop: self.stop,
             threads,
         })
     }
@@ -320,7 +321,7 @@ fn serve_vmms(listener: &UnixListener, device: &Arc<VhostUserVsockBackend>, stop
                 // Nothing left to accept with, or a listener that somebody has shut down: it may pass.
                 _ => {
                     if !std::mem::replace(&mut is_short, true) {
-                        warn!("can't accept a VMM: {error}");
+                        warn!("can't serve a VMM: {error}");
                     }
                     let _ = wait_readable(&[stop.event.as_fd()], ACCEPT_PAUSE.into());
                 }

@@ -45,8 +45,23 @@ impl Epoll {
     }
 
     fn add(&self, fd: RawFd, source: EventSource, events: Events) -> io::Result<()> {
+        self.control(ControlOptions::EPOLL_CTL_ADD, fd, source, events)
+    }
+
+    /// Gives a descriptor another source. Its state is reported again.
+    fn modify(&self, fd: RawFd, source: EventSource, events: Events) -> io::Result<()> {
+        self.control(ControlOptions::EPOLL_CTL_MOD, fd, source, events)
+    }
+
+    fn control(
+        &self,
+        operation: ControlOptions,
+        fd: RawFd,
+        source: EventSource,
+        events: Events,
+    ) -> io::Result<()> {
         let event = Event::new(events | Events::EPOLLET, source.to_data());
-        epoll::ctl(self.0, ControlOptions::EPOLL_CTL_ADD, fd, event)
+        epoll::ctl(self.0, operation, fd, event)
     }
 
     /// Removes a descriptor. One that others have open stays in the set otherwise.
@@ -84,7 +99,13 @@ pub(super) struct SocketRegistry(pub(super) std::sync::Arc<Epoll>);
 impl Registry for SocketRegistry {
     fn register(&self, socket: BorrowedFd<'_>, source: EventSource) -> io::Result<()> {
         let events = Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLPRI;
-        self.0.add(socket.as_raw_fd(), source, events)
+        match self.0.add(socket.as_raw_fd(), source, events) {
+            // A client's socket becomes a connection's.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                self.0.modify(socket.as_raw_fd(), source, events)
+            }
+            added => added,
+        }
     }
 }
 
