@@ -20,7 +20,7 @@ use slab::Slab;
 use crate::config::VmConfig;
 use crate::host::connect_line::{Handshake, Progress};
 use crate::host::listener;
-use crate::metrics::counters::{Counters, End, Side, Snapshot};
+use crate::metrics::counters::{CloseReason, Counters, Side, Snapshot};
 use crate::packet::header::{Cid, GuestPort, HOST_CID, HostPort, Op, TYPE_STREAM, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
@@ -221,7 +221,7 @@ impl VsockThreadBackend {
             let oldest = self.handshakes.first().and_then(|token| self.slot(*token));
             oldest
                 .into_iter()
-                .for_each(|slot| self.close(slot, End::Crowded, false));
+                .for_each(|slot| self.close(slot, CloseReason::Evicted, false));
         }
         self.counters.clients += 1;
         let peer = Peer::Handshaking(stream, Handshake::default());
@@ -243,7 +243,7 @@ impl VsockThreadBackend {
             if deadline > now {
                 return;
             }
-            self.close(slot, End::Timeout, true);
+            self.close(slot, CloseReason::Timeout, true);
         }
     }
 
@@ -268,7 +268,7 @@ impl VsockThreadBackend {
             .map(|(slot, _)| slot)
             .collect();
         for slot in closing {
-            self.close(slot, End::DeviceReset, false);
+            self.close(slot, CloseReason::DeviceReset, false);
         }
     }
 
@@ -306,7 +306,7 @@ impl VsockThreadBackend {
                     self.settle(slot, verdict);
                 }
             }
-            (None, Some(slot)) => self.close(slot, End::Protocol, true),
+            (None, Some(slot)) => self.close(slot, CloseReason::Protocol, true),
             (Some(Op::Request), None) => self.open(header),
             (_, None) => self.refuse(header),
         }
@@ -397,7 +397,7 @@ impl VsockThreadBackend {
                 }
                 Progress::Invalid => {
                     debug!("{}: no CONNECT line", self.entries[slot].name());
-                    return self.close(slot, End::HostGone, false);
+                    return self.close(slot, CloseReason::HostGone, false);
                 }
             }
         }
@@ -410,7 +410,7 @@ impl VsockThreadBackend {
         let peer = std::mem::replace(&mut self.entries[slot].peer, Peer::Moving);
         let (Some(key), Peer::Handshaking(stream, _)) = (key, peer) else {
             debug!("guest port {}: no room for one more connection", port.0);
-            return self.close(slot, End::Crowded, false);
+            return self.close(slot, CloseReason::Evicted, false);
         };
         self.make_room();
         let conn = VsockConnection::requested(self.guest_cid, key, stream, self.tx_buffer_size);
@@ -449,7 +449,7 @@ impl VsockThreadBackend {
         }
         let oldest = self.orphans.first().and_then(|token| self.slot(*token));
         if let Some(slot) = oldest {
-            self.close(slot, End::Crowded, false);
+            self.close(slot, CloseReason::Evicted, false);
         }
     }
 
@@ -534,7 +534,7 @@ impl VsockThreadBackend {
 
     /// Takes an entry out of the table and closes its socket; with `reset`, the guest is told. A connection that has
     /// bytes for its host program stays as an orphan until they are gone, or until it is closed once more.
-    fn close(&mut self, slot: usize, end: End, reset: bool) {
+    fn close(&mut self, slot: usize, end: CloseReason, reset: bool) {
         self.set_deadline(slot, None);
         let entry = &self.entries[slot];
         let token = entry.token;
@@ -543,7 +543,7 @@ impl VsockThreadBackend {
             let (key, owes_host) = (conn.key(), conn.owes_host());
             let header = conn.reset_header();
             // A guest that has sent what does not fit knows the ports, even where our REQUEST still waits.
-            let reset = reset && (conn.guest_knows() || end == End::Protocol);
+            let reset = reset && (conn.guest_knows() || end == CloseReason::Protocol);
             if !self.orphans.contains(&token) {
                 self.counters.ended[end as usize] += 1;
                 self.by_key.remove(&key);

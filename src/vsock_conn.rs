@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
-use crate::metrics::counters::{ConnectionStats, End, Side};
+use crate::metrics::counters::{CloseReason, ConnectionStats, Side};
 use crate::packet::header::{
     Cid, GuestPort, HostPort, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, VsockHeader,
 };
@@ -122,9 +122,9 @@ pub enum Verdict {
     /// It does.
     Open,
     /// It is over, and the guest knows.
-    Close(End),
+    Close(CloseReason),
     /// It is over, and the guest must be told with an RST.
-    Reset(End),
+    Reset(CloseReason),
 }
 
 /// Where a connection is in its life.
@@ -303,16 +303,18 @@ impl VsockConnection {
         self.credit.learn(header);
         let verdict = match op {
             // The guest has lost the connection that we still know.
-            Op::Request => Verdict::Reset(End::Protocol),
+            Op::Request => Verdict::Reset(CloseReason::Protocol),
             Op::Response if self.state == State::Connecting && self.guest_knows() => {
                 self.establish()
             }
             Op::Rst => Verdict::Close(match self.state {
-                State::Connecting => End::Refused,
-                State::Established => End::GuestReset,
-                State::Flushing | State::Finishing => End::Done,
+                State::Connecting => CloseReason::Refused,
+                State::Established => CloseReason::GuestReset,
+                State::Flushing | State::Finishing => CloseReason::Done,
             }),
-            Op::Shutdown if self.state == State::Connecting => Verdict::Reset(End::Protocol),
+            Op::Shutdown if self.state == State::Connecting => {
+                Verdict::Reset(CloseReason::Protocol)
+            }
             Op::Shutdown => self.shut_down(header.flags & SHUTDOWN_BOTH),
             Op::CreditRequest if self.state != State::Flushing => {
                 self.rx_queue.add(RxOps::CreditUpdate);
@@ -332,7 +334,7 @@ impl VsockConnection {
     pub fn send_payload(&mut self, batch: &TxBatch<'_>, packets: &[VsockPacket]) -> Verdict {
         let ended = self.guest_shutdown & SHUTDOWN_SEND != 0;
         if self.state == State::Connecting || ended {
-            return Verdict::Reset(End::Protocol);
+            return Verdict::Reset(CloseReason::Protocol);
         }
         let mut room = self.credit.for_guest();
         let fitting = packets.iter().take_while(|packet| {
@@ -345,7 +347,7 @@ impl VsockConnection {
         let mut verdict = if past.is_empty() {
             Verdict::Open
         } else {
-            Verdict::Reset(End::Protocol)
+            Verdict::Reset(CloseReason::Protocol)
         };
         if let Some(last) = within.last() {
             self.credit.learn(last.header());
@@ -410,7 +412,7 @@ impl VsockConnection {
                 self.host_gone();
                 Verdict::Open
             }
-            _ => Verdict::Reset(End::HostGone),
+            _ => Verdict::Reset(CloseReason::HostGone),
         }
     }
 
@@ -475,7 +477,7 @@ impl VsockConnection {
                 Ok(count) => sent = count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if is_end(&error) => self.stop_delivering(),
-                Err(_) => return Verdict::Reset(End::HostGone),
+                Err(_) => return Verdict::Reset(CloseReason::HostGone),
             }
             self.writable = sent == len;
         }
@@ -492,7 +494,7 @@ impl VsockConnection {
         if kept {
             Verdict::Open
         } else {
-            Verdict::Reset(End::HostGone)
+            Verdict::Reset(CloseReason::HostGone)
         }
     }
 
@@ -506,11 +508,11 @@ impl VsockConnection {
                     return Verdict::Open;
                 }
                 Err(error) if is_end(&error) => self.stop_delivering(),
-                Err(_) => return Verdict::Reset(End::HostGone),
+                Err(_) => return Verdict::Reset(CloseReason::HostGone),
             }
         }
         if self.state == State::Flushing {
-            return Verdict::Reset(End::Done);
+            return Verdict::Reset(CloseReason::Done);
         }
         if self.guest_shutdown & SHUTDOWN_SEND != 0 {
             let _ = self.stream.shutdown(Shutdown::Write);

@@ -27,7 +27,7 @@ impl Side {
 
 /// How a connection came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum CloseReason {
     /// Both programs were done, and have all that was sent.
     Done,
     /// The guest refused the host program's connection.
@@ -41,12 +41,12 @@ pub enum End {
     /// The guest did not answer in time.
     Timeout,
     /// It gave way to another one, at the limit of connections.
-    Crowded,
+    Evicted,
     /// The guest's driver started afresh, or the VMM is gone.
     DeviceReset,
 }
 
-impl End {
+impl CloseReason {
     /// All of them.
     pub const ALL: [Self; 8] = [
         Self::Done,
@@ -55,7 +55,7 @@ impl End {
         Self::Protocol,
         Self::HostGone,
         Self::Timeout,
-        Self::Crowded,
+        Self::Evicted,
         Self::DeviceReset,
     ];
 
@@ -68,7 +68,7 @@ impl End {
             Self::Protocol => "protocol",
             Self::HostGone => "host_gone",
             Self::Timeout => "timeout",
-            Self::Crowded => "crowded",
+            Self::Evicted => "evicted",
             Self::DeviceReset => "device_reset",
         }
     }
@@ -98,8 +98,8 @@ pub struct Counters {
     pub to_guest: Traffic,
     /// Connections that were begun, by the one who began: see [`Side::ALL`].
     pub opened: [u64; Side::ALL.len()],
-    /// Connections that have ended, by how: see [`End::ALL`].
-    pub ended: [u64; End::ALL.len()],
+    /// Connections that have ended, by how: see [`CloseReason::ALL`].
+    pub ended: [u64; CloseReason::ALL.len()],
     /// Connections the guest asked for in vain: nobody listens, or the limit is reached.
     pub refused: u64,
     /// Host programs that have connected.

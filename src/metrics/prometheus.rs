@@ -3,7 +3,7 @@
 use prometheus::core::Collector;
 use prometheus::{Encoder, Error, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
-use crate::metrics::counters::{ConnectionStats, End, Side, Snapshot};
+use crate::metrics::counters::{CloseReason, ConnectionStats, Side, Snapshot};
 
 /// What every name begins with.
 pub const PREFIX: &str = "vhost_user_vsock";
@@ -119,7 +119,7 @@ pub fn text(snapshot: &Snapshot) -> Result<String, Error> {
         "connections_ended_total",
         "Connections that are over, by how they ended",
         &["how"],
-        End::ALL.map(|end| (vec![end.name().to_owned()], counters.ended[end as usize])),
+        CloseReason::ALL.map(|end| (vec![end.name().to_owned()], counters.ended[end as usize])),
     )?;
     page.connections(&snapshot.connections)?;
     page.text()

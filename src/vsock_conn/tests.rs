@@ -183,7 +183,7 @@ fn a_dead_client_is_reset_unless_it_left_bytes() {
     ends.program = UnixStream::pair().unwrap().0;
     assert_eq!(
         ends.guest(&packet(Op::Response)),
-        Verdict::Reset(End::HostGone)
+        Verdict::Reset(CloseReason::HostGone)
     );
 
     let mut ends = Ends::requested();
@@ -198,10 +198,16 @@ fn a_dead_client_is_reset_unless_it_left_bytes() {
 #[test]
 fn bytes_before_the_answer_or_after_the_end_reset_it() {
     let mut ends = Ends::requested();
-    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset(End::Protocol));
+    assert_eq!(
+        ends.guest_writes(b"x"),
+        Verdict::Reset(CloseReason::Protocol)
+    );
     let mut ends = Ends::established(WINDOW);
     assert_eq!(ends.guest(&shutdown(SHUTDOWN_SEND)), Verdict::Open);
-    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset(End::Protocol));
+    assert_eq!(
+        ends.guest_writes(b"x"),
+        Verdict::Reset(CloseReason::Protocol)
+    );
 }
 
 #[test]
@@ -210,11 +216,14 @@ fn bytes_past_the_credit_reset_it() {
     assert_eq!(ends.guest_writes(&[0; 10]), Verdict::Open);
     assert_eq!(
         ends.guest_writes(&[0; 1]),
-        Verdict::Reset(End::Protocol),
+        Verdict::Reset(CloseReason::Protocol),
         "the guest was told of no more room"
     );
     let mut ends = Ends::established(10);
-    assert_eq!(ends.guest_writes(&[0; 11]), Verdict::Reset(End::Protocol));
+    assert_eq!(
+        ends.guest_writes(&[0; 11]),
+        Verdict::Reset(CloseReason::Protocol)
+    );
 }
 
 #[test]
@@ -311,7 +320,7 @@ fn a_host_program_that_stops_writing_ends_one_direction() {
     assert_eq!(ends.guest_writes(b"answer"), Verdict::Open);
     assert_eq!(
         ends.guest(&shutdown(SHUTDOWN_BOTH)),
-        Verdict::Reset(End::Done)
+        Verdict::Reset(CloseReason::Done)
     );
     drop(ends.conn);
     let mut answer = String::new();
@@ -351,7 +360,10 @@ fn a_host_program_that_closes_ends_both_with_one_shutdown() {
     assert_eq!(taken, 10_000);
     assert_eq!(last.last().unwrap().0.flags, SHUTDOWN_BOTH);
     assert!(ends.conn.deadline().is_some(), "the guest has to confirm");
-    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close(End::Done));
+    assert_eq!(
+        ends.guest(&packet(Op::Rst)),
+        Verdict::Close(CloseReason::Done)
+    );
 }
 
 #[test]
@@ -422,7 +434,7 @@ fn a_guest_that_stops_receiving_makes_the_programs_writing_fail() {
     assert_eq!(ends.guest_writes(b"still sends"), Verdict::Open);
     assert_eq!(
         ends.guest(&shutdown(SHUTDOWN_SEND)),
-        Verdict::Reset(End::Done),
+        Verdict::Reset(CloseReason::Done),
         "the flags add up"
     );
     drop(ends.conn);
@@ -485,7 +497,7 @@ fn a_close_towards_a_program_that_stops_reading_a_full_socket_is_confirmed() {
         ends.fill(2000);
         assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
         ends.program.shutdown(Shutdown::Read).unwrap();
-        assert_eq!(next(&mut ends), Verdict::Reset(End::Done));
+        assert_eq!(next(&mut ends), Verdict::Reset(CloseReason::Done));
     }
 }
 
@@ -495,7 +507,10 @@ fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
     let written = ends.fill(2000);
     assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
     assert!(ends.conn.owes_host());
-    assert_eq!(ends.guest(&packet(Op::Rst)), Verdict::Close(End::Done));
+    assert_eq!(
+        ends.guest(&packet(Op::Rst)),
+        Verdict::Close(CloseReason::Done)
+    );
     assert!(ends.conn.owes_host(), "the bytes are the host program's");
     let reader = std::thread::spawn({
         let mut program = ends.program.try_clone().unwrap();
@@ -504,7 +519,7 @@ fn a_close_waits_for_the_last_byte_and_survives_the_guests_timer() {
             program.read_to_end(&mut bytes).map(|_| bytes)
         }
     });
-    assert_eq!(ends.flush_to_reader(), Verdict::Reset(End::Done));
+    assert_eq!(ends.flush_to_reader(), Verdict::Reset(CloseReason::Done));
     drop(ends.conn);
     assert_eq!(reader.join().unwrap().unwrap(), written);
 }
@@ -515,7 +530,7 @@ fn an_abort_does_not_wait() {
     ends.fill(2000);
     assert_eq!(
         ends.guest(&packet(Op::Rst)),
-        Verdict::Close(End::GuestReset)
+        Verdict::Close(CloseReason::GuestReset)
     );
     assert!(!ends.conn.owes_host());
 }
@@ -526,7 +541,7 @@ fn a_close_towards_a_program_that_is_gone_is_confirmed_at_once() {
     ends.fill(2000);
     assert_eq!(ends.guest(&shutdown(SHUTDOWN_BOTH)), Verdict::Open);
     ends.program = UnixStream::pair().unwrap().0;
-    assert_eq!(ends.gone(), Verdict::Reset(End::Done));
+    assert_eq!(ends.gone(), Verdict::Reset(CloseReason::Done));
 }
 
 #[test]
@@ -534,7 +549,7 @@ fn a_request_for_a_living_connection_resets_it() {
     let mut ends = Ends::established(WINDOW);
     assert_eq!(
         ends.guest(&packet(Op::Request)),
-        Verdict::Reset(End::Protocol)
+        Verdict::Reset(CloseReason::Protocol)
     );
 }
 
