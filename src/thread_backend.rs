@@ -20,7 +20,7 @@ use slab::Slab;
 use crate::config::VmConfig;
 use crate::host::connect_line::{Handshake, Progress};
 use crate::host::listener;
-use crate::metrics::counters::{CloseReason, Counters, Side, Snapshot};
+use crate::metrics::counters::{CloseReason, Counters, Side, VmSnapshot};
 use crate::packet::header::{Cid, GuestPort, HOST_CID, HostPort, Op, TYPE_STREAM, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
@@ -129,16 +129,17 @@ impl VsockThreadBackend {
     }
 
     /// What there is to tell now.
-    pub fn snapshot(&self, has_vmm: bool) -> Snapshot {
+    pub fn snapshot(&self, vmm_connected: bool) -> VmSnapshot {
         // The ports of an orphan may be another connection's already.
         let connected = |(_, entry): (_, &Entry)| match &entry.peer {
             Peer::Connected(conn) if !self.orphans.contains(&entry.token) => Some(conn.stats()),
             _ => None,
         };
-        Snapshot {
-            has_vmm,
-            counters: self.counters.clone(),
+        VmSnapshot {
+            cid: self.guest_cid,
+            vmm_connected,
             handshaking: self.handshakes.len(),
+            counters: self.counters.clone(),
             connections: self.entries.iter().filter_map(connected).collect(),
         }
     }

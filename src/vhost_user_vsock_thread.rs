@@ -24,7 +24,7 @@ use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use crate::config::VmConfig;
-use crate::metrics::counters::Snapshot;
+use crate::metrics::counters::VmSnapshot;
 use crate::packet::{PacketError, RxBatch, TxBatch};
 use crate::syscalls::Syscall;
 use crate::thread_backend::{Registry, Token, VsockThreadBackend};
@@ -225,7 +225,7 @@ impl VhostUserVsockThread {
     }
 
     /// What there is to tell now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> VmSnapshot {
         self.backend.snapshot(self.has_vmm)
     }
 

@@ -25,7 +25,7 @@ use vmm_sys_util::event::{
 
 use crate::config::VmConfig;
 use crate::daemon::service::Status;
-use crate::metrics::counters::Snapshot;
+use crate::metrics::counters::VmSnapshot;
 use crate::packet::header::Cid;
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
@@ -121,7 +121,7 @@ impl VhostUserVsockBackend {
     }
 
     /// What there is to tell now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> VmSnapshot {
         self.worker.lock().snapshot()
     }
 

@@ -278,7 +278,7 @@ impl VsockConnection {
         ConnectionStats {
             guest_port: self.key.guest,
             host_port: self.key.host,
-            state: self.state.name(),
+            state: self.state.name().into(),
             from_guest: self.credit.received(),
             to_guest: self.credit.sent(),
             buffered: self.tx_buf.len(),

@@ -28,7 +28,7 @@ use thiserror::Error;
 use crate::config::{ProcessConfig, Sandbox, folder};
 use crate::daemon::{log_writer, relay, service};
 use crate::host::listener;
-use crate::metrics::socket as stats_socket;
+use crate::metrics;
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
 use crate::vhost_user_vsock_thread::busy_poll as look;
 use crate::vhu_vsock::vring;
@@ -207,6 +207,7 @@ fn leave_files(config: &ProcessConfig) -> Result<(), Missing> {
 
 /// Makes every call that is not listed the last one, in all threads.
 fn leave_calls(callers: &[Syscall]) -> Result<(), Missing> {
+    let metrics = metrics::syscalls();
     let allowed = [
         SYSCALLS,
         callers,
@@ -218,7 +219,7 @@ fn leave_calls(callers: &[Syscall]) -> Result<(), Missing> {
         log_writer::SYSCALLS,
         relay::SYSCALLS,
         service::SYSCALLS,
-        stats_socket::SYSCALLS,
+        &metrics,
         thread_backend::SYSCALLS,
         vsock_conn::SYSCALLS,
         txbuf::SYSCALLS,

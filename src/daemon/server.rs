@@ -141,7 +141,7 @@ impl Server {
         );
         if let Some(stats) = &stats {
             let backend = backend.clone();
-            socket::serve(stats.listener()?, move || backend.snapshot())?;
+            socket::serve(stats.listener()?, move || backend.snapshot().into())?;
         }
         if let Some(relay) = &relay {
             relay.start()?;

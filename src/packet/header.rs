@@ -3,6 +3,8 @@
 //! The daemon always stands between one guest and its host, so a header here has a guest's and a host's side in place of
 //! a source and a destination. Which is which follows from the ring, and is decided here, where bytes become headers.
 
+use serde::{Deserialize, Serialize};
+
 /// Length of a packet's header, in bytes.
 pub const HEADER_LEN: usize = virtio_vsock::packet::PKT_HEADER_SIZE;
 
@@ -17,18 +19,18 @@ pub const SHUTDOWN_SEND: u32 = 2;
 pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
 /// A context id: the address of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cid(pub u64);
 
 /// The host's CID in every guest's eyes (virtio 1.2, 5.10.4).
 pub const HOST_CID: Cid = Cid(2);
 
 /// A port on the guest's side of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct GuestPort(pub u32);
 
 /// A port on the host's side of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct HostPort(pub u32);
 
 /// What a packet asks or answers, the `op` field (virtio 1.2, 5.10.6).
