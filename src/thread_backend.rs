@@ -45,7 +45,7 @@ use crate::config::VmConfig;
 use crate::host::connect_line::Progress;
 use crate::host::routes::{DialError, Dialed, Routes};
 use crate::host::socket::HostSocket;
-use crate::metrics::counters::{CloseReason, Counters, Side, Snapshot};
+use crate::metrics::counters::{CloseReason, Counters, Side, VmSnapshot};
 use crate::packet::header::{Cid, GuestPort, Op, PacketType, PeerAddr, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
@@ -126,9 +126,10 @@ impl VsockThreadBackend {
     }
 
     /// The state at this moment.
-    pub fn snapshot(&self, has_vmm: bool) -> Snapshot {
-        Snapshot {
-            has_vmm,
+    pub fn snapshot(&self, vmm_connected: bool) -> VmSnapshot {
+        VmSnapshot {
+            cid: self.guest_cid,
+            vmm_connected,
             counters: self.counters.clone(),
             handshaking: self.clients.len(),
             connections: self

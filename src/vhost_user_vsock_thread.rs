@@ -36,7 +36,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::config::VmConfig;
 use crate::host::socket::HostSocket;
-use crate::metrics::counters::Snapshot;
+use crate::metrics::counters::VmSnapshot;
 use crate::packet::{PacketError, RxBatch, RxStorage, TxChains, TxStorage};
 use crate::syscalls::Syscall;
 use crate::thread_backend::VsockThreadBackend;
@@ -170,7 +170,7 @@ impl VhostUserVsockThread {
     }
 
     /// What statistics show now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> VmSnapshot {
         self.backend.snapshot(self.has_vmm)
     }
 

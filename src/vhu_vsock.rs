@@ -29,7 +29,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::VmConfig;
-use crate::metrics::counters::Snapshot;
+use crate::metrics::counters::VmSnapshot;
 use crate::packet::header::Cid;
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
 use crate::vhost_user_vsock_thread::{
@@ -129,7 +129,7 @@ impl VhostUserVsockBackend {
     }
 
     /// What statistics show now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> VmSnapshot {
         self.worker().snapshot()
     }
 

@@ -268,7 +268,7 @@ impl VsockConnection {
         ConnectionStats {
             guest_port: self.key.guest,
             peer: self.key.peer,
-            state: self.state.name(),
+            state: self.state.name().into(),
             from_guest: self.credit.received(),
             to_guest: self.credit.sent(),
             buffered: self.mover.buffered(),

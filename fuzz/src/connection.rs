@@ -11,7 +11,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use std::os::fd::AsRawFd;
-use vhost_user_vsock::metrics::counters::End;
+use vhost_user_vsock::metrics::counters::CloseReason;
 use vhost_user_vsock::packet::header::{
     Cid, GuestPort, HOST_CID, HostPort, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND,
     TYPE_STREAM, VsockHeader,
@@ -337,7 +337,7 @@ impl<'m> Ends<'m> {
         let expected = if room.is_some() {
             Verdict::Open
         } else {
-            Verdict::Reset(End::Protocol)
+            Verdict::Reset(CloseReason::Protocol)
         };
         assert_eq!(
             verdict,
@@ -362,20 +362,20 @@ impl<'m> Ends<'m> {
         let verdict = conn.send_pkt(op, &header);
         let owes_host = conn.owes_host();
         let expected = match op {
-            Op::Request => Verdict::Reset(End::Protocol),
-            Op::Rst if !self.is_established => Verdict::Close(End::Refused),
+            Op::Request => Verdict::Reset(CloseReason::Protocol),
+            Op::Rst if !self.is_established => Verdict::Close(CloseReason::Refused),
             Op::Rst
                 if self.guest_shutdown == SHUTDOWN_BOTH || self.told_shutdown == SHUTDOWN_BOTH =>
             {
-                Verdict::Close(End::Done)
+                Verdict::Close(CloseReason::Done)
             }
-            Op::Rst => Verdict::Close(End::GuestReset),
-            Op::Shutdown if !self.is_established => Verdict::Reset(End::Protocol),
+            Op::Rst => Verdict::Close(CloseReason::GuestReset),
+            Op::Shutdown if !self.is_established => Verdict::Reset(CloseReason::Protocol),
             Op::Shutdown => {
                 self.guest_shutdown |= flags & SHUTDOWN_BOTH;
                 let is_done = self.guest_shutdown == SHUTDOWN_BOTH && !owes_host;
                 if is_done {
-                    Verdict::Reset(End::Done)
+                    Verdict::Reset(CloseReason::Done)
                 } else {
                     Verdict::Open
                 }
@@ -387,11 +387,11 @@ impl<'m> Ends<'m> {
                 if is_of_use {
                     Verdict::Open
                 } else {
-                    Verdict::Reset(End::HostGone)
+                    Verdict::Reset(CloseReason::HostGone)
                 }
             }
             // It was noticed that the program reads no more.
-            _ if owed && !owes_host => Verdict::Reset(End::Done),
+            _ if owed && !owes_host => Verdict::Reset(CloseReason::Done),
             _ => Verdict::Open,
         };
         assert_eq!(verdict, expected, "{op:?}");
@@ -418,7 +418,7 @@ impl<'m> Ends<'m> {
         let owed = conn.owes_host();
         let verdict = conn.socket_ready(ready);
         let expected = if owed && !conn.owes_host() {
-            Verdict::Reset(End::Done)
+            Verdict::Reset(CloseReason::Done)
         } else {
             Verdict::Open
         };

@@ -16,6 +16,7 @@ use super::vm::{self, BoundVm, Threads, Vm, VmError};
 use crate::config::{ConfigError, ProcessConfig};
 use crate::host::listener::{self, ListenerError, SocketFile};
 use crate::metrics;
+use crate::metrics::counters::Snapshot;
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::{self, Activity};
 
@@ -129,9 +130,12 @@ impl Server {
             );
             vms.push(vm.start(threads.clone())?);
         }
-        if let (Some(stats), [vm]) = (&stats, &vms[..]) {
-            let device = vm.device();
-            metrics::socket::serve(stats.listener()?, move || device.snapshot())?;
+        if let Some(stats) = &stats {
+            let devices: Vec<_> = vms.iter().map(Vm::device).collect();
+            let snapshot = move || Snapshot {
+                vms: devices.iter().map(|device| device.snapshot()).collect(),
+            };
+            metrics::socket::serve(stats.listener()?, snapshot)?;
         }
         // There is one service manager.
         let _ = board.status.set(manager.ready()?);
@@ -172,7 +176,7 @@ fn syscalls() -> Vec<Syscall> {
         vm::SYSCALLS,
         service::SYSCALLS,
         log_writer::SYSCALLS,
-        metrics::socket::SYSCALLS,
+        &metrics::syscalls(),
         &vhu_vsock::syscalls(),
     ]
     .concat()

@@ -20,7 +20,7 @@ use vhost::vhost_user::Error as VhostUserError;
 
 use crate::config::{ConfigError, ProcessConfig, Sandbox, Socket, VmConfig};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
-use crate::metrics::counters::Snapshot;
+use crate::metrics::counters::VmSnapshot;
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
@@ -226,7 +226,7 @@ impl Vm {
     }
 
     /// Its counters and connections now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> VmSnapshot {
         self.device.snapshot()
     }
 

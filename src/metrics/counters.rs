@@ -1,10 +1,17 @@
-//! What the daemon counts, and what it tells of its connections. Whoever sees a thing happen counts it here; how that is
-//! shown is not known here.
+//! What the daemon counts. The data path increments these where a thing happens; how they are reported is not known here.
+//!
+//! The serde names of the fields are the members of the JSON that the stats socket answers with. It is extended by adding
+//! members: a reader ignores those it does not know, and counters that are missing are 0. None is renamed or removed.
 
-use crate::packet::header::{GuestPort, PeerAddr};
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+
+use crate::packet::header::{Cid, GuestPort, PeerAddr};
 
 /// An end of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Side {
     /// The guest program.
     Guest,
@@ -13,10 +20,10 @@ pub enum Side {
 }
 
 impl Side {
-    /// Both.
+    /// Every side, in the order of their discriminants.
     pub const ALL: [Self; 2] = [Self::Guest, Self::Host];
 
-    /// Its name for people.
+    /// The name that it is exported by.
     pub fn name(self) -> &'static str {
         match self {
             Self::Guest => "guest",
@@ -25,29 +32,30 @@ impl Side {
     }
 }
 
-/// How a connection came to its end.
+/// Why a connection was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseReason {
-    /// Both programs were done, and have all that was sent.
+    /// Both programs have finished, and all their data was delivered.
     Done,
     /// The guest refused the host program's connection.
     Refused,
-    /// The guest gave it up with an RST.
+    /// The guest aborted it with an RST.
     GuestReset,
-    /// The guest sent what does not fit: an operation out of place, more than its credit, an unknown type.
+    /// The guest violated the protocol: an operation that the state does not allow, more data than its credit, an unknown
+    /// type.
     Protocol,
-    /// The host program is gone, or the system failed: its socket, or memory for its bytes.
+    /// The host program has closed its socket, or the system failed: an error of the socket, no memory for its data.
     HostGone,
     /// The guest did not answer in time.
     Timeout,
-    /// It gave way to another one, at the limit of connections.
+    /// It was closed to make room for another one, at the limit of connections.
     Evicted,
-    /// The guest's driver started afresh, or the VMM is gone.
+    /// The guest's driver reset the device, or the VMM disconnected.
     DeviceReset,
 }
 
 impl CloseReason {
-    /// All of them.
+    /// Every reason, in the order of their discriminants.
     pub const ALL: [Self; 8] = [
         Self::Done,
         Self::Refused,
@@ -59,7 +67,7 @@ impl CloseReason {
         Self::DeviceReset,
     ];
 
-    /// Its name for people.
+    /// The name that it is exported by.
     pub fn name(self) -> &'static str {
         match self {
             Self::Done => "done",
@@ -74,82 +82,166 @@ impl CloseReason {
     }
 }
 
-/// Packets in one direction, and the bytes of payload in them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The packets in one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Traffic {
-    /// How many packets.
+    /// Packets of any operation.
     pub packets: u64,
-    /// How many bytes.
+    /// Bytes of payload in them.
     pub bytes: u64,
 }
 
-/// What has happened since the daemon started.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The counters of one VM's device, since the daemon started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Counters {
     /// VMMs that have connected.
     pub sessions: u64,
-    /// Kicks seen. Those that come together are one.
+    /// Kicks seen. Several that arrive before the worker reads the eventfd are one.
     pub kicks: u64,
-    /// Interrupts of the guest.
+    /// Interrupts sent to the guest.
     pub interrupts: u64,
-    /// What the guest has sent.
+    /// Packets from the guest.
     pub from_guest: Traffic,
-    /// What the guest was sent.
+    /// Packets to the guest.
     pub to_guest: Traffic,
-    /// Connections that were begun, by the one who began: see [`Side::ALL`].
+    /// Connections opened, by the side that opened them, in the order of [`Side::ALL`].
+    #[serde(with = "by_side")]
     pub opened: [u64; Side::ALL.len()],
-    /// Connections that have ended, by how: see [`CloseReason::ALL`].
+    /// Connections closed, by the reason, in the order of [`CloseReason::ALL`].
+    #[serde(with = "by_reason")]
     pub ended: [u64; CloseReason::ALL.len()],
-    /// Connections the guest asked for in vain: nobody listens, or the limit is reached.
+    /// Connection requests of the guest that were refused: nobody listens, or the limit is reached.
     pub refused: u64,
     /// Host programs that have connected.
     pub clients: u64,
-    /// Those of them that were closed before they had a connection: without a CONNECT line, or at a limit.
+    /// Those of them that were closed before they had a connection: no valid CONNECT line, or a limit was reached.
     pub clients_dropped: u64,
-    /// RSTs for the guest.
+    /// RSTs to the guest.
     pub resets: u64,
-    /// Those of them that were dropped, since the guest took none.
+    /// Those of them that were dropped because the guest provided no buffers.
     pub resets_lost: u64,
-    /// How often a host program's bytes had to wait for credit of the guest's.
+    /// How often data of a host program had to wait for credit from the guest.
     pub credit_stalls: u64,
-    /// Chains of the guest's that hold no packet, and buffers that hold none.
+    /// Malformed descriptor chains from the guest: no packet in a TX chain, no usable buffer in an RX chain.
     pub malformed: u64,
-    /// Packets of the guest's that were dropped for a CID that is not its own.
+    /// Packets from the guest that were dropped because their source CID is not its own.
     pub foreign: u64,
-    /// How often host programs had to wait since the daemon had no descriptor left.
+    /// How often host programs had to wait because the daemon was out of file descriptors.
     pub shortages: u64,
 }
 
-/// A connection at the moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The state of one connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionStats {
     /// The guest's port.
     pub guest_port: GuestPort,
     /// The other end.
     pub peer: PeerAddr,
-    /// Where it is in its life.
-    pub state: &'static str,
-    /// Bytes that the guest has sent.
+    /// The name of its state.
+    pub state: Cow<'static, str>,
+    /// Bytes received from the guest.
     pub from_guest: u64,
-    /// Bytes that the guest was sent.
+    /// Bytes sent to the guest.
     pub to_guest: u64,
-    /// Bytes that wait here for the host program.
+    /// Bytes from the guest that the host program has not taken yet.
     pub buffered: usize,
-    /// How many bytes the guest would take now.
+    /// Bytes that the guest has room for, by its credit.
     pub credit: usize,
-    /// Who keeps the other waiting, if anybody.
+    /// The side that keeps the other one waiting, if any does.
     pub waits_for: Option<Side>,
 }
 
-/// What there is to tell at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot {
-    /// A VMM is connected.
-    pub has_vmm: bool,
-    /// The counters.
-    pub counters: Counters,
-    /// Host programs that have not named a port yet.
+/// The device of one VM at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSnapshot {
+    /// The guest's CID.
+    pub cid: Cid,
+    /// Whether a VMM is connected.
+    pub vmm_connected: bool,
+    /// Host programs that have connected and not named a port yet.
     pub handshaking: usize,
-    /// The connections.
+    /// Its counters.
+    pub counters: Counters,
+    /// Its connections, in no particular order. Must stay the last field, see `json`.
     pub connections: Vec<ConnectionStats>,
+}
+
+/// Every VM of the process at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The VMs, in the order of the configuration.
+    pub vms: Vec<VmSnapshot>,
+}
+
+impl From<VmSnapshot> for Snapshot {
+    fn from(vm: VmSnapshot) -> Self {
+        Self { vms: vec![vm] }
+    }
+}
+
+/// An array of counters as a map by the names of its indices.
+mod by_name {
+    use std::collections::HashMap;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer, const N: usize>(
+        names: [&str; N],
+        counts: &[u64; N],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(names.iter().zip(counts))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>, const N: usize>(
+        names: [&str; N],
+        deserializer: D,
+    ) -> Result<[u64; N], D::Error> {
+        let counts = HashMap::<String, u64>::deserialize(deserializer)?;
+        Ok(names.map(|name| counts.get(name).copied().unwrap_or_default()))
+    }
+}
+
+mod by_side {
+    use serde::{Deserializer, Serializer};
+
+    use super::{Side, by_name};
+
+    const SIDES: usize = Side::ALL.len();
+
+    pub(super) fn serialize<S: Serializer>(
+        counts: &[u64; SIDES],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        by_name::serialize(Side::ALL.map(Side::name), counts, serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<[u64; SIDES], D::Error> {
+        by_name::deserialize(Side::ALL.map(Side::name), deserializer)
+    }
+}
+
+mod by_reason {
+    use serde::{Deserializer, Serializer};
+
+    use super::{CloseReason, by_name};
+
+    const REASONS: usize = CloseReason::ALL.len();
+
+    pub(super) fn serialize<S: Serializer>(
+        counts: &[u64; REASONS],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        by_name::serialize(CloseReason::ALL.map(CloseReason::name), counts, serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<[u64; REASONS], D::Error> {
+        by_name::deserialize(CloseReason::ALL.map(CloseReason::name), deserializer)
+    }
 }

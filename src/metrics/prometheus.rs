@@ -1,225 +1,297 @@
-//! A [`Snapshot`] as Prometheus' text format (version 0.0.4).
+//! A [`Snapshot`] in Prometheus' text format (version 0.0.4).
+//!
+//! <https://prometheus.io/docs/instrumenting/exposition_formats/>: a metric is a `HELP` and a `TYPE` line and its samples,
+//! all of them together. Samples carry the label `cid` where the process serves several VMs. No name or label here contains
+//! a character that would have to be escaped.
 
-use prometheus::core::Collector;
-use prometheus::{Encoder, Error, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+use std::fmt::{Display, Write};
+use std::iter;
+use std::rc::Rc;
 
-use crate::metrics::counters::{CloseReason, ConnectionStats, Side, Snapshot};
+use super::Chunks;
+use super::counters::{CloseReason, ConnectionStats, Side, Snapshot, VmSnapshot};
 
 /// What every name begins with.
-pub const PREFIX: &str = "vhost_user_vsock";
+const PREFIX: &str = "vhost_user_vsock";
 
-/// The media type of [`text`].
-pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
+/// The media type of [`chunks`].
+pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
 
-/// The labels that name a connection.
-const PORTS: [&str; 2] = ["guest_port", "host_port"];
+/// The snapshot as text.
+pub(super) fn chunks(snapshot: Rc<Snapshot>) -> Chunks {
+    let of_connections = snapshot.clone();
+    let vms = VM_METRICS.iter().map(move |metric| {
+        let mut text = Text::default();
+        text.header(metric);
+        for vm in &snapshot.vms {
+            (metric.samples)(vm, &mut Samples::new(&mut text, metric, &snapshot, vm));
+        }
+        Ok(text.0)
+    });
+    let connections = CONNECTION_METRICS
+        .iter()
+        .flat_map(move |metric| connection_chunks(metric, of_connections.clone()));
+    Box::new(vms.chain(connections))
+}
 
-/// The snapshot as text. An error only where the library refuses a name of ours.
-pub fn text(snapshot: &Snapshot) -> Result<String, Error> {
-    let page = Page(Registry::new_custom(Some(PREFIX.into()), None)?);
-    let counters = &snapshot.counters;
-    page.gauge(
-        "vmm_connected",
-        "Whether a VMM is connected",
-        snapshot.has_vmm.into(),
-    )?;
-    page.gauge(
-        "connections",
-        "Connections at the moment",
-        count(snapshot.connections.len()),
-    )?;
-    page.gauge(
+/// A metric that each connection has samples of. Without any connection there is no metric.
+fn connection_chunks(metric: &'static Metric<ConnectionStats>, snapshot: Rc<Snapshot>) -> Chunks {
+    let connections = |vm: &VmSnapshot| 0..vm.connections.len();
+    let places: Vec<_> = snapshot.vms.iter().map(connections).collect();
+    if places.iter().all(|connections| connections.is_empty()) {
+        return Box::new(iter::empty());
+    }
+    let mut header = Text::default();
+    header.header(metric);
+    let places = places.into_iter().enumerate();
+    let samples = places.flat_map(|(vm, connections)| connections.map(move |index| (vm, index)));
+    let samples = samples.map(move |(vm, index)| {
+        let vm = &snapshot.vms[vm];
+        let conn = &vm.connections[index];
+        let mut text = Text::default();
+        let mut samples = Samples::new(&mut text, metric, &snapshot, vm);
+        samples.label("guest_port", conn.guest_port.0);
+        samples.label("host_port", conn.peer.port.0);
+        (metric.samples)(conn, &mut samples);
+        Ok(text.0)
+    });
+    Box::new(iter::once(Ok(header.0)).chain(samples))
+}
+
+/// A metric of each `T`, a VM or a connection.
+struct Metric<T> {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
+    samples: fn(&T, &mut Samples<'_>),
+}
+
+const fn gauge<T>(
+    name: &'static str,
+    help: &'static str,
+    samples: fn(&T, &mut Samples<'_>),
+) -> Metric<T> {
+    Metric {
+        name,
+        kind: "gauge",
+        help,
+        samples,
+    }
+}
+
+const fn counter<T>(
+    name: &'static str,
+    help: &'static str,
+    samples: fn(&T, &mut Samples<'_>),
+) -> Metric<T> {
+    Metric {
+        name,
+        kind: "counter",
+        help,
+        samples,
+    }
+}
+
+static VM_METRICS: [Metric<VmSnapshot>; 19] = [
+    gauge("vmm_connected", "Whether a VMM is connected", |vm, out| {
+        out.value(vm.vmm_connected.into());
+    }),
+    counter(
+        "vmm_sessions_total",
+        "VMMs that have connected",
+        |vm, out| {
+            out.value(vm.counters.sessions);
+        },
+    ),
+    gauge("connections", "Connections at the moment", |vm, out| {
+        out.value(vm.connections.len() as u64);
+    }),
+    counter(
+        "connections_opened_total",
+        "Connections, by the side that opened them",
+        |vm, out| {
+            for side in Side::ALL {
+                out.labelled("by", side.name(), vm.counters.opened[side as usize]);
+            }
+        },
+    ),
+    counter(
+        "connections_ended_total",
+        "Connections that were closed, by the reason",
+        |vm, out| {
+            for reason in CloseReason::ALL {
+                out.labelled("how", reason.name(), vm.counters.ended[reason as usize]);
+            }
+        },
+    ),
+    counter(
+        "connections_refused_total",
+        "Connection requests of the guest that were refused",
+        |vm, out| out.value(vm.counters.refused),
+    ),
+    counter(
+        "clients_total",
+        "Host programs that have connected",
+        |vm, out| out.value(vm.counters.clients),
+    ),
+    gauge(
         "clients_handshaking",
         "Host programs that have connected and not named a port yet",
-        count(snapshot.handshaking),
-    )?;
-    for (name, help, value) in [
-        (
-            "vmm_sessions_total",
-            "VMMs that have connected",
-            counters.sessions,
-        ),
-        (
-            "kicks_total",
-            "Kicks seen, those that come together as one",
-            counters.kicks,
-        ),
-        (
-            "interrupts_total",
-            "Interrupts of the guest",
-            counters.interrupts,
-        ),
-        (
-            "connections_refused_total",
-            "Connections the guest asked for in vain",
-            counters.refused,
-        ),
-        (
-            "clients_total",
-            "Host programs that have connected",
-            counters.clients,
-        ),
-        (
-            "clients_dropped_total",
-            "Host programs that were closed before they had a connection",
-            counters.clients_dropped,
-        ),
-        ("resets_total", "RST packets for the guest", counters.resets),
-        (
-            "resets_lost_total",
-            "RST packets that were dropped, since the guest took none",
-            counters.resets_lost,
-        ),
-        (
-            "credit_stalls_total",
-            "How often a host program's bytes had to wait for the guest's credit",
-            counters.credit_stalls,
-        ),
-        (
-            "malformed_chains_total",
-            "Descriptor chains of the guest's that hold no packet or are no buffer",
-            counters.malformed,
-        ),
-        (
-            "foreign_packets_total",
-            "Packets of the guest's that were dropped for a CID that is not its own",
-            counters.foreign,
-        ),
-        (
-            "descriptor_shortages_total",
-            "How often host programs had to wait for want of descriptors",
-            counters.shortages,
-        ),
-    ] {
-        page.counters(name, help, &[], [(vec![], value)])?;
-    }
-    let by_sender = |from_guest, to_guest| {
-        [(Side::Guest, from_guest), (Side::Host, to_guest)]
-            .map(|(from, value)| (vec![from.name().to_owned()], value))
-    };
-    page.counters(
+        |vm, out| out.value(vm.handshaking as u64),
+    ),
+    counter(
+        "clients_dropped_total",
+        "Host programs that were closed before they had a connection",
+        |vm, out| out.value(vm.counters.clients_dropped),
+    ),
+    counter(
         "packets_total",
-        "Packets, by the end that they come from",
-        &["from"],
-        by_sender(counters.from_guest.packets, counters.to_guest.packets),
-    )?;
-    page.counters(
+        "Packets, by the side that sent them",
+        |vm, out| {
+            out.by_sender(vm.counters.from_guest.packets, vm.counters.to_guest.packets);
+        },
+    ),
+    counter(
         "payload_bytes_total",
-        "Bytes of payload, by the end that they come from",
-        &["from"],
-        by_sender(counters.from_guest.bytes, counters.to_guest.bytes),
-    )?;
-    page.counters(
-        "connections_opened_total",
-        "Connections, by the end that began them",
-        &["by"],
-        Side::ALL.map(|side| (vec![side.name().to_owned()], counters.opened[side as usize])),
-    )?;
-    page.counters(
-        "connections_ended_total",
-        "Connections that are over, by how they ended",
-        &["how"],
-        CloseReason::ALL.map(|end| (vec![end.name().to_owned()], counters.ended[end as usize])),
-    )?;
-    page.connections(&snapshot.connections)?;
-    page.text()
-}
+        "Bytes of payload, by the side that sent them",
+        |vm, out| out.by_sender(vm.counters.from_guest.bytes, vm.counters.to_guest.bytes),
+    ),
+    counter(
+        "kicks_total",
+        "Kicks seen; several that arrive together are one",
+        |vm, out| out.value(vm.counters.kicks),
+    ),
+    counter(
+        "interrupts_total",
+        "Interrupts sent to the guest",
+        |vm, out| out.value(vm.counters.interrupts),
+    ),
+    counter("resets_total", "RST packets to the guest", |vm, out| {
+        out.value(vm.counters.resets);
+    }),
+    counter(
+        "resets_lost_total",
+        "RST packets that were dropped because the guest provided no buffers",
+        |vm, out| out.value(vm.counters.resets_lost),
+    ),
+    counter(
+        "credit_stalls_total",
+        "How often data of a host program had to wait for credit from the guest",
+        |vm, out| out.value(vm.counters.credit_stalls),
+    ),
+    counter(
+        "malformed_chains_total",
+        "Malformed descriptor chains from the guest",
+        |vm, out| out.value(vm.counters.malformed),
+    ),
+    counter(
+        "foreign_packets_total",
+        "Packets from the guest that were dropped because their source CID is not its own",
+        |vm, out| out.value(vm.counters.foreign),
+    ),
+    counter(
+        "descriptor_shortages_total",
+        "How often host programs had to wait because the daemon was out of file descriptors",
+        |vm, out| out.value(vm.counters.shortages),
+    ),
+];
 
-/// The metrics so far.
-struct Page(Registry);
+static CONNECTION_METRICS: [Metric<ConnectionStats>; 4] = [
+    gauge(
+        "connection_info",
+        "A connection: its state, and the side that keeps the other one waiting",
+        |conn, out| {
+            out.label("state", &conn.state);
+            out.labelled("waits_for", conn.waits_for.map_or("nobody", Side::name), 1);
+        },
+    ),
+    counter(
+        "connection_payload_bytes_total",
+        "Bytes of payload of a connection, by the side that sent them",
+        |conn, out| out.by_sender(conn.from_guest, conn.to_guest),
+    ),
+    gauge(
+        "connection_buffered_bytes",
+        "Bytes from the guest that the host program has not taken yet",
+        |conn, out| out.value(conn.buffered as u64),
+    ),
+    gauge(
+        "connection_credit_bytes",
+        "Bytes that the guest has room for, by its credit",
+        |conn, out| out.value(conn.credit as u64),
+    ),
+];
 
-impl Page {
-    fn add(&self, metric: impl Collector + 'static) -> Result<(), Error> {
-        self.0.register(Box::new(metric))
+/// A part of the text.
+#[derive(Default)]
+struct Text(String);
+
+impl Text {
+    fn header<T>(&mut self, metric: &Metric<T>) {
+        let Metric {
+            name, kind, help, ..
+        } = metric;
+        self.push(format_args!("# HELP {PREFIX}_{name} {help}\n"));
+        self.push(format_args!("# TYPE {PREFIX}_{name} {kind}\n"));
     }
 
-    fn gauge(&self, name: &str, help: &str, value: i64) -> Result<(), Error> {
-        self.gauges(name, help, &[], [(vec![], value)])
-    }
-
-    fn gauges(
-        &self,
-        name: &str,
-        help: &str,
-        labels: &[&str],
-        values: impl IntoIterator<Item = (Vec<String>, i64)>,
-    ) -> Result<(), Error> {
-        let gauges = IntGaugeVec::new(Opts::new(name, help), labels)?;
-        for (labels, value) in values {
-            gauges.get_metric_with_label_values(&labels)?.set(value);
-        }
-        self.add(gauges)
-    }
-
-    fn counters(
-        &self,
-        name: &str,
-        help: &str,
-        labels: &[&str],
-        values: impl IntoIterator<Item = (Vec<String>, u64)>,
-    ) -> Result<(), Error> {
-        let counters = IntCounterVec::new(Opts::new(name, help), labels)?;
-        for (labels, value) in values {
-            counters
-                .get_metric_with_label_values(&labels)?
-                .inc_by(value);
-        }
-        self.add(counters)
-    }
-
-    fn connections(&self, connections: &[ConnectionStats]) -> Result<(), Error> {
-        let with = |labels: &[&'static str]| [&PORTS[..], labels].concat();
-        let ports = |conn: &ConnectionStats| {
-            vec![conn.guest_port.0.to_string(), conn.peer.port.0.to_string()]
-        };
-        let labelled = |conn: &ConnectionStats, labels: &[&str]| {
-            let labels = labels.iter().map(|label| (*label).to_owned());
-            ports(conn).into_iter().chain(labels).collect()
-        };
-        self.gauges(
-            "connection_info",
-            "A connection: its state, and who keeps the other end waiting",
-            &with(&["state", "waits_for"]),
-            connections.iter().map(|conn| {
-                let waits_for = conn.waits_for.map_or("nobody", Side::name);
-                (labelled(conn, &[conn.state, waits_for]), 1)
-            }),
-        )?;
-        self.counters(
-            "connection_payload_bytes_total",
-            "Bytes of payload of a connection, by the end that they come from",
-            &with(&["from"]),
-            connections.iter().flat_map(|conn| {
-                [(Side::Guest, conn.from_guest), (Side::Host, conn.to_guest)]
-                    .map(|(from, bytes)| (labelled(conn, &[from.name()]), bytes))
-            }),
-        )?;
-        self.gauges(
-            "connection_buffered_bytes",
-            "Bytes that the host program has not taken yet",
-            &PORTS,
-            connections
-                .iter()
-                .map(|conn| (ports(conn), count(conn.buffered))),
-        )?;
-        self.gauges(
-            "connection_credit_bytes",
-            "Bytes that the guest would take now",
-            &PORTS,
-            connections
-                .iter()
-                .map(|conn| (ports(conn), count(conn.credit))),
-        )
-    }
-
-    fn text(&self) -> Result<String, Error> {
-        let mut text = Vec::new();
-        TextEncoder::new().encode(&self.0.gather(), &mut text)?;
-        String::from_utf8(text).map_err(|error| Error::Msg(error.to_string()))
+    fn push(&mut self, text: impl Display) {
+        // Writing to a string can't fail.
+        let _ = write!(self.0, "{text}");
     }
 }
 
-/// A count as a gauge has it.
-fn count(value: usize) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
+/// The samples of one metric for one VM or connection.
+struct Samples<'t> {
+    text: &'t mut Text,
+    name: &'static str,
+    /// The labels of all samples from now on, with commas between.
+    labels: String,
+}
+
+impl<'t> Samples<'t> {
+    fn new<T>(
+        text: &'t mut Text,
+        metric: &Metric<T>,
+        snapshot: &Snapshot,
+        vm: &VmSnapshot,
+    ) -> Self {
+        let mut samples = Self {
+            text,
+            name: metric.name,
+            labels: String::new(),
+        };
+        if snapshot.vms.len() > 1 {
+            samples.label("cid", vm.cid.get());
+        }
+        samples
+    }
+
+    fn label(&mut self, name: &str, value: impl Display) {
+        let separator = if self.labels.is_empty() { "" } else { "," };
+        let _ = write!(self.labels, "{separator}{name}=\"{value}\"");
+    }
+
+    /// A sample without further labels.
+    fn value(&mut self, value: u64) {
+        let Self { text, name, labels } = self;
+        if labels.is_empty() {
+            text.push(format_args!("{PREFIX}_{name} {value}\n"));
+        } else {
+            text.push(format_args!("{PREFIX}_{name}{{{labels}}} {value}\n"));
+        }
+    }
+
+    /// A sample with one more label.
+    fn labelled(&mut self, name: &str, label: &str, value: u64) {
+        let shared = self.labels.len();
+        self.label(name, label);
+        self.value(value);
+        self.labels.truncate(shared);
+    }
+
+    fn by_sender(&mut self, from_guest: u64, to_guest: u64) {
+        self.labelled("from", Side::Guest.name(), from_guest);
+        self.labelled("from", Side::Host.name(), to_guest);
+    }
 }

@@ -21,13 +21,14 @@
 use std::fmt;
 
 use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Length of a packet's header, in bytes.
 pub const HEADER_LEN: usize = virtio_vsock::packet::PKT_HEADER_SIZE;
 
 /// A context ID: the vsock address of a machine (virtio 1.2, 5.10.4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Cid(u64);
 
 impl Cid {
@@ -80,15 +81,15 @@ impl TryFrom<u32> for Cid {
 }
 
 /// A port on the guest's side of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct GuestPort(pub u32);
 
 /// A port on the peer's side of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PeerPort(pub u32);
 
 /// The address at the other end of a guest's connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PeerAddr {
     /// The machine: [`Cid::HOST`], or another guest.
     pub cid: Cid,

@@ -1,0 +1,188 @@
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::counters::{
+    CloseReason, ConnectionStats, Counters, Side, Snapshot, Traffic, VmSnapshot,
+};
+use super::{json, prometheus, socket};
+use crate::packet::header::{Cid, GuestPort, PeerAddr};
+
+/// A VM with connections whose ports count from 1.
+fn vm(cid: u64, connections: u32) -> VmSnapshot {
+    let connection = |port| ConnectionStats {
+        guest_port: GuestPort(port),
+        peer: PeerAddr::host(port + 1),
+        state: "established".into(),
+        from_guest: 3,
+        to_guest: 4,
+        buffered: 5,
+        credit: 6,
+        waits_for: Some(Side::Host),
+    };
+    let counters = Counters {
+        sessions: 1,
+        from_guest: Traffic {
+            packets: 7,
+            bytes: 8,
+        },
+        opened: [9, 10],
+        ended: [1, 2, 3, 4, 5, 6, 7, 8],
+        shortages: 11,
+        ..Counters::default()
+    };
+    VmSnapshot {
+        cid: Cid::from_raw(cid),
+        vmm_connected: true,
+        handshaking: 2,
+        counters,
+        connections: (1..=connections).map(connection).collect(),
+    }
+}
+
+fn text(snapshot: &Snapshot) -> String {
+    let chunks = prometheus::chunks(Rc::new(snapshot.clone()));
+    chunks.map(Result::unwrap).collect()
+}
+
+fn samples(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter(|line| !line.starts_with('#'))
+}
+
+#[test]
+fn json_in_chunks_is_the_json_of_the_whole() {
+    let several = [vec![], vec![vm(3, 0)], vec![vm(3, 2), vm(4, 0), vm(5, 1)]];
+    for snapshot in several.map(|vms| Snapshot { vms }) {
+        let chunks = json::chunks(Rc::new(snapshot.clone()));
+        let text: String = chunks.map(Result::unwrap).collect();
+        assert_eq!(text, serde_json::to_string(&snapshot).unwrap());
+        assert_eq!(
+            serde_json::from_str::<Snapshot>(&text).unwrap(),
+            snapshot,
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn json_has_names_for_sides_and_reasons() {
+    let json = serde_json::to_value(vm(3, 1)).unwrap();
+    for side in Side::ALL {
+        let expected = vm(3, 1).counters.opened[side as usize];
+        assert_eq!(json["counters"]["opened"][side.name()], expected);
+    }
+    for reason in CloseReason::ALL {
+        let expected = vm(3, 1).counters.ended[reason as usize];
+        assert_eq!(json["counters"]["ended"][reason.name()], expected);
+    }
+    assert_eq!(json["connections"][0]["waits_for"], Side::Host.name());
+}
+
+#[test]
+fn json_of_another_version_is_understood() {
+    let json = r#"{"vms": [{"cid": 3, "vmm_connected": false, "handshaking": 0, "new": [],
+        "counters": {"sessions": 1, "ended": {"done": 2, "new": 3}, "new": 4},
+        "connections": []}], "new": null}"#;
+    let expected = Counters {
+        sessions: 1,
+        ended: [2, 0, 0, 0, 0, 0, 0, 0],
+        ..Counters::default()
+    };
+    let snapshot: Snapshot = serde_json::from_str(json).unwrap();
+    assert_eq!(snapshot.vms[0].counters, expected);
+}
+
+#[test]
+fn samples_carry_the_cid_where_there_are_several_vms() {
+    let one = text(&Snapshot::from(vm(3, 2)));
+    assert!(samples(&one).all(|line| !line.contains("cid=")), "{one}");
+
+    let both = text(&Snapshot {
+        vms: vec![vm(3, 2), vm(4, 1)],
+    });
+    for line in samples(&both) {
+        assert!(
+            line.contains("{cid=\"3\"") ^ line.contains("{cid=\"4\""),
+            "{line}"
+        );
+    }
+    assert_eq!(
+        both.matches("# TYPE").count(),
+        one.matches("# TYPE").count(),
+        "a metric is described once, whatever the number of VMs"
+    );
+    let line =
+        "vhost_user_vsock_connection_buffered_bytes{cid=\"4\",guest_port=\"1\",host_port=\"2\"} 5";
+    assert!(samples(&both).any(|sample| sample == line), "{both}");
+}
+
+#[test]
+fn a_text_of_many_connections_is_never_whole_in_memory() {
+    let snapshot = Rc::new(Snapshot::from(vm(3, 10_000)));
+    for chunks in [
+        prometheus::chunks(snapshot.clone()),
+        json::chunks(snapshot.clone()),
+    ] {
+        let longest = chunks.map(|chunk| chunk.unwrap().len()).max();
+        assert!(longest < Some(4096), "{longest:?}");
+    }
+}
+
+/// How long a client in these tests waits for its answer.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn ask(path: &Path, request: &str) -> UnixStream {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    stream
+}
+
+/// A stats socket whose answers are longer than what a socket buffers.
+fn serve_long_answers(folder: &TempDir) -> (std::path::PathBuf, Snapshot) {
+    let path = folder.path().join("stats");
+    let snapshot = Snapshot::from(vm(3, 2000));
+    let served = snapshot.clone();
+    socket::serve(UnixListener::bind(&path).unwrap(), move || served.clone()).unwrap();
+    (path, snapshot)
+}
+
+#[test]
+fn a_client_that_reads_gets_its_answer_beside_hundreds_that_do_not() {
+    let folder = TempDir::new().unwrap();
+    let (path, snapshot) = serve_long_answers(&folder);
+    let whole = text(&snapshot);
+    let _not_reading: Vec<UnixStream> = (0..300)
+        .map(|_| ask(&path, "GET / HTTP/1.1\r\n\r\n"))
+        .collect();
+    let mut answer = String::new();
+    let mut reading = ask(&path, "GET / HTTP/1.1\r\n\r\n");
+    reading.read_to_string(&mut answer).unwrap();
+    let (header, body) = answer.split_once("\r\n\r\n").unwrap();
+    let length = format!("Content-Length: {}", whole.len());
+    assert!(header.contains(&length), "{header}");
+    assert!(body == whole, "{} bytes of {}", body.len(), whole.len());
+}
+
+#[test]
+fn a_client_that_reads_slowly_gets_all_of_it() {
+    let folder = TempDir::new().unwrap();
+    let (path, snapshot) = serve_long_answers(&folder);
+    let mut stream = ask(&path, "");
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = vec![0; 1000];
+    stream.read_exact(&mut answer).unwrap();
+    // Others are served while this one's answer waits.
+    let mut other = String::new();
+    let mut reading = ask(&path, "GET /json HTTP/1.1\r\n\r\n");
+    reading.read_to_string(&mut other).unwrap();
+    let json = other.split_once("\r\n\r\n").unwrap().1;
+    assert!(serde_json::from_str::<Snapshot>(json).unwrap() == snapshot);
+    stream.read_to_end(&mut answer).unwrap();
+    assert!(answer == text(&snapshot).as_bytes());
+}
