@@ -16,6 +16,7 @@ use common::sim::host::{
     FLOW, PORT, accept, assert_moves_bytes, assert_same, assert_serves, connect, dial, from_guest,
     from_host, listen, pattern, read_exactly, read_to_end,
 };
+use common::sim::memory::{Backing, GuestMemory};
 use common::sim::survivor::SLACK_KIB;
 use common::sim::vhost_user::Frontend;
 use common::sim::{Flow, Op, Setup, SimGuest, Survivor};
@@ -211,12 +212,14 @@ fn a_guest_for_whose_memory_there_is_no_room_is_not_served_and_the_next_is() {
 }
 
 #[test]
-fn without_memory_for_threads_a_vmm_waits_until_it_can_be_served() {
+fn without_address_space_a_vmm_can_not_share_memory_and_the_next_one_is_served() {
     let mut daemon = Daemon::start();
     limit_memory(&daemon, 0);
-    let first = UnixStream::connect(daemon.vhost_socket()).unwrap();
+    // It takes no thread to serve a VMM, but its memory has to be mapped.
+    let first = Frontend::connect(&daemon.vhost_socket());
+    first.set_mem_table(&GuestMemory::new(&[64 << 20], Backing::Pages));
     eventually("the shortage to be noticed", || {
-        daemon.log().contains("can't serve")
+        daemon.log().contains("the VMM is no longer served")
     });
     daemon.assert_alive();
     daemon.set_limit("as", "unlimited");

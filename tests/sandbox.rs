@@ -226,13 +226,12 @@ fn no_thread_has_a_privilege() {
             assert_eq!(others, ["NoNewPrivs: 1", "Seccomp: 2"]);
         }
     };
-    // The first, those for the log and for signals, and the worker.
+    // The first, the log's, the worker, and the one for the VMM's messages.
     eventually("its threads", || daemon.threads() == 4);
     assert_confined(4);
     let mut guest = SimGuest::start(&daemon, Setup::default());
     assert_serves(&daemon, &mut guest);
-    // And the one for the VMM's messages.
-    assert_confined(5);
+    assert_confined(4);
 
     let free = serving(OFF);
     let confinement = confinement(&free);

@@ -298,7 +298,10 @@ fn json_is_answered_where_it_is_asked_for() {
     assert_eq!(vm["connections"].as_array().unwrap().len(), 1, "{body}");
     let connection = &vm["connections"][0];
     assert_eq!(connection["guest_port"], FLOW.guest_port);
-    assert_eq!(connection["host_port"], FLOW.host_port);
+    assert_eq!(
+        connection["peer"],
+        json!({"cid": 2, "port": FLOW.host_port})
+    );
     assert_eq!(connection["state"], "established");
     assert_eq!(connection["from_guest"], 300);
     assert_eq!(connection["to_guest"], 300);

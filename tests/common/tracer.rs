@@ -24,10 +24,21 @@ const LAUNCH: &str = "umask 0; echo; read -r go; exec \"$@\" >&2";
 /// The variable of the environment that brings a path into the daemon's memory.
 const PATH_VARIABLE: &str = "TRACED_PATH=";
 
-/// A daemon whose first thread is traced. Only the thread that has started it may use it. It is killed, by pid, when this
+const OPTIONS: Options = Options::PTRACE_O_EXITKILL
+    .union(Options::PTRACE_O_TRACEEXEC)
+    .union(Options::PTRACE_O_TRACESYSGOOD);
+
+/// The daemon's threads, in the order in which they start.
+const THREADS: [&str; 3] = ["worker-4", "session-4", "log"];
+
+/// The one that waits for a VMM.
+const SESSION: usize = 1;
+
+/// A daemon with a thread that is traced: its first, or the one that waits for a VMM. Only the thread that has started it may use it. It is killed, by pid, when this
 /// is dropped.
 pub struct Traced {
     child: Child,
+    /// The traced thread.
     pid: Pid,
     folder: TempDir,
     path: u64,
@@ -76,10 +87,7 @@ impl Traced {
         let mut stdout = child.stdout.take().unwrap();
         stdout.read_exact(&mut ready).unwrap();
         let pid = Pid::from_raw(child.id() as i32);
-        let options = Options::PTRACE_O_EXITKILL
-            | Options::PTRACE_O_TRACEEXEC
-            | Options::PTRACE_O_TRACESYSGOOD;
-        ptrace::seize(pid, options)
+        ptrace::seize(pid, OPTIONS)
             .expect("a process may trace its child: kernel.yama.ptrace_scope");
         child.stdin.take().unwrap().write_all(b"\n").unwrap();
         let mut traced = Self {
@@ -104,7 +112,7 @@ impl Traced {
     /// Starts a daemon and catches it when it waits for a VMM.
     pub fn serving(options: &[&str], path: &Path) -> Self {
         let mut traced = Self::start(options, path);
-        ptrace::cont(traced.pid, None).unwrap();
+        traced.follow_session();
         eventually("the daemon to serve", || {
             traced.log().contains("waiting for a VMM")
         });
@@ -117,6 +125,38 @@ impl Traced {
         assert_eq!(traced.wait(), WaitStatus::PtraceSyscall(traced.pid));
         traced.caught = Some(ptrace::getregs(traced.pid).unwrap());
         traced
+    }
+
+    /// Lets the first thread start the others, and traces the one that waits for a VMM in its place.
+    fn follow_session(&mut self) {
+        let (first, options) = (self.pid, OPTIONS | Options::PTRACE_O_TRACECLONE);
+        ptrace::setoptions(first, options).unwrap();
+        let mut session = first;
+        for (index, name) in THREADS.into_iter().enumerate() {
+            ptrace::cont(first, None).unwrap();
+            self.pid = first;
+            let clone = ptrace::Event::PTRACE_EVENT_CLONE as i32;
+            assert_eq!(
+                self.wait(),
+                WaitStatus::PtraceEvent(first, Signal::SIGTRAP, clone),
+                "{name}"
+            );
+            self.pid = Pid::from_raw(ptrace::getevent(first).unwrap() as i32);
+            assert!(matches!(self.wait(), WaitStatus::PtraceEvent(..)), "{name}");
+            if index == SESSION {
+                session = self.pid;
+                ptrace::setoptions(session, OPTIONS).unwrap();
+                ptrace::cont(session, None).unwrap();
+            } else {
+                ptrace::detach(self.pid, None).unwrap();
+            }
+        }
+        ptrace::detach(first, None).unwrap();
+        self.pid = session;
+        let comm = format!("/proc/{first}/task/{session}/comm");
+        eventually("the thread to have its name", || {
+            fs::read_to_string(&comm).is_ok_and(|name| name.trim() == THREADS[SESSION])
+        });
     }
 
     /// Lets the daemon make a system call. It stands still again behind it.
@@ -166,7 +206,7 @@ impl Traced {
 
     /// The daemon's process id.
     pub fn pid(&self) -> Pid {
-        self.pid
+        Pid::from_raw(self.child.id() as i32)
     }
 
     /// The vhost-user socket.
@@ -244,8 +284,13 @@ impl Drop for Traced {
     fn drop(&mut self) {
         if !self.ended {
             let _ = self.child.kill();
-            let _ = self.child.wait();
         }
+        // A process ends when its tracer has seen the end of each thread.
+        let first = self.pid.as_raw() == self.child.id() as i32;
+        if !first && !self.ended {
+            let _ = waitpid(self.pid, Some(WaitPidFlag::__WALL));
+        }
+        let _ = self.child.wait();
     }
 }
 
