@@ -247,18 +247,19 @@ impl App for Echo {
     }
 }
 
-/// A program beside a flood: connections to `DISCARD_PORT` are read and discarded, and with `requests`, REQUESTs that are
-/// refused go out as fast as the device takes them.
+/// A program beside a flood: connections to `DISCARD_PORT` are read and discarded, and REQUESTs to `CLOSED_PORT` sent as
+/// fast as the device takes them.
 pub struct Flooded<A> {
     app: A,
     shared: Arc<Shared>,
-    requests: bool,
+    /// How many descriptors of the TX ring the REQUESTs may use.
+    requests: u16,
     discarded: HashSet<ConnId>,
 }
 
 impl<A> Flooded<A> {
-    /// Puts `app` beside a flood.
-    pub fn new(app: A, shared: Arc<Shared>, requests: bool) -> Self {
+    /// Puts `app` beside a flood, in which REQUESTs use up to `requests` descriptors of the TX ring.
+    pub fn new(app: A, shared: Arc<Shared>, requests: u16) -> Self {
         Self {
             app,
             shared,
@@ -282,11 +283,12 @@ impl<A: App> App for Flooded<A> {
     }
 
     fn run(&mut self, guest: &mut Guest) -> Result<(), String> {
-        // First, so that it is the device that decides what the flood costs it.
+        // It runs first, and finds a place in the ring whenever the device has returned a buffer: what the flood costs it
+        // beyond that is up to the device.
         self.app.run(guest)?;
-        if self.requests && self.shared.flooding() {
+        if self.shared.flooding() {
             let mut sent = 0;
-            while guest.request(CLOSED_PORT) {
+            while guest.request(CLOSED_PORT, self.requests) {
                 sent += 1;
             }
             self.shared.add_flood_ops(sent);

@@ -3,6 +3,7 @@
 use crate::apps::After;
 use crate::daemon::{Binary, Daemon};
 use crate::floods::{self, Flood, Measured};
+use crate::guest::RING_SIZE;
 use crate::limits::Limit;
 use crate::measure::{Sample, Timing, key};
 use crate::packet::MAX_PAYLOAD;
@@ -123,7 +124,12 @@ pub const CASES: &[Case] = &[
     flooded(
         "stream out, refused REQUESTs",
         Measured::ToHost,
-        Flood::RefusedRequests,
+        Flood::RefusedRequests(RING_SIZE),
+    ),
+    flooded(
+        "stream out, REQUESTs in half the ring",
+        Measured::ToHost,
+        Flood::RefusedRequests(RING_SIZE / 2),
     ),
     flooded(
         "stream out, 64 streams in",
@@ -134,7 +140,7 @@ pub const CASES: &[Case] = &[
     flooded(
         "stream in, refused REQUESTs",
         Measured::ToGuest,
-        Flood::RefusedRequests,
+        Flood::RefusedRequests(RING_SIZE),
     ),
     flooded(
         "stream in, refused CONNECTs",
@@ -155,7 +161,7 @@ pub const CASES: &[Case] = &[
     flooded(
         "echo, refused REQUESTs",
         Measured::Echo,
-        Flood::RefusedRequests,
+        Flood::RefusedRequests(RING_SIZE),
     ),
     flooded(
         "echo, refused CONNECTs",
@@ -177,7 +183,7 @@ pub const CASES: &[Case] = &[
     flooded(
         "CONNECT, refused REQUESTs",
         Measured::Connect,
-        Flood::RefusedRequests,
+        Flood::RefusedRequests(RING_SIZE),
     ),
 ];
 

@@ -11,7 +11,7 @@ use crate::host::{connect, request};
 use crate::shared::Shared;
 
 /// How many clients connect at the same time.
-const CLIENTS: usize = 64;
+const CLIENTS: usize = 256;
 /// How often a program checks whether the run is over, in milliseconds.
 const STOP_CHECK: u16 = 50;
 /// Few, so that no connection gets far ahead of the others.

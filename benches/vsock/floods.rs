@@ -37,8 +37,8 @@ impl Measured {
 pub enum Flood {
     /// Nobody.
     None,
-    /// The guest, with REQUESTs to a port on which nobody listens.
-    RefusedRequests,
+    /// The guest, with REQUESTs to a port on which nobody listens, in so many descriptors of its TX ring.
+    RefusedRequests(u16),
     /// Host programs, with CONNECTs to a port on which nobody listens.
     RefusedConnects,
     /// Host programs, with CONNECTs that are accepted, and closed at once.
@@ -64,7 +64,7 @@ impl Flood {
         session.shared.flood();
         let path = session.daemon.uds_path();
         let port = match self {
-            Self::None | Self::RefusedRequests => return None,
+            Self::None | Self::RefusedRequests(_) => return None,
             Self::Bytes(_) | Self::Streams(_) => {
                 return writers.map(|writers| session.spawn(|shared| writers.run(shared)));
             }
@@ -115,8 +115,11 @@ fn beside<A: App + Send + 'static>(
     timing: &Timing,
     host_program: impl FnOnce(&Shared) -> Result<Vec<u64>, String> + Send + 'static,
 ) -> Result<Sample, String> {
-    let from_guest = flood == Flood::RefusedRequests;
-    let app = Flooded::new(app, session.shared.clone(), from_guest);
+    let requests = match flood {
+        Flood::RefusedRequests(descriptors) => descriptors,
+        _ => 0,
+    };
+    let app = Flooded::new(app, session.shared.clone(), requests);
     let guest = session.start_guest(app)?;
     let writers = flood.prepare(&session)?;
     let host = session.spawn(host_program);
@@ -128,7 +131,7 @@ fn beside<A: App + Send + 'static>(
     join_all(flooder.into_iter().collect())?;
     let window = window?;
     let mut sample = window.beside_flood();
-    if from_guest {
+    if requests > 0 {
         sample.insert(key::FLOOD_ANSWERED, window.flood_answered());
     }
     sample.extend(percentiles(&mut latencies.unwrap_or_default()));

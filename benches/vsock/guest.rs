@@ -30,7 +30,7 @@ pub const DISCARD_PORT: u32 = 9;
 pub const CLOSED_PORT: u32 = 1;
 
 /// The size of each ring, as in QEMU.
-const RING_SIZE: u16 = 128;
+pub const RING_SIZE: u16 = 128;
 /// The size of an RX buffer without the header, in bytes.
 const RX_PAYLOAD: u32 = 4096;
 /// The most bytes that a program reads at once.
@@ -337,10 +337,11 @@ impl Guest {
         id
     }
 
-    /// Sends a REQUEST and keeps no connection for it, like a program that closes the socket at once. False while half of the
-    /// TX ring is in use: the other half is for other programs.
-    pub fn request(&mut self, host_port: u32) -> bool {
-        if !self.control.is_empty() || self.tx_spare.len() <= usize::from(RING_SIZE / 2) {
+    /// Sends a REQUEST and keeps no connection for it, like a program that closes the socket at once. False when that many
+    /// `descriptors` of the TX ring are in use, by whatever packets.
+    pub fn request(&mut self, host_port: u32, descriptors: u16) -> bool {
+        let in_use = usize::from(RING_SIZE) - self.tx_spare.len();
+        if !self.control.is_empty() || in_use >= descriptors.into() {
             return false;
         }
         self.next_port += 1;

@@ -195,80 +195,100 @@ fn columns(kind: Kind) -> &'static [Column] {
         Kind::Streams {
             direction: Direction::Both,
             ..
-        } => &[
-            (key::MIB_PER_S, "MiB/s (min-max)", true),
-            (key::TO_HOST_MIB_PER_S, "out", false),
-            (key::TO_GUEST_MIB_PER_S, "in", false),
-            (key::CPU_S_PER_GIB, "CPU s/GiB", true),
-            (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
-            (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
-        ],
-        Kind::Streams { .. } => &[
-            (key::MIB_PER_S, "MiB/s (min-max)", true),
-            (key::CPU_S_PER_GIB, "CPU s/GiB", true),
-            (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
-            (key::KICKS_PER_MIB, "kicks/MiB", false),
-            (key::INTERRUPTS_PER_MIB, "irqs/MiB", false),
-            (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
-        ],
-        Kind::Uml(_) => &[
-            (key::MIB_PER_S, "MiB/s (min-max)", true),
-            (key::CPU_S_PER_GIB, "CPU s/GiB", true),
-            (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
-        ],
-        Kind::RequestResponse => &[
-            (key::P50_US, "p50 us (min-max)", true),
-            (key::P99_US, "p99 us", true),
-            (key::CPU_US_PER_OP, "CPU us", true),
-            (key::OTHERS_CPU_US_PER_OP, "others us", false),
-            (key::KICKS_PER_OP, "kicks", false),
-            (key::INTERRUPTS_PER_OP, "irqs", false),
-            (key::SYSCALLS_PER_OP, "syscalls", false),
-        ],
-        Kind::Connect => &[
-            (key::OPS_PER_S, "per second (min-max)", true),
-            (key::P99_US, "p99 us", true),
-            (key::CPU_US_PER_OP, "CPU us", true),
-            (key::OTHERS_CPU_US_PER_OP, "others us", false),
-            (key::KICKS_PER_OP, "kicks", false),
-            (key::INTERRUPTS_PER_OP, "irqs", false),
-            (key::SYSCALLS_PER_OP, "syscalls", false),
-        ],
-        Kind::Echo(_) => &[
-            (key::OPS_PER_S, "messages/s (min-max)", true),
-            (key::FAIRNESS, "slowest/fastest", false),
-            (key::CPU_US_PER_OP, "CPU us", true),
-            (key::OTHERS_CPU_US_PER_OP, "others us", false),
-            (key::KICKS_PER_OP, "kicks", false),
-            (key::INTERRUPTS_PER_OP, "irqs", false),
-            (key::SYSCALLS_PER_OP, "syscalls", false),
-        ],
-        Kind::Idle(_) => &[
-            (key::ANON_KIB_PER_CONN, "anonymous KiB each (min-max)", true),
-            (key::RSS_KIB_PER_CONN, "resident KiB each", true),
-            (key::CPU_US_PER_S, "CPU us/s", true),
-        ],
-        Kind::Flooded { measured, .. } if measured.is_stream() => &[
-            (key::MIB_PER_S, "MiB/s (min-max)", true),
-            (key::FLOOD_PER_S, "flood per second", true),
-            (key::FLOOD_ANSWERED, "answered/sent", false),
-            (key::DAEMON_CPUS, "CPUs", false),
-        ],
-        Kind::Flooded { .. } => &[
-            (key::P99_US, "p99 us (min-max)", true),
-            (key::P50_US, "p50 us", true),
-            (key::OPS_PER_S, "per second", false),
-            (key::FLOOD_PER_S, "flood per second", true),
-            (key::FLOOD_ANSWERED, "answered/sent", false),
-            (key::DAEMON_CPUS, "CPUs", false),
-        ],
-        Kind::StartUp => &[
-            (key::START_UP_MS, "ms until ready (min-max)", true),
-            (key::ANON_KIB, "anonymous KiB", true),
-            (key::RSS_KIB, "resident KiB", true),
-        ],
+        } => BOTH_DIRECTIONS,
+        Kind::Streams { .. } => STREAM,
+        Kind::Uml(_) => REAL_STREAM,
+        Kind::RequestResponse => REQUEST_RESPONSE,
+        Kind::Connect => CONNECT,
+        Kind::Echo(_) => ECHO,
+        Kind::Flooded { measured, .. } if measured.is_stream() => FLOODED_STREAM,
+        Kind::Flooded { .. } => FLOODED_OPS,
+        Kind::Idle(_) => IDLE,
+        Kind::StartUp => START_UP,
     }
 }
+
+const STREAM: &[Column] = &[
+    (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
+    (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
+    (key::KICKS_PER_MIB, "kicks/MiB", false),
+    (key::INTERRUPTS_PER_MIB, "irqs/MiB", false),
+    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
+];
+
+const BOTH_DIRECTIONS: &[Column] = &[
+    (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::TO_HOST_MIB_PER_S, "out", false),
+    (key::TO_GUEST_MIB_PER_S, "in", false),
+    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
+    (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
+    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
+];
+
+const REAL_STREAM: &[Column] = &[
+    (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
+    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
+];
+
+const REQUEST_RESPONSE: &[Column] = &[
+    (key::P50_US, "p50 us (min-max)", true),
+    (key::P99_US, "p99 us", true),
+    (key::CPU_US_PER_OP, "CPU us", true),
+    (key::OTHERS_CPU_US_PER_OP, "others us", false),
+    (key::KICKS_PER_OP, "kicks", false),
+    (key::INTERRUPTS_PER_OP, "irqs", false),
+    (key::SYSCALLS_PER_OP, "syscalls", false),
+];
+
+const CONNECT: &[Column] = &[
+    (key::OPS_PER_S, "per second (min-max)", true),
+    (key::P99_US, "p99 us", true),
+    (key::CPU_US_PER_OP, "CPU us", true),
+    (key::OTHERS_CPU_US_PER_OP, "others us", false),
+    (key::KICKS_PER_OP, "kicks", false),
+    (key::INTERRUPTS_PER_OP, "irqs", false),
+    (key::SYSCALLS_PER_OP, "syscalls", false),
+];
+
+const ECHO: &[Column] = &[
+    (key::OPS_PER_S, "messages/s (min-max)", true),
+    (key::FAIRNESS, "slowest/fastest", false),
+    (key::CPU_US_PER_OP, "CPU us", true),
+    (key::OTHERS_CPU_US_PER_OP, "others us", false),
+    (key::KICKS_PER_OP, "kicks", false),
+    (key::INTERRUPTS_PER_OP, "irqs", false),
+    (key::SYSCALLS_PER_OP, "syscalls", false),
+];
+
+const FLOODED_STREAM: &[Column] = &[
+    (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::FLOOD_PER_S, "flood/s", true),
+    (key::FLOOD_ANSWERED, "answered/sent", false),
+    (key::DAEMON_CPUS, "CPUs", false),
+];
+
+const FLOODED_OPS: &[Column] = &[
+    (key::P99_US, "p99 us (min-max)", true),
+    (key::P50_US, "p50 us", true),
+    (key::OPS_PER_S, "ops/s", false),
+    (key::FLOOD_PER_S, "flood/s", true),
+    (key::FLOOD_ANSWERED, "answered/sent", false),
+    (key::DAEMON_CPUS, "CPUs", false),
+];
+
+const IDLE: &[Column] = &[
+    (key::ANON_KIB_PER_CONN, "anonymous KiB each (min-max)", true),
+    (key::RSS_KIB_PER_CONN, "resident KiB each", true),
+    (key::CPU_US_PER_S, "CPU us/s", true),
+];
+
+const START_UP: &[Column] = &[
+    (key::START_UP_MS, "ms until ready (min-max)", true),
+    (key::ANON_KIB, "anonymous KiB", true),
+    (key::RSS_KIB, "resident KiB", true),
+];
 
 fn headline_cell(spread: Spread, failures: &[String]) -> String {
     let [median, min, max] = [spread.median, spread.min, spread.max].map(number);
