@@ -25,6 +25,8 @@ use crate::threads::{join_all, spawn};
 
 const KERNEL: &str = "/usr/bin/linux.uml";
 const MODULES: &str = "/usr/lib/uml/modules";
+/// The guest loads the modules with the host's program.
+const INSMOD: [&str; 2] = ["/usr/sbin/insmod", "/sbin/insmod"];
 /// The virtio device id of a vsock device.
 const VIRTIO_ID_VSOCK: u32 = 19;
 /// How long a guest may take to boot and listen.
@@ -36,6 +38,9 @@ const BOOT_CHECK: Duration = Duration::from_millis(20);
 pub fn missing() -> Option<&'static str> {
     if !Path::new(KERNEL).exists() || !Path::new(MODULES).exists() {
         return Some("linux.uml is not installed (Debian's user-mode-linux)");
+    }
+    if !INSMOD.iter().any(|path| Path::new(path).exists()) {
+        return Some("there is no insmod (Debian's kmod)");
     }
     let cc = Command::new("cc").arg("--version").output();
     cc.is_err()
