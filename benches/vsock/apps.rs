@@ -1,16 +1,13 @@
 //! The programs that run in the simulated guest.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
 use crate::conns::ConnId;
-use crate::guest::{App, Event, Guest};
-use crate::pattern::{Checker, Marker};
+use crate::guest::{App, CLOSED_PORT, DISCARD_PORT, Event, Guest};
+use crate::pattern::{Checker, Marker, REQUEST_LEN};
 use crate::shared::Shared;
-
-/// The bytes of a request, and of its response.
-pub const REQUEST_LEN: usize = 64;
 
 /// A stream to the host, in writes of one size.
 pub struct Sender {
@@ -22,7 +19,7 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Will connect to `port` and write `write` bytes at a time.
+    /// A stream to `port` in writes of `write` bytes.
     pub fn new(port: u32, write: usize) -> Self {
         Self {
             port,
@@ -51,7 +48,7 @@ impl Sender {
     }
 }
 
-/// Streams: perhaps one to the host, perhaps one from it.
+/// A stream to the host, one from it, or both.
 pub struct Streams {
     shared: Arc<Shared>,
     sender: Option<Sender>,
@@ -59,7 +56,7 @@ pub struct Streams {
 }
 
 impl Streams {
-    /// Sends where there is a `sender`, and takes a stream that the host writes in `write` bytes.
+    /// Runs the `sender`, and checks a stream that the host writes in `write` bytes.
     pub fn new(shared: Arc<Shared>, sender: Option<Sender>, write: usize) -> Self {
         Self {
             shared,
@@ -73,11 +70,11 @@ impl App for Streams {
     fn event(&mut self, _: &mut Guest, _: ConnId, event: Event<'_>) -> Result<(), String> {
         match event {
             Event::Read(bytes) => {
-                self.shared.add_bytes(bytes.len());
+                self.shared.add_to_guest(bytes.len());
                 self.checker.check(bytes)
             }
             Event::Ended => Err("a stream ended".into()),
-            Event::Connected | Event::Accepted => Ok(()),
+            Event::Connected | Event::Accepted { .. } => Ok(()),
         }
     }
 
@@ -89,30 +86,30 @@ impl App for Streams {
     }
 }
 
-/// What a client does when its response is there.
+/// What a client does after a response.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum After {
-    /// Asks again on the same connection.
-    AskAgain,
-    /// Closes, and connects anew.
+    /// Sends the next request on the same connection.
+    Continue,
+    /// Closes the connection and opens another.
     Reconnect,
 }
 
-/// A program that asks the host and waits for the answer.
+/// A program that sends a request to the host and waits for the response.
 pub struct Client {
     shared: Arc<Shared>,
     port: u32,
     after: After,
     conn: Option<ConnId>,
     started: Instant,
-    asked: u64,
+    number: u64,
     response: Vec<u8>,
-    /// How long the operations of the measured window took, in nanoseconds.
+    /// How long each operation of the measured window took, in nanoseconds.
     pub latencies: Vec<u64>,
 }
 
 impl Client {
-    /// Will ask at `port`.
+    /// A client of `port`.
     pub fn new(shared: Arc<Shared>, port: u32, after: After) -> Self {
         Self {
             shared,
@@ -120,7 +117,7 @@ impl Client {
             after,
             conn: None,
             started: Instant::now(),
-            asked: 0,
+            number: 0,
             response: Vec::new(),
             latencies: Vec::new(),
         }
@@ -128,18 +125,18 @@ impl Client {
 
     fn request(&self) -> [u8; REQUEST_LEN] {
         let mut request = [0x3c; REQUEST_LEN];
-        request[..8].copy_from_slice(&self.asked.to_le_bytes());
+        request[..8].copy_from_slice(&self.number.to_le_bytes());
         request
     }
 
-    fn ask(&mut self, guest: &mut Guest, conn: ConnId) -> Result<(), String> {
-        self.asked += 1;
+    fn send_request(&mut self, guest: &mut Guest, conn: ConnId) -> Result<(), String> {
+        self.number += 1;
         self.response.clear();
         let sent = guest.write(conn, &self.request());
         if sent == REQUEST_LEN {
             Ok(())
         } else {
-            Err(format!("{sent} bytes of a request could be sent"))
+            Err(format!("only {sent} bytes of a request could be sent"))
         }
     }
 
@@ -148,7 +145,7 @@ impl Client {
         self.conn = Some(guest.connect(self.port));
     }
 
-    fn answered(&mut self, guest: &mut Guest, conn: ConnId) -> Result<(), String> {
+    fn handle_response(&mut self, guest: &mut Guest, conn: ConnId) -> Result<(), String> {
         if self.response != self.request() {
             return Err("a wrong response".into());
         }
@@ -164,7 +161,7 @@ impl Client {
             return Ok(());
         }
         self.started = Instant::now();
-        self.ask(guest, conn)
+        self.send_request(guest, conn)
     }
 }
 
@@ -172,22 +169,22 @@ impl App for Client {
     fn event(&mut self, guest: &mut Guest, conn: ConnId, event: Event<'_>) -> Result<(), String> {
         match event {
             Event::Connected => {
-                if self.after == After::AskAgain {
+                if self.after == After::Continue {
                     self.started = Instant::now();
                 }
-                self.ask(guest, conn)
+                self.send_request(guest, conn)
             }
             Event::Read(bytes) => {
                 self.response.extend(bytes);
                 if self.response.len() < REQUEST_LEN {
                     return Ok(());
                 }
-                self.answered(guest, conn)
+                self.handle_response(guest, conn)
             }
             Event::Ended if Some(conn) == self.conn => {
                 Err("a connection was refused or reset".into())
             }
-            Event::Ended | Event::Accepted => Ok(()),
+            Event::Ended | Event::Accepted { .. } => Ok(()),
         }
     }
 
@@ -199,10 +196,11 @@ impl App for Client {
     }
 }
 
-/// A program that sends back whatever comes, on any number of connections.
+/// A program that echoes what it reads, on any number of connections.
 #[derive(Default)]
 pub struct Echo {
-    late: HashMap<ConnId, Vec<u8>>,
+    /// What could not be written yet.
+    pending: HashMap<ConnId, Vec<u8>>,
     queue: VecDeque<ConnId>,
 }
 
@@ -210,22 +208,22 @@ impl App for Echo {
     fn event(&mut self, guest: &mut Guest, conn: ConnId, event: Event<'_>) -> Result<(), String> {
         match event {
             Event::Read(bytes) => {
-                if let Some(late) = self.late.get_mut(&conn) {
-                    late.extend(bytes);
+                if let Some(pending) = self.pending.get_mut(&conn) {
+                    pending.extend(bytes);
                     return Ok(());
                 }
                 let sent = guest.write(conn, bytes);
                 if sent < bytes.len() {
-                    self.late.insert(conn, bytes[sent..].to_vec());
+                    self.pending.insert(conn, bytes[sent..].to_vec());
                     self.queue.push_back(conn);
                 }
                 Ok(())
             }
             Event::Ended => {
-                self.late.remove(&conn);
+                self.pending.remove(&conn);
                 Ok(())
             }
-            Event::Connected | Event::Accepted => Ok(()),
+            Event::Connected | Event::Accepted { .. } => Ok(()),
         }
     }
 
@@ -234,16 +232,67 @@ impl App for Echo {
             let Some(conn) = self.queue.pop_front() else {
                 break;
             };
-            let Some(late) = self.late.get_mut(&conn) else {
+            let Some(pending) = self.pending.get_mut(&conn) else {
                 continue;
             };
-            let sent = guest.write(conn, late);
-            late.drain(..sent);
-            if late.is_empty() {
-                self.late.remove(&conn);
+            let sent = guest.write(conn, pending);
+            pending.drain(..sent);
+            if pending.is_empty() {
+                self.pending.remove(&conn);
             } else {
                 self.queue.push_back(conn);
             }
+        }
+        Ok(())
+    }
+}
+
+/// A program beside a flood: connections to `DISCARD_PORT` are read and discarded, and REQUESTs to `CLOSED_PORT` sent as
+/// fast as the device takes them.
+pub struct Flooded<A> {
+    app: A,
+    shared: Arc<Shared>,
+    /// How many descriptors of the TX ring the REQUESTs may use.
+    requests: u16,
+    discarded: HashSet<ConnId>,
+}
+
+impl<A> Flooded<A> {
+    /// Puts `app` beside a flood, in which REQUESTs use up to `requests` descriptors of the TX ring.
+    pub fn new(app: A, shared: Arc<Shared>, requests: u16) -> Self {
+        Self {
+            app,
+            shared,
+            requests,
+            discarded: HashSet::new(),
+        }
+    }
+}
+
+impl<A: App> App for Flooded<A> {
+    fn event(&mut self, guest: &mut Guest, conn: ConnId, event: Event<'_>) -> Result<(), String> {
+        match event {
+            Event::Accepted { port: DISCARD_PORT } => {
+                self.discarded.insert(conn);
+                Ok(())
+            }
+            Event::Ended if self.discarded.remove(&conn) => Ok(()),
+            _ if self.discarded.contains(&conn) => Ok(()),
+            _ => self.app.event(guest, conn, event),
+        }
+    }
+
+    fn run(&mut self, guest: &mut Guest) -> Result<(), String> {
+        // It runs first, and finds a place in the ring whenever the device has returned a buffer: what the flood costs it
+        // beyond that is up to the device.
+        self.app.run(guest)?;
+        if self.shared.flooding() {
+            let mut sent = 0;
+            while guest.request(CLOSED_PORT, self.requests) {
+                sent += 1;
+            }
+            self.shared.add_flood_ops(sent);
+            self.shared.set_flood_answers(guest.refused());
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The chart: for each case, how many times better than the baseline each daemon is, and how many times less CPU it needs.
+//! The chart: how many times better than the baseline each daemon is in each case, and how many times less CPU it uses.
 
 use std::error::Error;
 use std::path::Path;
@@ -18,7 +18,7 @@ type Drawn = Result<(), Box<dyn Error>>;
 const WIDTH: i32 = 1040;
 const LABELS: i32 = 210;
 const GAP: i32 = 30;
-const WORDS: i32 = 140;
+const FIGURES: i32 = 140;
 const TOP: i32 = 76;
 const BOTTOM: i32 = 44;
 const BAR: i32 = 16;
@@ -38,13 +38,13 @@ const TICKS: [f64; 13] = [
     0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0,
 ];
 
-/// A bar: how many times better, and the words beside it.
+/// A bar: how many times better than the baseline, and the figure beside it.
 struct Bar {
     ratio: Option<f64>,
-    words: String,
+    figure: String,
 }
 
-/// A case's bars, one per daemon.
+/// The bars of a case, one for each daemon.
 struct Row {
     name: String,
     speed: Vec<Bar>,
@@ -52,11 +52,11 @@ struct Row {
     limit: Option<f64>,
 }
 
-/// Where ratios lie, on a logarithmic axis.
+/// A logarithmic axis of ratios.
 struct Panel {
     left: i32,
     right: i32,
-    /// Where the words end.
+    /// Where the figures end.
     end: i32,
     low: f64,
     high: f64,
@@ -107,8 +107,7 @@ pub fn draw(path: &Path, results: &[CaseResult], baseline: &str, runs: usize) ->
         let top = TOP + row_height * i as i32 + ROW_GAP / 2;
         draw_row(&area, row, &panels, top, row_height - ROW_GAP)?;
     }
-    let note =
-        "Logarithmic. Bars start at 1, which is as good as the other; to the right is better.";
+    let note = "Logarithmic. Bars start at 1, where a daemon equals the baseline; further right is better.";
     text(&area, note, (LABELS, height - 10), 12, &GREY, HPos::Left)?;
     area.present()?;
     Ok(())
@@ -140,14 +139,14 @@ fn row(result: &CaseResult, baseline: &str) -> Row {
             .map(|entry| {
                 let own = entry.median(key);
                 let ratio = own.and_then(|_| ratio(entry, key, higher_is_better));
-                let words = own.map_or_else(|| "failed".into(), |own| words(own, key));
-                Bar { ratio, words }
+                let figure = own.map_or_else(|| "failed".into(), |own| figure(own, key));
+                Bar { ratio, figure }
             })
             .collect()
     };
     let cpu_key = match kind {
         Kind::Streams { .. } | Kind::Uml(_) => Some(key::CPU_S_PER_GIB),
-        Kind::Idle(_) | Kind::StartUp => None,
+        Kind::Idle(_) | Kind::StartUp | Kind::Flooded { .. } => None,
         _ => Some(key::CPU_US_PER_OP),
     };
     let limit = result.limit.as_ref();
@@ -159,11 +158,11 @@ fn row(result: &CaseResult, baseline: &str) -> Row {
     }
 }
 
-fn words(value: f64, key: &str) -> String {
+fn figure(value: f64, key: &str) -> String {
     let unit = match key {
         key::MIB_PER_S => "MiB/s",
         key::OPS_PER_S => "/s",
-        key::P50_US | key::CPU_US_PER_OP => "µs",
+        key::P50_US | key::P99_US | key::CPU_US_PER_OP => "µs",
         key::ANON_KIB_PER_CONN => "KiB each",
         key::START_UP_MS => "ms",
         _ => "s/GiB",
@@ -174,14 +173,14 @@ fn words(value: f64, key: &str) -> String {
 fn panel<'a>(left: i32, end: i32, bars: impl Iterator<Item = &'a Bar>, rows: &[Row]) -> Panel {
     let limits = rows.iter().filter_map(|row| row.limit);
     let ratios: Vec<f64> = bars.filter_map(|bar| bar.ratio).chain(limits).collect();
-    let least = ratios.iter().copied().fold(0.9, f64::min);
-    let most = ratios.iter().copied().fold(2.0, f64::max);
+    let lowest = ratios.iter().copied().fold(0.9, f64::min);
+    let highest = ratios.iter().copied().fold(2.0, f64::max);
     Panel {
         left,
-        right: end - WORDS,
+        right: end - FIGURES,
         end,
-        low: least * 0.95,
-        high: most * 1.1,
+        low: lowest * 0.95,
+        high: highest * 1.1,
     }
 }
 
@@ -205,7 +204,7 @@ fn head(
     )?;
     text(
         area,
-        "CPU of the daemon for the same work",
+        "the daemon's CPU time for the same work",
         (cpu.left, 50),
         13,
         &INK,
@@ -282,17 +281,17 @@ fn draw_bar(area: &Area<'_>, bar: &Bar, panel: &Panel, top: i32, colour: RGBColo
     let end = bar.ratio.map_or(one, |ratio| panel.x(ratio));
     let corners = [(one.min(end), top + 1), (one.max(end), top + BAR - 1)];
     area.draw(&Rectangle::new(corners, colour.filled()))?;
-    let words = match bar.ratio {
-        Some(ratio) => format!("{}× · {}", number(ratio), bar.words),
-        None => bar.words.clone(),
+    let label = match bar.ratio {
+        Some(ratio) => format!("{}× · {}", number(ratio), bar.figure),
+        None => bar.figure.clone(),
     };
     let at = (panel.end, top + BAR / 2);
-    text(area, &words, at, 12, &INK, HPos::Right)
+    text(area, &label, at, 12, &INK, HPos::Right)
 }
 
 fn text(
     area: &Area<'_>,
-    words: &str,
+    content: &str,
     at: (i32, i32),
     size: i32,
     colour: &RGBColor,
@@ -300,6 +299,6 @@ fn text(
 ) -> Drawn {
     let style = ("sans-serif", size).into_font().color(colour);
     let style = style.pos(Pos::new(across, VPos::Center));
-    area.draw(&Text::new(words.to_string(), at, style))?;
+    area.draw(&Text::new(content.to_string(), at, style))?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A daemon under measurement: any program that takes `--guest-cid --socket --uds-path`.
+//! The daemon under test: any program that takes `--guest-cid`, `--socket` and `--uds-path`.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,11 +11,11 @@ use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::guest::GUEST_CID;
+use crate::packet::GUEST_CID;
 
-/// How long a daemon may take to make its sockets.
-const START_PATIENCE: Duration = Duration::from_secs(10);
-/// How often its sockets are looked for.
+/// How long a daemon may take to create its sockets.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often they are checked.
 const START_CHECK: Duration = Duration::from_micros(50);
 /// The flag of a listening socket in /proc/net/unix.
 const LISTENING: &str = "00010000";
@@ -25,9 +25,9 @@ const LISTENING: &str = "00010000";
 pub struct Binary {
     /// What the report calls it.
     pub name: String,
-    /// Where it is.
+    /// The executable.
     pub path: PathBuf,
-    /// Options besides the three.
+    /// Options in addition to those three.
     pub args: Vec<String>,
 }
 
@@ -36,11 +36,11 @@ impl Binary {
     pub fn parse(text: &str) -> Result<Self, String> {
         let (name, rest) = text
             .split_once('=')
-            .ok_or("write it as NAME=PATH[,OPTION]...")?;
+            .ok_or("expected NAME=PATH[,OPTION]...")?;
         let mut parts = rest.split(',');
         let path = PathBuf::from(parts.next().unwrap_or_default());
         if !path.is_file() {
-            return Err(format!("{} is no file", path.display()));
+            return Err(format!("{} is not a file", path.display()));
         }
         Ok(Self {
             name: name.into(),
@@ -53,24 +53,27 @@ impl Binary {
 /// A running daemon. It is killed, by pid, when this is dropped.
 pub struct Daemon {
     child: Child,
-    folder: TempDir,
-    /// How long it took from its start until both its sockets took connections.
+    directory: TempDir,
+    /// How long it took from its start until both sockets accepted connections.
     pub start_up: Duration,
 }
 
 impl Daemon {
-    /// Starts a daemon and waits until both its sockets take connections.
+    /// Starts a daemon and waits until both sockets accept connections.
     pub fn start(binary: &Binary) -> io::Result<Self> {
-        let folder = TempDir::with_prefix("vsock-bench-")?;
-        let log = File::create(folder.path().join("log"))?;
+        let directory = TempDir::with_prefix("vsock-bench-")?;
+        let log = File::create(directory.path().join("log"))?;
         let begin = Instant::now();
         let child = Command::new(&binary.path)
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg(format!(
                 "--socket={}",
-                folder.path().join("vhost").display()
+                directory.path().join("vhost").display()
             ))
-            .arg(format!("--uds-path={}", folder.path().join("vm").display()))
+            .arg(format!(
+                "--uds-path={}",
+                directory.path().join("vm").display()
+            ))
             .args(&binary.args)
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
@@ -79,13 +82,13 @@ impl Daemon {
             .spawn()?;
         let mut daemon = Self {
             child,
-            folder,
+            directory,
             start_up: Duration::ZERO,
         };
         while !(listening(&daemon.vhost_socket())? && listening(&daemon.uds_path())?) {
             daemon.check()?;
-            if begin.elapsed() > START_PATIENCE {
-                return Err(io::Error::other("no sockets"));
+            if begin.elapsed() > START_TIMEOUT {
+                return Err(io::Error::other("the daemon has not created its sockets"));
             }
             sleep(START_CHECK);
         }
@@ -95,17 +98,17 @@ impl Daemon {
 
     /// The vhost-user socket.
     pub fn vhost_socket(&self) -> PathBuf {
-        self.folder.path().join("vhost")
+        self.directory.path().join("vhost")
     }
 
     /// The socket for host programs.
     pub fn uds_path(&self) -> PathBuf {
-        self.folder.path().join("vm")
+        self.directory.path().join("vm")
     }
 
     /// The socket of the host program that listens on `port`.
     pub fn host_port_path(&self, port: u32) -> PathBuf {
-        self.folder.path().join(format!("vm_{port}"))
+        self.directory.path().join(format!("vm_{port}"))
     }
 
     /// The process id.
@@ -113,32 +116,32 @@ impl Daemon {
         self.child.id()
     }
 
-    /// Whether it still runs; the end of its log when it does not.
+    /// Fails with the last line of its log if it has ended.
     pub fn check(&mut self) -> io::Result<()> {
         let Some(status) = self.child.try_wait()? else {
             return Ok(());
         };
-        let log = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+        let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
         let last = log.lines().last().unwrap_or_default();
         Err(io::Error::other(format!(
             "the daemon ended, {status}: {last}"
         )))
     }
 
-    /// The processor time that all its threads have used, ended ones too, by the scheduler's accounting.
+    /// The CPU time of all its threads, past ones included, by the scheduler's accounting.
     pub fn cpu(&self) -> io::Result<Duration> {
         let clock: ClockId = clock_getcpuclockid(Pid::from_raw(self.pid() as i32))?;
         Ok(Duration::from(clock.now()?))
     }
 
-    /// The memory that is its own, in KiB, and all of its memory.
+    /// Its anonymous and its resident memory, in KiB.
     pub fn memory(&self) -> io::Result<(f64, f64)> {
-        // Of a sandboxed daemon, all but root see only the numbers that the kernel rounds.
+        // Only root may read smaps_rollup of a sandboxed daemon. The counters in status are less exact.
         self.kib("smaps_rollup", ["Anonymous", "Rss"])
             .or_else(|_| self.kib("status", ["RssAnon", "VmRSS"]))
     }
 
-    /// Two fields of a file in /proc/PID.
+    /// Two fields of a file in /proc/PID, in KiB.
     fn kib(&self, file: &str, fields: [&str; 2]) -> io::Result<(f64, f64)> {
         let text = fs::read_to_string(format!("/proc/{}/{file}", self.pid()))?;
         let field = |name: &str| {
@@ -149,9 +152,7 @@ impl Daemon {
         };
         Ok((field(fields[0])?, field(fields[1])?))
     }
-}
 
-impl Daemon {
     /// Kills it.
     pub fn kill(&mut self) {
         let _ = self.child.kill();

@@ -1,4 +1,4 @@
-//! A host program with many connections to the guest, each of which sends 4 KiB and waits for its echo.
+//! A host program with many connections to the guest, on each of which it sends 4 KiB and waits for the echo.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -6,12 +6,13 @@ use std::path::Path;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
+use crate::guest::GUEST_PORT;
 use crate::host::connect;
 use crate::shared::Shared;
 
-/// The bytes of one message.
-pub const MESSAGE: usize = 4096;
-/// How often it looks whether the run is over, in milliseconds.
+/// The size of a message in bytes.
+const MESSAGE: usize = 4096;
+/// How often it checks whether the run is over, in milliseconds.
 const STOP_CHECK: u16 = 50;
 const EVENTS: usize = 256;
 
@@ -22,12 +23,12 @@ struct Client {
     sent: usize,
     received: usize,
     buffer: Vec<u8>,
-    /// Messages that came back within the measured window.
+    /// Messages that were echoed within the measured window.
     counted: u64,
 }
 
-/// Connects `count` times, then sends and receives as long as the run lasts. Returns each connection's messages within
-/// the measured window.
+/// Connects `count` times, then sends and receives until the run is over. Returns how many messages each connection
+/// exchanged within the measured window.
 pub fn run(uds_path: &Path, count: usize, shared: &Shared) -> Result<Vec<u64>, String> {
     let mut clients = Vec::new();
     for i in 0..count {
@@ -48,9 +49,6 @@ fn serve(clients: &mut [Client], shared: &Shared) -> Result<(), String> {
             .map_err(|error| error.to_string())?;
         client.begin();
     }
-    shared
-        .open
-        .store(clients.len(), std::sync::atomic::Ordering::Relaxed);
     let mut events = [EpollEvent::empty(); EVENTS];
     while !shared.stopped() {
         let ready = epoll.wait(&mut events, EpollTimeout::from(STOP_CHECK));
@@ -66,7 +64,7 @@ fn serve(clients: &mut [Client], shared: &Shared) -> Result<(), String> {
 
 impl Client {
     fn new(uds_path: &Path, number: u64) -> Result<Self, String> {
-        let stream = connect(uds_path).map_err(|error| error.to_string())?;
+        let stream = connect(uds_path, GUEST_PORT).map_err(|error| error.to_string())?;
         stream
             .set_nonblocking(true)
             .map_err(|error| error.to_string())?;
@@ -81,7 +79,7 @@ impl Client {
         })
     }
 
-    /// A new message, different from all others.
+    /// Starts a new message, different from all others.
     fn begin(&mut self) {
         self.number += 1;
         let mark = self.number.to_le_bytes();
@@ -100,7 +98,6 @@ impl Client {
             if self.buffer[..8] != mark || self.buffer[MESSAGE - 8..] != mark {
                 return Err("a wrong echo".into());
             }
-            shared.add_bytes(MESSAGE);
             if shared.add_op() {
                 self.counted += 1;
             }
@@ -119,7 +116,7 @@ impl Client {
         Ok(())
     }
 
-    /// True when the echo is complete.
+    /// Returns whether the echo is complete.
     fn receive(&mut self) -> Result<bool, String> {
         while self.received < MESSAGE {
             match self.stream.read(&mut self.buffer[self.received..]) {

@@ -1,64 +1,70 @@
-//! The simulated guest: one virtual CPU, that is one thread, which does what Linux 6.1 does with its two rings.
+//! The simulated guest: one virtual CPU, which is one thread, and drives the two rings as Linux 6.1 does.
 //!
-//! It takes interrupts through `poll` on its call eventfds, and never spins. It asks for no interrupts while it empties a
-//! ring, and asks for them again before its programs run. Every payload is copied: from the program into the TX buffer,
-//! from the RX buffer into the program. RX buffers are put back when less than half are posted. A CREDIT_UPDATE goes out
-//! when a program has read, and the free space the host knows of is less than 64 KiB. Each write or read of a program costs
-//! one real system call that does nothing, for the one it would make.
+//! It waits for interrupts with `poll` on the call eventfds and never spins. It suppresses interrupts while it processes a
+//! ring, and enables them again before its programs run. Every payload is copied: from the program to the TX buffer, from
+//! the RX buffer to the program. The RX ring is refilled when less than half of its buffers are left. A CREDIT_UPDATE is
+//! sent when a program has read and the host knows of less than 64 KiB of free space. Each read or write of a program
+//! makes one real system call that does nothing, in place of the one it would make.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::getppid;
 
+use crate::common::memory::{Backing, GuestMemory};
+use crate::common::vhost_user::{F_PROTOCOL_FEATURES, Frontend, Request, protocol};
 use crate::conns::{ConnId, Conns, State};
-use crate::memory::{Backing, GuestMemory};
-use crate::packet::{HEADER_LEN, Header, MAX_PAYLOAD, SHUTDOWN_BOTH, op};
+use crate::packet::{BUF_ALLOC, HEADER_LEN, Header, MAX_PAYLOAD, SHUTDOWN_BOTH, op};
 use crate::ring::{Notifications, Part, Ring, feature};
 use crate::shared::Shared;
-use crate::vhost_user::{F_PROTOCOL_FEATURES, Frontend, Request, protocol};
 
-/// The CID that the daemons get.
-pub const GUEST_CID: u64 = 4;
+/// The port on which the guest's programs listen.
+pub const GUEST_PORT: u32 = 1234;
+/// The port of a program that reads and discards, as in RFC 863.
+pub const DISCARD_PORT: u32 = 9;
+/// A port on which nobody listens, in the guest or on the host.
+pub const CLOSED_PORT: u32 = 1;
 
-/// Descriptors per ring: QEMU's.
-const RING_SIZE: u16 = 128;
-/// The bytes of a RX buffer's payload part.
+/// The size of each ring, as in QEMU.
+pub const RING_SIZE: u16 = 128;
+/// The size of an RX buffer without the header, in bytes.
 const RX_PAYLOAD: u32 = 4096;
-/// The bytes one program reads at most, and what Linux keeps free before it tells its credit.
+/// The most bytes that a program reads at once.
 const READ_SIZE: usize = 64 * 1024;
 const MEMORY: u64 = 24 << 20;
-/// How often a sleeping guest looks whether the run is over, in milliseconds.
+/// How often a waiting guest checks whether the run is over, in milliseconds.
 const STOP_CHECK: u16 = 50;
 
-/// What a program in the guest is told.
+/// What happens to a connection.
 pub enum Event<'a> {
-    /// Its connection was accepted.
+    /// The host accepted it.
     Connected,
-    /// Somebody connected to it.
-    Accepted,
-    /// It reads these bytes.
+    /// The host opened it.
+    Accepted {
+        /// The guest's port.
+        port: u32,
+    },
+    /// These bytes were read.
     Read(&'a [u8]),
-    /// The connection is gone.
+    /// It was reset or closed by the host.
     Ended,
 }
 
 /// The programs in the guest.
 pub trait App {
-    /// Something happened to a connection.
+    /// Handles an event of a connection.
     fn event(&mut self, guest: &mut Guest, conn: ConnId, event: Event<'_>) -> Result<(), String>;
-    /// Runs until nothing can be done.
+    /// Runs until it would block.
     fn run(&mut self, guest: &mut Guest) -> Result<(), String>;
 }
 
 /// The guest.
 pub struct Guest {
-    _frontend: Frontend,
+    frontend: Frontend,
     memory: Arc<GuestMemory>,
     rx: Ring,
     tx: Ring,
@@ -73,6 +79,7 @@ pub struct Guest {
     next_port: u32,
     read_buffer: Vec<u8>,
     reading: Option<(ConnId, usize)>,
+    refused: u64,
 }
 
 impl Guest {
@@ -104,7 +111,7 @@ impl Guest {
             .map(|_| [header(&memory), memory.alloc(MAX_PAYLOAD as u64, 4096)])
             .collect();
         let mut guest = Self {
-            _frontend: frontend,
+            frontend,
             memory,
             rx,
             tx,
@@ -119,6 +126,7 @@ impl Guest {
             next_port: 0x1000_0000,
             read_buffer: vec![0; READ_SIZE],
             reading: None,
+            refused: 0,
         };
         guest.start_rings();
         guest.refill();
@@ -127,7 +135,7 @@ impl Guest {
     }
 
     fn start_rings(&mut self) {
-        let frontend = &self._frontend;
+        let frontend = &self.frontend;
         for (index, ring) in [(0, &self.rx), (1, &self.tx)] {
             frontend.set_vring_num(index, ring.size().into());
             frontend.set_vring_base(index, 0);
@@ -138,7 +146,7 @@ impl Guest {
         for index in [0, 1] {
             frontend.set_vring_enable(index, true);
         }
-        // Messages are handled in order: with this reply, the rings are started.
+        // Messages are handled in order: the rings have started when this reply is there.
         frontend.features();
     }
 
@@ -153,7 +161,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Waits for an interrupt. Nothing else wakes the guest: a daemon that forgets one stalls.
+    /// Waits for an interrupt. Nothing else wakes the guest up: the run stalls if the daemon misses one.
     fn sleep(&self, shared: &Shared) -> nix::Result<()> {
         let mut fds = [&self.rx, &self.tx].map(|ring| PollFd::new(ring.call(), PollFlags::POLLIN));
         while poll(&mut fds, PollTimeout::from(STOP_CHECK))? == 0 && !shared.stopped() {}
@@ -188,7 +196,7 @@ impl Guest {
     fn refill(&mut self) {
         while let Some(slot) = self.rx_spare.pop() {
             let parts = &self.rx_buffers[usize::from(slot)];
-            // Linux allocates its headers zeroed.
+            // Linux allocates them zeroed.
             self.memory.write(parts[0].0, &[0; HEADER_LEN]);
             if !self.rx.add(parts, slot) {
                 self.rx_spare.push(slot);
@@ -229,7 +237,7 @@ impl Guest {
         }
         let ports = (header.dst_port, header.src_port);
         let Some(id) = self.conns.find(ports) else {
-            return self.unknown(app, ports, &header);
+            return self.no_connection(app, ports, &header);
         };
         let Some(conn) = self.conns.get(id) else {
             return Ok(());
@@ -241,7 +249,7 @@ impl Guest {
                 self.finish_read(app)?;
                 app.event(self, id, Event::Ended)
             }
-            (op::RESPONSE, State::Asked) => {
+            (op::RESPONSE, State::Connecting) => {
                 conn.state = State::Open;
                 app.event(self, id, Event::Connected)
             }
@@ -260,13 +268,24 @@ impl Guest {
         }
     }
 
-    fn unknown(
+    /// A packet for no connection: a REQUEST, or the RST for one of `request`.
+    fn no_connection(
         &mut self,
         app: &mut impl App,
         (guest_port, host_port): (u32, u32),
         header: &Header,
     ) -> Result<(), String> {
+        self.refused += u64::from(header.op == op::RST);
         if header.op != op::REQUEST {
+            return Ok(());
+        }
+        if ![GUEST_PORT, DISCARD_PORT].contains(&guest_port) {
+            self.send_control(Header {
+                src_port: guest_port,
+                dst_port: host_port,
+                op: op::RST,
+                ..Header::default()
+            });
             return Ok(());
         }
         let id = self.conns.insert(guest_port, host_port, State::Open);
@@ -274,10 +293,11 @@ impl Guest {
             (conn.peer_alloc, conn.peer_fwd) = (header.buf_alloc, header.fwd_cnt);
         }
         self.control(id, op::RESPONSE, 0);
-        app.event(self, id, Event::Accepted)
+        app.event(self, id, Event::Accepted { port: guest_port })
     }
 
-    /// Copies a payload to the program that reads; one `read` of it is 64 KiB, or what is there.
+    /// Copies a payload to the program. It reads up to 64 KiB at once: what follows without a packet for another connection
+    /// in between.
     fn read(&mut self, app: &mut impl App, id: ConnId, at: u64, len: usize) -> Result<(), String> {
         if !matches!(self.reading, Some((reader, held)) if reader == id && held + len <= READ_SIZE)
         {
@@ -295,10 +315,11 @@ impl Guest {
             return Ok(());
         };
         getppid();
-        if let Some(conn) = self.conns.get(id)
-            && conn.has_read(len as u32)
-        {
-            self.control(id, op::CREDIT_UPDATE, 0);
+        if let Some(conn) = self.conns.get(id) {
+            conn.count_read(len as u32);
+            if conn.needs_credit_update() {
+                self.control(id, op::CREDIT_UPDATE, 0);
+            }
         }
         let buffer = std::mem::take(&mut self.read_buffer);
         let result = app.event(self, id, Event::Read(&buffer[..len]));
@@ -309,12 +330,37 @@ impl Guest {
     /// Connects to a host port.
     pub fn connect(&mut self, host_port: u32) -> ConnId {
         self.next_port += 1;
-        let id = self.conns.insert(self.next_port, host_port, State::Asked);
+        let id = self
+            .conns
+            .insert(self.next_port, host_port, State::Connecting);
         self.control(id, op::REQUEST, 0);
         id
     }
 
-    /// Closes: the device still owes an RST, which nobody waits for.
+    /// Sends a REQUEST and keeps no connection for it, like a program that closes the socket at once. False when that many
+    /// `descriptors` of the TX ring are in use, by whatever packets.
+    pub fn request(&mut self, host_port: u32, descriptors: u16) -> bool {
+        let in_use = usize::from(RING_SIZE) - self.tx_spare.len();
+        if !self.control.is_empty() || in_use >= descriptors.into() {
+            return false;
+        }
+        self.next_port += 1;
+        let header = Header {
+            src_port: self.next_port,
+            dst_port: host_port,
+            op: op::REQUEST,
+            buf_alloc: BUF_ALLOC,
+            ..Header::default()
+        };
+        self.send(&header, &[])
+    }
+
+    /// How many RSTs came for a `request`.
+    pub fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    /// Closes a connection in both directions; the RST is not waited for.
     pub fn close(&mut self, id: ConnId) {
         self.control(id, op::SHUTDOWN, SHUTDOWN_BOTH);
         if let Some(conn) = self.conns.get(id) {
@@ -322,7 +368,7 @@ impl Guest {
         }
     }
 
-    /// Writes what credit and the ring take now; how much that was.
+    /// Writes as much as credit and the TX ring permit. Returns how many bytes.
     pub fn write(&mut self, id: ConnId, bytes: &[u8]) -> usize {
         getppid();
         let mut done = 0;
@@ -336,12 +382,12 @@ impl Guest {
             if conn.state != State::Open || len == 0 || !self.control.is_empty() {
                 break;
             }
-            let told_before = conn.told_fwd;
+            let sent_fwd = conn.sent_fwd;
             let header = self.conns.header(id, op::RW, 0, len as u32);
             let sent = self.send(&header, &bytes[done..done + len]);
             if let Some(conn) = self.conns.get(id) {
                 if !sent {
-                    conn.told_fwd = told_before;
+                    conn.sent_fwd = sent_fwd;
                     break;
                 }
                 conn.tx_cnt = conn.tx_cnt.wrapping_add(len as u32);
@@ -353,12 +399,16 @@ impl Guest {
 
     fn control(&mut self, id: ConnId, op: u16, flags: u32) {
         let header = self.conns.header(id, op, flags, 0);
+        self.send_control(header);
+    }
+
+    fn send_control(&mut self, header: Header) {
         if !self.control.is_empty() || !self.send(&header, &[]) {
             self.control.push_back(header);
         }
     }
 
-    /// Puts a packet into the TX ring and kicks where the device asks; false when the ring is full.
+    /// Puts a packet into the TX ring; false when the ring is full.
     fn send(&mut self, header: &Header, payload: &[u8]) -> bool {
         let Some(slot) = self.tx_spare.pop() else {
             return false;
@@ -369,7 +419,7 @@ impl Guest {
             (payload_at, payload.len() as u32),
         ];
         let count = if payload.is_empty() { 1 } else { 2 };
-        self.memory.write(head_at, &header.bytes(GUEST_CID));
+        self.memory.write(head_at, &header.bytes());
         if count > 1 {
             self.memory.write(payload_at, payload);
         }
@@ -391,12 +441,4 @@ fn negotiate(frontend: &mut Frontend) -> u64 {
     frontend.set_protocol_features(protocol_offered & (protocol::MQ | protocol::CONFIG));
     frontend.set_features(accepted);
     accepted
-}
-
-/// Kicks and interrupts so far.
-pub fn notifications(of: &Notifications) -> (u64, u64) {
-    (
-        of.kicks.load(Ordering::Relaxed),
-        of.interrupts.load(Ordering::Relaxed),
-    )
 }

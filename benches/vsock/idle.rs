@@ -1,4 +1,4 @@
-//! What a daemon costs that has nothing to do.
+//! What a daemon without traffic costs.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -6,20 +6,22 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
-use crate::apps::{Echo, REQUEST_LEN};
-use crate::cases::Session;
+use crate::apps::Echo;
 use crate::daemon::Daemon;
+use crate::guest::GUEST_PORT;
 use crate::host::connect;
 use crate::measure::{Sample, Timing, key};
+use crate::pattern::REQUEST_LEN;
+use crate::session::Session;
 
-/// How long a daemon gets to come to rest.
-const REST: Duration = Duration::from_millis(300);
+/// How long a daemon gets to settle before its memory and its CPU time are read.
+const SETTLE: Duration = Duration::from_millis(300);
 /// How long an exchange may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The start of a daemon, and its memory before anybody has connected.
+/// How long a daemon takes to start, and its memory before a VMM or a host program has connected.
 pub fn start_up(daemon: &Daemon) -> Result<Sample, String> {
-    sleep(REST);
+    sleep(SETTLE);
     let (anon, rss) = daemon.memory().map_err(|error| error.to_string())?;
     Ok(Sample::from([
         (key::START_UP_MS, daemon.start_up.as_secs_f64() * 1e3),
@@ -28,8 +30,8 @@ pub fn start_up(daemon: &Daemon) -> Result<Sample, String> {
     ]))
 }
 
-/// Opens `count` connections which exchange 64 bytes each and then do nothing.
-pub fn idle(session: &mut Session, count: usize, timing: &Timing) -> Result<Sample, String> {
+/// Opens `count` connections that exchange 64 bytes each and are idle afterwards.
+pub fn idle(mut session: Session, count: usize, timing: &Timing) -> Result<Sample, String> {
     let guest = session.start_guest(Echo::default())?;
     let result = measure(&session.daemon, count, timing).map_err(|error| error.to_string());
     session.daemon.check().map_err(|error| error.to_string())?;
@@ -40,16 +42,16 @@ pub fn idle(session: &mut Session, count: usize, timing: &Timing) -> Result<Samp
 
 fn measure(daemon: &Daemon, count: usize, timing: &Timing) -> io::Result<Sample> {
     let uds_path = daemon.uds_path();
-    // The first connection pays for what is made once.
+    // What is allocated once belongs to no connection.
     let _first = exchange(&uds_path)?;
-    sleep(REST);
+    sleep(SETTLE);
     let (anon, rss) = daemon.memory()?;
     let mut open = Vec::new();
     for i in 1..=count {
         let stream = exchange(&uds_path);
         open.push(stream.map_err(|error| io::Error::other(format!("connection {i}: {error}")))?);
     }
-    sleep(REST);
+    sleep(SETTLE);
     let (anon_now, rss_now) = daemon.memory()?;
     let per_conn = |grown: f64| grown / count as f64;
     let mut sample = Sample::from([
@@ -64,8 +66,8 @@ fn measure(daemon: &Daemon, count: usize, timing: &Timing) -> io::Result<Sample>
 }
 
 fn exchange(uds_path: &Path) -> io::Result<UnixStream> {
-    let mut stream = connect(uds_path)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut stream = connect(uds_path, GUEST_PORT)?;
+    stream.set_read_timeout(Some(EXCHANGE_TIMEOUT))?;
     let request = [0x11; REQUEST_LEN];
     stream.write_all(&request)?;
     let mut response = [0; REQUEST_LEN];
@@ -73,6 +75,6 @@ fn exchange(uds_path: &Path) -> io::Result<UnixStream> {
     if response == request {
         Ok(stream)
     } else {
-        Err(io::Error::other("a wrong response"))
+        Err(io::Error::other("a wrong echo"))
     }
 }

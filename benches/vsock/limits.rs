@@ -1,4 +1,4 @@
-//! What this machine can do at best, measured beside the daemons: no daemon, no guest.
+//! What this machine can do at best, without daemon and guest, measured beside the daemons.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,18 +10,18 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::apps::REQUEST_LEN;
 use crate::host;
-use crate::measure::{Sample, Timing, key, own_cpu, percentiles};
+use crate::measure::{GIB, MIB, Sample, Timing, key, own_cpu, percentiles};
+use crate::pattern::REQUEST_LEN;
 use crate::shared::Shared;
 
-/// A limit of the machine.
+/// What is measured as the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
-    /// A Unix socket pair between two threads, written by so many bytes at a time.
+    /// A Unix socket pair between two threads, with writes of so many bytes.
     SocketPair(usize),
-    /// Three threads: the first wakes the second by eventfd, the second the third by a socket, and back.
-    Relay,
+    /// A round trip through three threads: the first wakes the second with an eventfd, the second the third with a socket.
+    RoundTrip,
 }
 
 impl Limit {
@@ -29,7 +29,7 @@ impl Limit {
     pub fn measure(self, timing: &Timing) -> Result<Sample, String> {
         match self {
             Self::SocketPair(write) => socket_pair(write, timing),
-            Self::Relay => relay(timing),
+            Self::RoundTrip => round_trip(timing),
         }
         .map_err(|error| error.to_string())
     }
@@ -41,18 +41,18 @@ fn socket_pair(write: usize, timing: &Timing) -> io::Result<Sample> {
     let shared = Arc::new(Shared::default());
     let (writer, reader) = (shared.clone(), shared.clone());
     let threads = [
-        thread::spawn(move || host::fill(from, write, &writer, false)),
+        thread::spawn(move || host::fill(from, write, &writer, |_| {})),
         thread::spawn(move || host::drain(to, write, &reader)),
     ];
     thread::sleep(timing.warm_up);
-    let (begin, before) = (Instant::now(), shared.bytes.load(RELAXED));
+    let (begin, before) = (Instant::now(), shared.counts());
     let cpu_before = own_cpu()?;
     thread::sleep(timing.window);
-    let bytes = (shared.bytes.load(RELAXED) - before) as f64;
+    let bytes = shared.counts().since(before).bytes() as f64;
     let seconds = begin.elapsed().as_secs_f64();
     let cpu = (own_cpu()? - cpu_before).as_secs_f64();
     shared.end();
-    // Ends whoever waits for the other.
+    // Wakes the threads up.
     let _ = end.shutdown(std::net::Shutdown::Both);
     for thread in threads {
         let _ = thread.join();
@@ -63,18 +63,14 @@ fn socket_pair(write: usize, timing: &Timing) -> io::Result<Sample> {
     ]))
 }
 
-const RELAXED: std::sync::atomic::Ordering = std::sync::atomic::Ordering::Relaxed;
-const MIB: f64 = 1024.0 * 1024.0;
-const GIB: f64 = 1024.0 * MIB;
-
-fn relay(timing: &Timing) -> io::Result<Sample> {
+fn round_trip(timing: &Timing) -> io::Result<Sample> {
     let event = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
     let (kick, call) = (Arc::new(event()?), Arc::new(event()?));
     let (middle, mut far) = UnixStream::pair()?;
     let end = middle.try_clone()?;
     let (middle_kick, middle_call) = (kick.clone(), call.clone());
     let threads = [
-        thread::spawn(move || pass(middle, &middle_kick, &middle_call)),
+        thread::spawn(move || relay(middle, &middle_kick, &middle_call)),
         thread::spawn(move || {
             let mut request = [0; REQUEST_LEN];
             loop {
@@ -102,7 +98,7 @@ fn relay(timing: &Timing) -> io::Result<Sample> {
 }
 
 /// The thread in the middle: eventfd to socket, socket to eventfd.
-fn pass(mut socket: UnixStream, kick: &EventFd, call: &EventFd) -> io::Result<()> {
+fn relay(mut socket: UnixStream, kick: &EventFd, call: &EventFd) -> io::Result<()> {
     let mut request = [0; REQUEST_LEN];
     loop {
         let [kicked, readable] = wait(&[kick.as_fd(), socket.as_fd()])?;
@@ -117,7 +113,7 @@ fn pass(mut socket: UnixStream, kick: &EventFd, call: &EventFd) -> io::Result<()
     }
 }
 
-/// Waits until one of two descriptors can be read, and says which.
+/// Waits until one of up to two descriptors is readable. Returns which are.
 fn wait(fds: &[BorrowedFd<'_>]) -> io::Result<[bool; 2]> {
     let mut polled: Vec<PollFd<'_>> = fds
         .iter()

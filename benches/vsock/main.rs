@@ -1,14 +1,18 @@
-//! The benchmark: a simulated guest drives daemons from outside, as processes, case by case.
+//! The benchmark. It runs daemons as processes and drives them from both sides: a simulated or real guest, and host
+//! programs.
 //!
-//! `cargo bench --bench vsock -- --help` says how to call it; `make bench` compares this crate's daemon with
-//! `vhost-device-vsock`. What the guest does and why is in `guest`.
+//! `cargo bench --bench vsock -- --help` lists the options; `make bench` compares this crate's daemon with
+//! `vhost-device-vsock`. `guest` describes the simulated guest, `cases` lists what is measured.
 
 mod apps;
 mod cases;
 mod chart;
+mod common;
 mod conns;
 mod daemon;
 mod echo_clients;
+mod flooders;
+mod floods;
 mod guest;
 mod host;
 mod idle;
@@ -18,29 +22,11 @@ mod packet;
 mod pattern;
 mod report;
 mod ring;
+mod session;
 mod shared;
+mod threads;
+mod traffic;
 mod uml;
-
-// The tests' frontend and guest memory.
-#[allow(dead_code)]
-#[path = "../../tests/common/sim/memory.rs"]
-mod memory;
-#[allow(dead_code)]
-#[path = "../../tests/common/sim/vhost_user.rs"]
-mod vhost_user;
-
-/// The tests' proxy between a UML kernel and a daemon.
-#[allow(dead_code)]
-#[path = "../../tests/common/uml_proxy.rs"]
-mod uml_proxy;
-
-/// What the two files from the tests expect of their surroundings.
-mod common {
-    pub(crate) mod daemon {
-        /// How long a daemon may take to answer the VMM.
-        pub(crate) const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
-    }
-}
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -50,39 +36,40 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use cases::{CASES, Case, Kind};
+use cases::{CASES, Case, Group, Kind};
 use daemon::Binary;
 use measure::Timing;
 use report::{CaseResult, Entry};
 
-/// From how many busy processors on a case is marked as disturbed.
-const FOREIGN_CPUS_NOTED: f64 = 0.1;
+/// With more CPUs busy for other programs, a case is reported as disturbed.
+const FOREIGN_CPUS_TOLERATED: f64 = 0.1;
 
-/// Measures vsock daemons beside each other.
+/// Compares vsock daemons.
 #[derive(Parser)]
 #[command(name = "cargo bench --bench vsock --")]
 struct Options {
-    /// A daemon to measure; may be repeated. Options for it follow its path, each after a comma. Without it, this crate's
+    /// A daemon to measure, this crate's by default; may be repeated. Options for the daemon follow its path, each after a
+    /// comma
     #[arg(long = "binary", value_name = "NAME=PATH[,OPTION]...", value_parser = Binary::parse)]
     binaries: Vec<Binary>,
 
-    /// The name of the daemon that the others are compared with; without it, the last
+    /// The daemon that the others are compared with, by default the last one
     #[arg(long, value_name = "NAME")]
     baseline: Option<String>,
 
-    /// How often each case runs
+    /// Number of runs of each case
     #[arg(long, value_name = "COUNT", default_value_t = 5)]
     runs: usize,
 
-    /// How long each run is measured
+    /// Length of the measured window of each run
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     seconds: f64,
 
-    /// Only cases with this in their name; may be repeated
-    #[arg(long, value_name = "SUBSTRING")]
+    /// Run the cases with TEXT in their names, or those of a group: `speed` (the default) or `floods`; may be repeated
+    #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
 
-    /// List the cases
+    /// List the cases of all groups, or those that --only chooses
     #[arg(long)]
     list: bool,
 
@@ -90,15 +77,15 @@ struct Options {
     #[arg(long)]
     no_syscalls: bool,
 
-    /// Write all results here
+    /// Write all results to FILE
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
-    /// Draw a chart here
+    /// Draw a chart of the results
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
 
-    /// cargo passes it; without it (`cargo test`) nothing is measured
+    /// `cargo bench` passes it, `cargo test` does not: then nothing is measured
     #[arg(long, hide = true)]
     bench: bool,
 
@@ -108,13 +95,22 @@ struct Options {
 
 impl Options {
     fn cases(&self) -> impl Iterator<Item = &'static Case> + '_ {
-        CASES.iter().filter(|case| {
-            self.only.is_empty()
-                || self
-                    .only
-                    .iter()
-                    .any(|only| case.name.contains(only.as_str()))
-        })
+        let by_default = |case: &Case| self.only.is_empty() && case.group() == Group::Speed;
+        CASES
+            .iter()
+            .filter(move |case| by_default(case) || self.chooses(case))
+    }
+
+    fn chooses(&self, case: &Case) -> bool {
+        self.only.iter().any(|text| case.matches(text))
+    }
+
+    fn list(&self) {
+        for case in CASES {
+            if self.only.is_empty() || self.chooses(case) {
+                println!("{:6}  {}", case.group().name(), case.name);
+            }
+        }
     }
 
     fn timing(&self) -> Timing {
@@ -132,7 +128,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if options.list {
-        options.cases().for_each(|case| println!("{}", case.name));
+        options.list();
         return ExitCode::SUCCESS;
     }
     if options.binaries.is_empty() {
@@ -142,11 +138,11 @@ fn main() -> ExitCode {
             args: Vec::new(),
         });
     }
-    // 1,000 connections and more; the daemons inherit it.
+    // For more than 1,000 connections; the daemons inherit it.
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
-    // Panics become failures of a case, which the table tells.
+    // A panic is a failure of the case, which the table shows.
     std::panic::set_hook(Box::new(|_| {}));
     match run(&options) {
         Ok(()) => ExitCode::SUCCESS,
@@ -160,11 +156,11 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<(), String> {
     let syscalls = !options.no_syscalls && measure::can_count_syscalls();
     if !syscalls && !options.no_syscalls {
-        println!("perf can't count system calls here: they are left out");
+        println!("perf can't count system calls here: they are not measured");
     }
     let missing = uml::missing();
     if let Some(missing) = missing {
-        println!("{missing}: the cases with a real guest are left out");
+        println!("{missing}: the cases with a real guest are skipped");
     }
     let cases: Vec<&'static Case> = options
         .cases()
@@ -181,9 +177,9 @@ fn run(options: &Options) -> Result<(), String> {
             println!("{}", result.table(&baseline));
             if let Some(cpus) = result
                 .foreign_cpus()
-                .filter(|&cpus| cpus > FOREIGN_CPUS_NOTED)
+                .filter(|&cpus| cpus > FOREIGN_CPUS_TOLERATED)
             {
-                println!("other programs kept {cpus:.1} processors busy meanwhile");
+                println!("other programs kept {cpus:.1} CPUs busy meanwhile");
             }
         });
         results.push(result);
@@ -203,7 +199,8 @@ fn progress_bar(cases: &[&Case], options: &Options, syscalls: bool) -> ProgressB
     let steps: usize = cases
         .iter()
         .map(|case| {
-            let counted = options.binaries.len() * usize::from(syscalls && case.kind.has_traffic());
+            let counted =
+                options.binaries.len() * usize::from(syscalls && case.kind.counts_syscalls());
             let each = options.binaries.len() + usize::from(case.limit.is_some());
             options.runs * each + counted
         })
@@ -214,7 +211,8 @@ fn progress_bar(cases: &[&Case], options: &Options, syscalls: bool) -> ProgressB
     bar
 }
 
-/// All runs of one case: in each, the limit and every daemon in turn, so that a drifting machine hits all alike.
+/// All runs of one case. Each measures the limit and every daemon in turn, so that a machine whose speed drifts affects all
+/// of them alike.
 fn measure_case(
     case: &'static Case,
     options: &Options,
@@ -228,19 +226,19 @@ fn measure_case(
     for _ in 0..options.runs {
         if let (Some(kind), Some(entry)) = (case.limit, limit.as_mut()) {
             step(bar, case, &entry.name);
-            entry.take(kind.measure(&timing));
+            entry.add(kind.measure(&timing));
         }
         for (binary, entry) in options.binaries.iter().zip(&mut entries) {
             step(bar, case, &entry.name);
-            entry.take(case.kind.run(binary, &timing, false));
+            entry.add(case.kind.run(binary, &timing, false));
         }
     }
-    if syscalls && case.kind.has_traffic() {
+    if syscalls && case.kind.counts_syscalls() {
         for (binary, entry) in options.binaries.iter().zip(&mut entries) {
             step(bar, case, &entry.name);
-            // The other results of this run are disturbed, and its failure adds nothing to those of the others.
+            // If it fails, so did the runs before.
             if let Ok(sample) = case.kind.run(binary, &timing, true) {
-                entry.take(Ok(measure::only_syscalls(sample)));
+                entry.add(Ok(measure::only_syscalls(sample)));
             }
         }
     }

@@ -1,26 +1,26 @@
-//! The measured window: what is looked at before and after it, and what follows from the difference.
+//! The measured window: counters before and after it, and the results that follow from the difference.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
-use std::sync::atomic::Ordering;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
 use crate::daemon::Daemon;
-use crate::guest::notifications;
 use crate::ring::Notifications;
-use crate::shared::Shared;
+use crate::shared::{Counts, Shared};
 
-/// One run's results by their keys.
+/// The results of one run by key.
 pub type Sample = BTreeMap<&'static str, f64>;
 
-/// The keys of results; each names its unit.
-#[allow(missing_docs)] // The names say it.
+/// The keys of results. Each names its unit.
+#[allow(missing_docs)]
 pub mod key {
     pub const MIB_PER_S: &str = "mib_per_s";
+    pub const TO_HOST_MIB_PER_S: &str = "to_host_mib_per_s";
+    pub const TO_GUEST_MIB_PER_S: &str = "to_guest_mib_per_s";
     pub const OPS_PER_S: &str = "ops_per_s";
     pub const P50_US: &str = "p50_us";
     pub const P99_US: &str = "p99_us";
@@ -40,28 +40,32 @@ pub mod key {
     pub const ANON_KIB_PER_CONN: &str = "anon_kib_per_conn";
     pub const RSS_KIB_PER_CONN: &str = "rss_kib_per_conn";
     pub const CPU_US_PER_S: &str = "cpu_us_per_s";
+    pub const FLOOD_PER_S: &str = "flood_per_s";
+    pub const FLOOD_ANSWERED: &str = "flood_answered_of_sent";
+    pub const DAEMON_CPUS: &str = "daemon_cpus";
     pub const FOREIGN_CPUS: &str = "foreign_cpus";
     pub const START_UP_MS: &str = "start_up_ms";
 }
 
-/// How long a run is.
+/// The length of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
     /// Traffic before the window opens.
     pub warm_up: Duration,
-    /// The window.
+    /// The measured window.
     pub window: Duration,
 }
 
 const CHECK: Duration = Duration::from_millis(20);
-const MIB: f64 = 1024.0 * 1024.0;
-const GIB: f64 = 1024.0 * MIB;
+/// A mebibyte in bytes.
+pub const MIB: f64 = 1024.0 * 1024.0;
+/// A gibibyte in bytes.
+pub const GIB: f64 = 1024.0 * MIB;
 
 /// What happened in a window.
 pub struct Window {
     seconds: f64,
-    bytes: f64,
-    ops: f64,
+    counts: Counts,
     cpu_seconds: f64,
     others_cpu_seconds: f64,
     busy_seconds: f64,
@@ -70,22 +74,21 @@ pub struct Window {
     syscalls: Option<f64>,
 }
 
-/// What is measured: a daemon with traffic.
+/// A daemon with traffic, to be measured.
 pub struct Probe<'a> {
     /// The daemon.
     pub daemon: &'a mut Daemon,
-    /// The threads with the traffic.
+    /// The state of the run.
     pub shared: &'a Shared,
     /// The guest's kicks and interrupts.
     pub notifications: &'a Notifications,
     /// How long the traffic may take to begin.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
-struct Look {
+struct Snapshot {
     at: Instant,
-    bytes: u64,
-    ops: u64,
+    counts: Counts,
     cpu: Duration,
     others_cpu: Duration,
     busy_ticks: u64,
@@ -94,54 +97,49 @@ struct Look {
 }
 
 impl Probe<'_> {
-    /// Waits for the traffic, lets it warm up, and measures. With `syscalls`, `perf` counts them meanwhile.
+    /// Waits for the traffic, lets it warm up, and measures it. With `syscalls`, `perf` counts them meanwhile.
     pub fn window(&mut self, timing: &Timing, syscalls: bool) -> Result<Window, String> {
         self.wait_for_traffic()?;
-        self.pass(timing.warm_up)?;
-        self.shared.measuring.store(true, Ordering::Relaxed);
+        self.sleep(timing.warm_up)?;
+        self.shared.open_window();
         let (before, after, syscalls) = if syscalls {
             self.count_syscalls(timing.window)?
         } else {
-            let before = self.look()?;
-            self.pass(timing.window)?;
-            (before, self.look()?, None)
+            let before = self.snapshot()?;
+            self.sleep(timing.window)?;
+            (before, self.snapshot()?, None)
         };
-        self.shared.measuring.store(false, Ordering::Relaxed);
-        let window = Window {
+        self.shared.close_window();
+        Ok(Window {
             seconds: (after.at - before.at).as_secs_f64(),
-            bytes: (after.bytes - before.bytes) as f64,
-            ops: (after.ops - before.ops) as f64,
+            counts: after.counts.since(before.counts),
             cpu_seconds: (after.cpu - before.cpu).as_secs_f64(),
             others_cpu_seconds: (after.others_cpu - before.others_cpu).as_secs_f64(),
             busy_seconds: (after.busy_ticks - before.busy_ticks) as f64 / TICKS_PER_SECOND,
             kicks: (after.kicks - before.kicks) as f64,
             interrupts: (after.interrupts - before.interrupts) as f64,
             syscalls,
-        };
-        if window.bytes + window.ops == 0.0 {
-            return Err("stalled".into());
-        }
-        Ok(window)
+        })
     }
 
-    fn wait_for_traffic(&mut self) -> Result<(), String> {
+    /// Waits until the traffic has begun.
+    pub fn wait_for_traffic(&mut self) -> Result<(), String> {
         let begin = Instant::now();
-        let shared = self.shared;
-        while shared.bytes.load(Ordering::Relaxed) + shared.ops.load(Ordering::Relaxed) == 0 {
-            if begin.elapsed() > self.patience {
-                return Err("nothing moves".into());
+        while !self.shared.counts().moved() {
+            if begin.elapsed() > self.timeout {
+                return Err("no traffic".into());
             }
-            self.pass(CHECK)?;
+            self.sleep(CHECK)?;
         }
         Ok(())
     }
 
-    /// Sleeps, unless something goes wrong.
-    fn pass(&mut self, time: Duration) -> Result<(), String> {
+    /// Sleeps; returns at once if the daemon ends or a thread fails.
+    fn sleep(&mut self, time: Duration) -> Result<(), String> {
         let end = Instant::now() + time;
         while let Some(left) = end.checked_duration_since(Instant::now()) {
             sleep(left.min(CHECK));
-            // A daemon that ended is the better explanation of the two.
+            // In this order, since a thread fails when the daemon ends.
             self.daemon.check().map_err(|error| error.to_string())?;
             if let Some(failure) = self.shared.failure() {
                 return Err(failure);
@@ -150,12 +148,11 @@ impl Probe<'_> {
         Ok(())
     }
 
-    fn look(&self) -> Result<Look, String> {
-        let (kicks, interrupts) = notifications(self.notifications);
-        Ok(Look {
+    fn snapshot(&self) -> Result<Snapshot, String> {
+        let (kicks, interrupts) = self.notifications.counts();
+        Ok(Snapshot {
             at: Instant::now(),
-            bytes: self.shared.bytes.load(Ordering::Relaxed),
-            ops: self.shared.ops.load(Ordering::Relaxed),
+            counts: self.shared.counts(),
             cpu: self.daemon.cpu().map_err(|error| error.to_string())?,
             others_cpu: own_cpu().map_err(|error| error.to_string())?,
             busy_ticks: busy_ticks(),
@@ -164,8 +161,8 @@ impl Probe<'_> {
         })
     }
 
-    fn count_syscalls(&self, time: Duration) -> Result<(Look, Look, Option<f64>), String> {
-        // perf starts to count just before the shell starts, and stops when it ends.
+    fn count_syscalls(&self, time: Duration) -> Result<(Snapshot, Snapshot, Option<f64>), String> {
+        // perf counts from the start of the shell to its end: its two lines mark both.
         let script = format!("echo; sleep {}; echo", time.as_secs_f64());
         let mut perf = Command::new("perf")
             .args(["stat", "-x,", "-e", SYSCALL_EVENT, "-p"])
@@ -179,9 +176,9 @@ impl Probe<'_> {
         let mut lines = perf.stdout.take().map(|out| BufReader::new(out).lines());
         let mut line = || lines.as_mut().and_then(Iterator::next);
         line();
-        let before = self.look()?;
+        let before = self.snapshot()?;
         line();
-        let after = self.look()?;
+        let after = self.snapshot()?;
         let mut report = String::new();
         if let Some(mut stderr) = perf.stderr.take() {
             let _ = stderr.read_to_string(&mut report);
@@ -195,7 +192,7 @@ impl Probe<'_> {
     }
 }
 
-/// The processor time of this process: the guest and the host programs together.
+/// The CPU time of this process, that is, of the guest and the host programs.
 pub fn own_cpu() -> nix::Result<Duration> {
     clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from)
 }
@@ -214,7 +211,7 @@ pub fn can_count_syscalls() -> bool {
         })
 }
 
-/// The ticks in which the machine's processors had something to do; 0 where they are not told.
+/// How long the machine's CPUs have been busy, in ticks; 0 where /proc/stat can't be read.
 fn busy_ticks() -> u64 {
     let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let fields = stat
@@ -230,19 +227,29 @@ fn busy_ticks() -> u64 {
         .sum()
 }
 
-/// The unit of /proc/stat, on every Linux machine of today.
+/// USER_HZ, the unit of /proc/stat.
 const TICKS_PER_SECOND: f64 = 100.0;
 
 impl Window {
-    /// How many processors other programs kept busy meanwhile.
+    /// How many CPUs other programs kept busy.
     fn foreign_cpus(&self) -> (&'static str, f64) {
         let foreign = self.busy_seconds - self.cpu_seconds - self.others_cpu_seconds;
         (key::FOREIGN_CPUS, (foreign / self.seconds).max(0.0))
     }
 
-    /// Results per byte, for streams.
-    pub fn per_byte(&self) -> Sample {
-        let (mib, gib) = (self.bytes / MIB, self.bytes / GIB);
+    fn check_moved(&self) -> Result<(), String> {
+        if self.counts.moved() {
+            Ok(())
+        } else {
+            Err("stalled".into())
+        }
+    }
+
+    /// Results per byte, for streams. Fails if they have stalled.
+    pub fn per_byte(&self) -> Result<Sample, String> {
+        self.check_moved()?;
+        let bytes = self.counts.bytes() as f64;
+        let (mib, gib) = (bytes / MIB, bytes / GIB);
         let mut sample = Sample::from([
             self.foreign_cpus(),
             (key::MIB_PER_S, mib / self.seconds),
@@ -253,39 +260,70 @@ impl Window {
         ]);
         sample.extend(
             self.syscalls
-                .map(|calls| (key::SYSCALLS_PER_MIB, calls / mib)),
+                .map(|count| (key::SYSCALLS_PER_MIB, count / mib)),
         );
+        Ok(sample)
+    }
+
+    /// The throughput of each direction.
+    pub fn per_direction(&self) -> Sample {
+        let mib_per_s = |bytes: u64| bytes as f64 / MIB / self.seconds;
+        Sample::from([
+            (key::TO_HOST_MIB_PER_S, mib_per_s(self.counts.to_host)),
+            (key::TO_GUEST_MIB_PER_S, mib_per_s(self.counts.to_guest)),
+        ])
+    }
+
+    /// Results beside a flood, under which traffic may stall.
+    pub fn beside_flood(&self) -> Sample {
+        let counts = self.counts;
+        let mut sample = Sample::from([
+            self.foreign_cpus(),
+            (key::MIB_PER_S, counts.bytes() as f64 / MIB / self.seconds),
+            (key::OPS_PER_S, counts.ops as f64 / self.seconds),
+            (key::DAEMON_CPUS, self.cpu_seconds / self.seconds),
+        ]);
+        if counts.flood_ops > 0 {
+            sample.insert(key::FLOOD_PER_S, counts.flood_ops as f64 / self.seconds);
+        }
         sample
     }
 
-    /// Results per operation.
-    pub fn per_op(&self) -> Sample {
+    /// How many of a flood's REQUESTs were answered, from 0 to 1.
+    pub fn flood_answered(&self) -> f64 {
+        self.counts.flood_answers as f64 / self.counts.flood_ops as f64
+    }
+
+    /// Results per operation. Fails if traffic has stalled.
+    pub fn per_op(&self) -> Result<Sample, String> {
+        self.check_moved()?;
+        let ops = self.counts.ops as f64;
         let mut sample = Sample::from([
             self.foreign_cpus(),
-            (key::OPS_PER_S, self.ops / self.seconds),
-            (key::CPU_US_PER_OP, self.cpu_seconds * 1e6 / self.ops),
+            (key::OPS_PER_S, ops / self.seconds),
+            (key::CPU_US_PER_OP, self.cpu_seconds * 1e6 / ops),
             (
                 key::OTHERS_CPU_US_PER_OP,
-                self.others_cpu_seconds * 1e6 / self.ops,
+                self.others_cpu_seconds * 1e6 / ops,
             ),
-            (key::KICKS_PER_OP, self.kicks / self.ops),
-            (key::INTERRUPTS_PER_OP, self.interrupts / self.ops),
+            (key::KICKS_PER_OP, self.kicks / ops),
+            (key::INTERRUPTS_PER_OP, self.interrupts / ops),
         ]);
         sample.extend(
             self.syscalls
-                .map(|calls| (key::SYSCALLS_PER_OP, calls / self.ops)),
+                .map(|count| (key::SYSCALLS_PER_OP, count / ops)),
         );
-        sample
+        Ok(sample)
     }
 }
 
-/// p50 and p99 in microseconds, of latencies in nanoseconds.
+/// p50 and p99 of latencies in nanoseconds, in microseconds.
 pub fn percentiles(latencies: &mut [u64]) -> Sample {
     latencies.sort_unstable();
     let at = |share: f64| {
         let last = latencies.len().saturating_sub(1);
-        let place = (last as f64 * share).round() as usize;
-        latencies.get(place).map(|&ns| ns as f64 / 1e3)
+        let index = (last as f64 * share).round() as usize;
+        latencies.get(index).map(|&ns| ns as f64 / 1e3)
     };
     let both = [(key::P50_US, at(0.50)), (key::P99_US, at(0.99))];
     both.into_iter()
@@ -293,7 +331,7 @@ pub fn percentiles(latencies: &mut [u64]) -> Sample {
         .collect()
 }
 
-/// What a run may say in which system calls were counted.
+/// Keeps the count of system calls: perf disturbs all other results.
 pub fn only_syscalls(mut sample: Sample) -> Sample {
     sample.retain(|&key, _| key == key::SYSCALLS_PER_MIB || key == key::SYSCALLS_PER_OP);
     sample

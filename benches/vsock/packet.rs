@@ -1,12 +1,12 @@
 //! The header of a virtio-vsock packet (virtio 1.2, 5.10.6).
 
-/// The length of a header in bytes.
+/// The size of a header in bytes.
 pub const HEADER_LEN: usize = 44;
-/// The most payload bytes Linux puts into one packet.
+/// The largest payload that Linux sends in one packet, in bytes.
 pub const MAX_PAYLOAD: usize = 64 * 1024;
-/// The space a Linux guest gives each connection, in bytes.
+/// The receive buffer of a Linux guest's connection, in bytes.
 pub const BUF_ALLOC: u32 = 256 * 1024;
-/// The shutdown flags "will not receive" and "will not send" together.
+/// Both shutdown flags: will not receive, will not send.
 pub const SHUTDOWN_BOTH: u32 = 3;
 
 /// `op` values.
@@ -21,10 +21,13 @@ pub mod op {
     pub const CREDIT_REQUEST: u16 = 7;
 }
 
+/// The guest's CID.
+pub const GUEST_CID: u64 = 4;
 const HOST_CID: u64 = 2;
+/// `type` of a stream socket's packets.
 const STREAM: u16 = 1;
 
-/// A header of a packet, either way.
+/// The header of a packet of either direction; the CIDs and the type are always the same.
 #[derive(Clone, Copy, Debug, Default)]
 #[allow(missing_docs)] // The names are the specification's.
 pub struct Header {
@@ -38,10 +41,10 @@ pub struct Header {
 }
 
 impl Header {
-    /// The bytes of a packet from the guest.
-    pub fn bytes(&self, guest_cid: u64) -> [u8; HEADER_LEN] {
+    /// Encodes the header of a packet from the guest.
+    pub fn bytes(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
-        bytes[0..8].copy_from_slice(&guest_cid.to_le_bytes());
+        bytes[0..8].copy_from_slice(&GUEST_CID.to_le_bytes());
         bytes[8..16].copy_from_slice(&HOST_CID.to_le_bytes());
         bytes[16..20].copy_from_slice(&self.src_port.to_le_bytes());
         bytes[20..24].copy_from_slice(&self.dst_port.to_le_bytes());
@@ -54,7 +57,7 @@ impl Header {
         bytes
     }
 
-    /// Takes a header apart.
+    /// Decodes the header of a packet to the guest.
     pub fn parse(bytes: &[u8; HEADER_LEN]) -> Self {
         let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let word = |at: usize| u32::from(half(at)) | u32::from(half(at + 2)) << 16;

@@ -1,9 +1,13 @@
-//! What streams carry: marks at known offsets, so that lost, repeated, or swapped bytes show at little cost.
+//! The payloads of the programs on both sides: requests of one size, and streams with marks at known offsets, so that
+//! lost, repeated or reordered bytes are found at little cost.
+
+/// The size of a request and of its response, in bytes.
+pub const REQUEST_LEN: usize = 64;
 
 const MAGIC: u64 = 0x7673_6f63_6b21_a55a;
-/// The bytes between two marks, where writes are not smaller.
+/// The distance of two marks in bytes, unless writes are smaller.
 const STEP: usize = 4096;
-/// The bytes of a mark.
+/// The size of a mark in bytes.
 const MARK: usize = 8;
 
 /// Writes marks for the bytes that follow.
@@ -21,7 +25,7 @@ impl Marker {
         }
     }
 
-    /// Marks one write, which starts at a multiple of its length.
+    /// Marks the next write.
     pub fn mark(&mut self, bytes: &mut [u8]) {
         for piece in bytes.chunks_exact_mut(self.step) {
             piece[..MARK].copy_from_slice(&(self.offset ^ MAGIC).to_le_bytes());
@@ -37,7 +41,7 @@ pub struct Checker {
 }
 
 impl Checker {
-    /// A check of what `Marker::new(write)` marks.
+    /// Checks a stream that `Marker::new(write)` marks.
     pub fn new(write: usize) -> Self {
         Self {
             offset: 0,
@@ -45,7 +49,7 @@ impl Checker {
         }
     }
 
-    /// Checks the marks that lie wholly in the next `bytes` of the stream.
+    /// Checks the marks that lie entirely in the next `bytes` of the stream; one that is split is skipped.
     pub fn check(&mut self, bytes: &[u8]) -> Result<(), String> {
         let mut at = self.offset.next_multiple_of(self.step);
         let end = self.offset + bytes.len() as u64;

@@ -1,4 +1,4 @@
-//! Results of all runs: medians, spreads, ratios; the table and the JSON.
+//! The results of all runs: medians, spreads and ratios, as a table and as JSON.
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, ContentArrangement, Table};
@@ -6,17 +6,18 @@ use serde_json::{Map, Value, json};
 
 use crate::cases::{Case, Kind};
 use crate::measure::{Sample, key};
+use crate::traffic::Direction;
 
-/// The width of the tables in characters; what is longer is wrapped.
+/// The width of the tables in characters; longer rows are wrapped.
 const TABLE_WIDTH: u16 = 132;
 
-/// The results of one daemon, or of the machine's limit, in one case.
+/// The results of a daemon or of the machine's limit in one case.
 pub struct Entry {
     /// The daemon's name.
     pub name: String,
-    /// One sample per run, and one with the system calls.
+    /// A sample for each run, and one for the system calls.
     pub runs: Vec<Sample>,
-    /// Why there are not more.
+    /// Why other runs failed.
     pub failures: Vec<String>,
 }
 
@@ -26,7 +27,7 @@ pub struct CaseResult {
     pub case: &'static Case,
     /// The machine's limit.
     pub limit: Option<Entry>,
-    /// The daemons, in the order they were given.
+    /// The daemons, in the order of the command line.
     pub entries: Vec<Entry>,
 }
 
@@ -35,9 +36,9 @@ pub struct CaseResult {
 pub struct Spread {
     /// The median.
     pub median: f64,
-    /// The least.
+    /// The smallest value.
     pub min: f64,
-    /// The most.
+    /// The largest value.
     pub max: f64,
 }
 
@@ -51,15 +52,15 @@ impl Entry {
         }
     }
 
-    /// Takes a run's result.
-    pub fn take(&mut self, result: Result<Sample, String>) {
+    /// Adds the result of a run.
+    pub fn add(&mut self, result: Result<Sample, String>) {
         match result {
             Ok(sample) => self.runs.push(sample),
             Err(failure) => self.failures.push(failure),
         }
     }
 
-    /// Median and spread over the runs that have this key.
+    /// The median and the extremes of a result.
     pub fn spread(&self, key: &str) -> Option<Spread> {
         let runs = self.runs.iter();
         let mut values: Vec<f64> = runs.filter_map(|run| run.get(key).copied()).collect();
@@ -74,7 +75,7 @@ impl Entry {
         Some(Spread { median, min, max })
     }
 
-    /// The median over the runs that have this key.
+    /// The median of a result.
     pub fn median(&self, key: &str) -> Option<f64> {
         self.spread(key).map(|spread| spread.median)
     }
@@ -104,7 +105,7 @@ impl CaseResult {
         self.entries.iter().find(|entry| entry.name == name)
     }
 
-    /// How many processors other programs kept busy in these runs, as a mean.
+    /// How many CPUs other programs kept busy in these runs, on average.
     pub fn foreign_cpus(&self) -> Option<f64> {
         let runs = self.entries.iter().flat_map(|entry| &entry.runs);
         let values: Vec<f64> = runs
@@ -121,14 +122,14 @@ impl CaseResult {
             .set_content_arrangement(ContentArrangement::Dynamic)
             .set_width(TABLE_WIDTH);
         let columns = columns(self.case.kind);
-        let mut heads = vec![self.case.name.to_string()];
-        for &(key, head, ratio) in columns {
-            heads.push(head.into());
-            heads.extend(ratio.then(|| format!("/{baseline}")));
-            let limited = key == self.case.kind.headline() && self.limit.is_some();
-            heads.extend(limited.then(|| "/limit".into()));
+        let mut headings = vec![self.case.name.to_string()];
+        for &(key, heading, ratio) in columns {
+            headings.push(heading.into());
+            headings.extend(ratio.then(|| format!("/{baseline}")));
+            let has_limit = key == self.case.kind.headline() && self.limit.is_some();
+            headings.extend(has_limit.then(|| "/limit".into()));
         }
-        table.set_header(heads);
+        table.set_header(headings);
         let base = self.baseline(baseline);
         for entry in self.limit.iter().chain(&self.entries) {
             table.add_row(self.row(entry, base, columns));
@@ -169,7 +170,7 @@ impl CaseResult {
     }
 }
 
-/// All results as JSON, with the machine they were measured on.
+/// All results and the machine's kernel and CPU, as JSON.
 pub fn json(results: &[CaseResult], runs: usize, seconds: f64) -> Value {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");
@@ -186,63 +187,108 @@ pub fn json(results: &[CaseResult], runs: usize, seconds: f64) -> Value {
     })
 }
 
-/// A column: the key, its head, and whether a ratio follows.
+/// A column: the key, the heading, and whether a ratio to the baseline follows.
 type Column = (&'static str, &'static str, bool);
 
 fn columns(kind: Kind) -> &'static [Column] {
     match kind {
-        Kind::Streams { .. } => &[
-            (key::MIB_PER_S, "MiB/s (min-max)", true),
-            (key::CPU_S_PER_GIB, "CPU s/GiB", true),
-            (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
-            (key::KICKS_PER_MIB, "kicks/MiB", false),
-            (key::INTERRUPTS_PER_MIB, "irqs/MiB", false),
-            (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
-        ],
-        Kind::Uml(_) => &[
-            (key::MIB_PER_S, "MiB/s (min-max)", true),
-            (key::CPU_S_PER_GIB, "CPU s/GiB", true),
-            (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
-        ],
-        Kind::Ask => &[
-            (key::P50_US, "p50 us (min-max)", true),
-            (key::P99_US, "p99 us", true),
-            (key::CPU_US_PER_OP, "CPU us", true),
-            (key::OTHERS_CPU_US_PER_OP, "others us", false),
-            (key::KICKS_PER_OP, "kicks", false),
-            (key::INTERRUPTS_PER_OP, "irqs", false),
-            (key::SYSCALLS_PER_OP, "syscalls", false),
-        ],
-        Kind::Connect => &[
-            (key::OPS_PER_S, "per second (min-max)", true),
-            (key::P99_US, "p99 us", true),
-            (key::CPU_US_PER_OP, "CPU us", true),
-            (key::OTHERS_CPU_US_PER_OP, "others us", false),
-            (key::KICKS_PER_OP, "kicks", false),
-            (key::INTERRUPTS_PER_OP, "irqs", false),
-            (key::SYSCALLS_PER_OP, "syscalls", false),
-        ],
-        Kind::Echo(_) => &[
-            (key::OPS_PER_S, "messages/s (min-max)", true),
-            (key::FAIRNESS, "slowest/fastest", false),
-            (key::CPU_US_PER_OP, "CPU us", true),
-            (key::OTHERS_CPU_US_PER_OP, "others us", false),
-            (key::KICKS_PER_OP, "kicks", false),
-            (key::INTERRUPTS_PER_OP, "irqs", false),
-            (key::SYSCALLS_PER_OP, "syscalls", false),
-        ],
-        Kind::Idle(_) => &[
-            (key::ANON_KIB_PER_CONN, "anonymous KiB each (min-max)", true),
-            (key::RSS_KIB_PER_CONN, "resident KiB each", true),
-            (key::CPU_US_PER_S, "CPU us/s", true),
-        ],
-        Kind::StartUp => &[
-            (key::START_UP_MS, "ms until ready (min-max)", true),
-            (key::ANON_KIB, "anonymous KiB", true),
-            (key::RSS_KIB, "resident KiB", true),
-        ],
+        Kind::Streams {
+            direction: Direction::Both,
+            ..
+        } => BOTH_DIRECTIONS,
+        Kind::Streams { .. } => STREAM,
+        Kind::Uml(_) => REAL_STREAM,
+        Kind::RequestResponse => REQUEST_RESPONSE,
+        Kind::Connect => CONNECT,
+        Kind::Echo(_) => ECHO,
+        Kind::Flooded { measured, .. } if measured.is_stream() => FLOODED_STREAM,
+        Kind::Flooded { .. } => FLOODED_OPS,
+        Kind::Idle(_) => IDLE,
+        Kind::StartUp => START_UP,
     }
 }
+
+const STREAM: &[Column] = &[
+    (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
+    (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
+    (key::KICKS_PER_MIB, "kicks/MiB", false),
+    (key::INTERRUPTS_PER_MIB, "irqs/MiB", false),
+    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
+];
+
+const BOTH_DIRECTIONS: &[Column] = &[
+    (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::TO_HOST_MIB_PER_S, "out", false),
+    (key::TO_GUEST_MIB_PER_S, "in", false),
+    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
+    (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
+    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
+];
+
+const REAL_STREAM: &[Column] = &[
+    (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
+    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
+];
+
+const REQUEST_RESPONSE: &[Column] = &[
+    (key::P50_US, "p50 us (min-max)", true),
+    (key::P99_US, "p99 us", true),
+    (key::CPU_US_PER_OP, "CPU us", true),
+    (key::OTHERS_CPU_US_PER_OP, "others us", false),
+    (key::KICKS_PER_OP, "kicks", false),
+    (key::INTERRUPTS_PER_OP, "irqs", false),
+    (key::SYSCALLS_PER_OP, "syscalls", false),
+];
+
+const CONNECT: &[Column] = &[
+    (key::OPS_PER_S, "per second (min-max)", true),
+    (key::P99_US, "p99 us", true),
+    (key::CPU_US_PER_OP, "CPU us", true),
+    (key::OTHERS_CPU_US_PER_OP, "others us", false),
+    (key::KICKS_PER_OP, "kicks", false),
+    (key::INTERRUPTS_PER_OP, "irqs", false),
+    (key::SYSCALLS_PER_OP, "syscalls", false),
+];
+
+const ECHO: &[Column] = &[
+    (key::OPS_PER_S, "messages/s (min-max)", true),
+    (key::FAIRNESS, "slowest/fastest", false),
+    (key::CPU_US_PER_OP, "CPU us", true),
+    (key::OTHERS_CPU_US_PER_OP, "others us", false),
+    (key::KICKS_PER_OP, "kicks", false),
+    (key::INTERRUPTS_PER_OP, "irqs", false),
+    (key::SYSCALLS_PER_OP, "syscalls", false),
+];
+
+const FLOODED_STREAM: &[Column] = &[
+    (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::FLOOD_PER_S, "flood/s", true),
+    (key::FLOOD_ANSWERED, "answered/sent", false),
+    (key::DAEMON_CPUS, "CPUs", false),
+];
+
+const FLOODED_OPS: &[Column] = &[
+    (key::P99_US, "p99 us (min-max)", true),
+    (key::P50_US, "p50 us", true),
+    (key::OPS_PER_S, "ops/s", false),
+    (key::FLOOD_PER_S, "flood/s", true),
+    (key::FLOOD_ANSWERED, "answered/sent", false),
+    (key::DAEMON_CPUS, "CPUs", false),
+];
+
+const IDLE: &[Column] = &[
+    (key::ANON_KIB_PER_CONN, "anonymous KiB each (min-max)", true),
+    (key::RSS_KIB_PER_CONN, "resident KiB each", true),
+    (key::CPU_US_PER_S, "CPU us/s", true),
+];
+
+const START_UP: &[Column] = &[
+    (key::START_UP_MS, "ms until ready (min-max)", true),
+    (key::ANON_KIB, "anonymous KiB", true),
+    (key::RSS_KIB, "resident KiB", true),
+];
 
 fn headline_cell(spread: Spread, failures: &[String]) -> String {
     let [median, min, max] = [spread.median, spread.min, spread.max].map(number);
@@ -266,7 +312,7 @@ fn ratio_cell(entry: &Entry, base: Option<&Entry>, key: &str) -> String {
     both.map_or_else(String::new, |(own, base)| format!("{:.2}", own / base))
 }
 
-/// Three digits that count.
+/// Formats a number with three significant digits.
 pub fn number(value: f64) -> String {
     match value.abs() {
         v if v >= 999.5 => thousands(value),

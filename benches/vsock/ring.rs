@@ -1,5 +1,5 @@
-//! The driver's side of one split ring, driven as Linux's `virtio_ring.c` does it: EVENT_IDX where it is offered,
-//! indirect tables where they are offered and a chain has more than one part, kicks only when asked for.
+//! The driver's side of a split ring, as in Linux's `virtio_ring.c`: EVENT_IDX if it is offered, an indirect table for
+//! a chain of more than one descriptor if they are offered, and a kick only when the device wants one.
 
 #![allow(unsafe_code)]
 
@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::memory::GuestMemory;
-use crate::vhost_user::RingAddresses;
+use crate::common::memory::GuestMemory;
+use crate::common::vhost_user::RingAddresses;
 
 /// Feature bits of the ring (virtio 1.2, 6).
 pub mod feature {
-    /// Descriptors in tables of their own.
+    /// Indirect descriptor tables.
     pub const INDIRECT_DESC: u64 = 1 << 28;
-    /// Notifications by index.
+    /// Notifications suppressed by index.
     pub const EVENT_IDX: u64 = 1 << 29;
     /// Virtio 1.
     pub const VERSION_1: u64 = 1 << 32;
@@ -27,24 +27,34 @@ const F_NEXT: u16 = 1;
 const F_WRITE: u16 = 2;
 const F_INDIRECT: u16 = 4;
 
-/// The most parts of one chain: a header and a payload.
+/// The most descriptors of a chain: a header and a payload.
 const MAX_PARTS: usize = 2;
-/// The bytes of a descriptor.
+/// The size of a descriptor in bytes.
 const DESC_LEN: u64 = 16;
 
-/// Kicks given and interrupts taken, of both rings.
+/// Kicks sent and interrupts received on both rings.
 #[derive(Default)]
 pub struct Notifications {
-    /// Writes to kick eventfds.
-    pub kicks: AtomicU64,
-    /// Signals of call eventfds.
-    pub interrupts: AtomicU64,
+    /// Writes to the kick eventfds.
+    kicks: AtomicU64,
+    /// Signals on the call eventfds.
+    interrupts: AtomicU64,
 }
 
-/// One part of a chain: its address in guest memory and its length in bytes.
+impl Notifications {
+    /// Kicks and interrupts so far.
+    pub fn counts(&self) -> (u64, u64) {
+        (
+            self.kicks.load(Ordering::Relaxed),
+            self.interrupts.load(Ordering::Relaxed),
+        )
+    }
+}
+
+/// A buffer of a chain: its guest address and its length in bytes.
 pub type Part = (u64, u32);
 
-/// A driver-side ring. Each chain carries a token, which comes back with it.
+/// The driver's side of a ring. Each chain has a token, which comes back with it.
 pub struct Ring {
     memory: Arc<GuestMemory>,
     notifications: Arc<Notifications>,
@@ -57,19 +67,19 @@ pub struct Ring {
     event_idx: bool,
     write: bool,
     free: Vec<u16>,
-    /// By head: the token, and the chain's second descriptor.
+    /// By head: the token, and the chain's second descriptor unless it is in a table.
     chains: Vec<(u16, Option<u16>)>,
     avail_idx: u16,
     kicked_idx: u16,
     used_idx: u16,
-    /// Tells the device.
+    /// Notifies the device.
     pub kick_fd: EventFd,
-    /// Interrupts the guest.
+    /// Notifies the guest.
     pub call_fd: EventFd,
 }
 
 impl Ring {
-    /// Makes a ring of `size` descriptors; the device writes the buffers when `write`.
+    /// Allocates a ring of `size` descriptors in guest memory; with `write`, its buffers are for the device to write.
     pub fn new(
         memory: Arc<GuestMemory>,
         notifications: Arc<Notifications>,
@@ -105,7 +115,7 @@ impl Ring {
         self.size
     }
 
-    /// Where the ring lies, as frontend addresses.
+    /// The addresses of the ring's parts in this process, for SET_VRING_ADDR.
     pub fn addresses(&self) -> RingAddresses {
         RingAddresses {
             desc: self.memory.user_addr(self.desc),
@@ -114,12 +124,12 @@ impl Ring {
         }
     }
 
-    /// The descriptor that the device interrupts with.
+    /// The call eventfd.
     pub fn call(&self) -> BorrowedFd<'_> {
         self.call_fd.as_fd()
     }
 
-    /// Offers a chain of one or two parts, without a kick; false when the ring has no room.
+    /// Makes a chain of one or two buffers available, without a kick; false when the ring is full.
     pub fn add(&mut self, parts: &[Part], token: u16) -> bool {
         let table = self.indirect && parts.len() > 1;
         let wanted = if table { 1 } else { parts.len() };
@@ -172,7 +182,7 @@ impl Ring {
             .write(table + DESC_LEN * u64::from(slot), &bytes);
     }
 
-    /// Kicks when the device asked for it (virtio 1.2, 2.7.10).
+    /// Kicks if the device wants it (virtio 1.2, 2.7.10).
     pub fn kick_if_needed(&mut self) {
         self.memory.barrier();
         let since = self.avail_idx.wrapping_sub(self.kicked_idx);
@@ -186,12 +196,12 @@ impl Ring {
         self.kicked_idx = self.avail_idx;
         if needed {
             self.notifications.kicks.fetch_add(1, Ordering::Relaxed);
-            // A full counter still wakes the device.
+            // It fails only when the counter is full, which wakes the device as well.
             let _ = self.kick_fd.write(1);
         }
     }
 
-    /// The next chain that the device returned: its token and the bytes written to it.
+    /// Pops a used chain: its token, and how many bytes the device wrote to it.
     pub fn pop_used(&mut self) -> Option<(u16, u32)> {
         if !self.has_used() {
             return None;
@@ -212,7 +222,7 @@ impl Ring {
         self.memory.load_u16(self.used + 2) != self.used_idx
     }
 
-    /// Asks for no interrupt, as `virtqueue_disable_cb` does.
+    /// Suppresses interrupts, like `virtqueue_disable_cb`.
     pub fn disable_interrupts(&self) {
         if self.event_idx {
             self.memory.store_u16(self.used_event(), 0);
@@ -221,7 +231,7 @@ impl Ring {
         }
     }
 
-    /// Asks for an interrupt at the next returned chain; true when there already is one.
+    /// Enables an interrupt for the next used chain; true when there is one already, like a failed `virtqueue_enable_cb`.
     pub fn enable_interrupts(&self) -> bool {
         if self.event_idx {
             self.memory.store_u16(self.used_event(), self.used_idx);
@@ -236,7 +246,7 @@ impl Ring {
         self.avail + 4 + 2 * u64::from(self.size)
     }
 
-    /// Takes the interrupts that are there.
+    /// Consumes pending interrupts.
     pub fn take_interrupts(&self) {
         if let Ok(count) = self.call_fd.read() {
             let total = &self.notifications.interrupts;
@@ -248,10 +258,10 @@ impl Ring {
     pub fn read(&self, addr: u64, into: &mut [u8]) {
         let first = self.memory.user_addr(addr);
         if let Some(last) = into.len().checked_sub(1) {
-            // Panics when the range leaves the memory.
+            // It panics when the range is not in guest memory.
             self.memory.user_addr(addr + last as u64);
         }
-        // SAFETY: both ends were found inside the one mapping, which lives as long as `self.memory`.
+        // SAFETY: both ends are in the one mapping, which lives as long as `self.memory`.
         unsafe {
             std::ptr::copy_nonoverlapping(first as *const u8, into.as_mut_ptr(), into.len());
         }

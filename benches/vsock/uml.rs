@@ -1,4 +1,4 @@
-//! A real guest: Debian's Linux under User-Mode Linux, in which `uml/stream.c` is the only program.
+//! A real guest: Debian's Linux as a User-Mode Linux kernel, with `uml/stream.c` as its only program.
 
 use std::fs::File;
 use std::io;
@@ -14,26 +14,33 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::cases::{HOST_PORT, join_all, spawn};
+use crate::common::uml_proxy;
 use crate::daemon::Daemon;
-use crate::host;
+use crate::guest::GUEST_PORT;
+use crate::host::{self, HOST_PORT};
 use crate::measure::{Probe, Sample, Timing, key};
 use crate::ring::Notifications;
 use crate::shared::Shared;
-use crate::uml_proxy;
+use crate::threads::{join_all, spawn};
 
 const KERNEL: &str = "/usr/bin/linux.uml";
 const MODULES: &str = "/usr/lib/uml/modules";
+/// The guest loads the modules with the host's program.
+const INSMOD: [&str; 2] = ["/usr/sbin/insmod", "/sbin/insmod"];
 /// The virtio device id of a vsock device.
 const VIRTIO_ID_VSOCK: u32 = 19;
 /// How long a guest may take to boot and listen.
-const BOOT_PATIENCE: Duration = Duration::from_secs(30);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often a host program tries to connect meanwhile.
 const BOOT_CHECK: Duration = Duration::from_millis(20);
 
-/// What is missing for a real guest, in words; None when nothing is.
+/// What is missing for a real guest, as text for the user.
 pub fn missing() -> Option<&'static str> {
     if !Path::new(KERNEL).exists() || !Path::new(MODULES).exists() {
         return Some("linux.uml is not installed (Debian's user-mode-linux)");
+    }
+    if !INSMOD.iter().any(|path| Path::new(path).exists()) {
+        return Some("there is no insmod (Debian's kmod)");
     }
     let cc = Command::new("cc").arg("--version").output();
     cc.is_err()
@@ -43,14 +50,14 @@ pub fn missing() -> Option<&'static str> {
 /// One stream, out of the guest or into it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream {
-    /// Out of it.
+    /// Whether it leads out of the guest.
     pub to_host: bool,
     /// Bytes per write.
     pub write: usize,
 }
 
 impl Stream {
-    /// Boots a guest, measures, kills it.
+    /// Boots a guest, measures, and kills it.
     pub fn run(
         self,
         mut daemon: Daemon,
@@ -64,38 +71,41 @@ impl Stream {
             let listener = UnixListener::bind(daemon.host_port_path(HOST_PORT));
             let listener = listener.map_err(|error| error.to_string())?;
             spawn(&shared, move |shared| {
-                host::take_stream(&listener, write, shared)
+                host::accept_and_drain(&listener, write, shared)
             })
         } else {
-            spawn(&shared, move |shared| give(&uds_path, write, shared))
+            spawn(&shared, move |shared| {
+                connect_and_fill(&uds_path, write, shared)
+            })
         };
         let guest = Uml::boot(&daemon, self).map_err(|error| format!("UML: {error}"))?;
         let window = Probe {
             daemon: &mut daemon,
             shared: &shared,
             notifications: &Notifications::default(),
-            patience: BOOT_PATIENCE,
+            timeout: BOOT_TIMEOUT,
         }
         .window(timing, syscalls);
         shared.end();
         drop(guest);
         daemon.kill();
         join_all(vec![host])?;
-        let mut sample = window?.per_byte();
-        // What only the simulated guest can tell.
-        let told = [key::MIB_PER_S, key::CPU_S_PER_GIB, key::SYSCALLS_PER_MIB];
-        sample.retain(|key, _| told.contains(key));
+        let mut sample = window?.per_byte()?;
+        // The rest is known of the simulated guest alone.
+        let known = [key::MIB_PER_S, key::CPU_S_PER_GIB, key::SYSCALLS_PER_MIB];
+        sample.retain(|key, _| known.contains(key));
         Ok(sample)
     }
 }
 
-/// Writes into the guest, once it listens; counts what the daemon has taken.
-fn give(uds_path: &Path, write: usize, shared: &Shared) -> Result<(), String> {
+/// Writes a stream into the guest as soon as it listens. Counts what was written, since the guest can't report what it
+/// has read.
+fn connect_and_fill(uds_path: &Path, write: usize, shared: &Shared) -> Result<(), String> {
     let begin = Instant::now();
     while !shared.stopped() {
-        match host::connect(uds_path) {
-            Ok(stream) => return host::fill(stream, write, shared, true),
-            Err(error) if begin.elapsed() > BOOT_PATIENCE => return Err(error.to_string()),
+        match host::connect(uds_path, GUEST_PORT) {
+            Ok(stream) => return host::fill(stream, write, shared, |len| shared.add_to_guest(len)),
+            Err(error) if begin.elapsed() > BOOT_TIMEOUT => return Err(error.to_string()),
             Err(_) => sleep(BOOT_CHECK),
         }
     }
@@ -106,26 +116,26 @@ fn give(uds_path: &Path, write: usize, shared: &Shared) -> Result<(), String> {
 struct Uml {
     kernel: Child,
     watchdog: Child,
-    _folder: TempDir,
+    _directory: TempDir,
 }
 
 impl Uml {
     fn boot(daemon: &Daemon, stream: Stream) -> io::Result<Self> {
         let sources = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let folder = TempDir::with_prefix("vsock-bench-uml-")?;
-        let program = folder.path().join("stream");
-        let shim = folder.path().join("uml_xstate.so");
+        let directory = TempDir::with_prefix("vsock-bench-uml-")?;
+        let program = directory.path().join("stream");
+        let shim = directory.path().join("uml_xstate.so");
         let stream_source = sources.join("benches/vsock/uml/stream.c");
         compile(&["-static"], &stream_source, &program)?;
-        // UML runs on a processor with AMX only with this preloaded.
+        // On a processor with AMX, UML needs this.
         let shim_source = sources.join("tests/guest/uml_xstate.c");
         compile(&["-shared", "-fPIC"], &shim_source, &shim)?;
-        let socket = folder.path().join("vhost");
+        let socket = directory.path().join("vhost");
         uml_proxy::start(&socket, &daemon.vhost_socket());
         let (mode, port) = if stream.to_host {
             ("send", HOST_PORT)
         } else {
-            ("take", host::GUEST_PORT)
+            ("take", GUEST_PORT)
         };
         let init = sources.join("benches/vsock/uml/init.sh");
         let kernel = Command::new(KERNEL)
@@ -137,7 +147,7 @@ impl Uml {
                 "quiet",
             ])
             .args(["con=null", "con0=null,fd:1", "umid=guest"])
-            .arg(format!("uml_dir={}", folder.path().display()))
+            .arg(format!("uml_dir={}", directory.path().display()))
             .arg(format!("init={}", init.display()))
             .arg(device(&socket))
             .arg(format!("STREAM_PROGRAM={}", program.display()))
@@ -147,10 +157,10 @@ impl Uml {
             .env("LD_PRELOAD", shim)
             .process_group(0)
             .stdin(Stdio::null())
-            .stdout(File::create(folder.path().join("console"))?)
+            .stdout(File::create(directory.path().join("console"))?)
             .stderr(Stdio::null())
             .spawn()?;
-        // Kills the guest's processes when this process ends in a way that drops nothing.
+        // Kills the guest if this process ends without running destructors.
         let watchdog = Command::new("sh")
             .args(["-c", "read -r _; kill -KILL -- -$1", "sh"])
             .arg(kernel.id().to_string())
@@ -160,14 +170,14 @@ impl Uml {
         Ok(Self {
             kernel,
             watchdog,
-            _folder: folder,
+            _directory: directory,
         })
     }
 }
 
 impl Drop for Uml {
     fn drop(&mut self) {
-        // The watchdog first: it must not meet a new owner of the group's id.
+        // The watchdog first: the process group's id may be reused afterwards.
         let _ = self.watchdog.kill();
         let _ = self.watchdog.wait();
         let _ = killpg(Pid::from_raw(self.kernel.id() as i32), Signal::SIGKILL);
@@ -191,6 +201,6 @@ fn compile(options: &[&str], source: &Path, program: &PathBuf) -> io::Result<()>
     if built.status.success() {
         return Ok(());
     }
-    let words = String::from_utf8_lossy(&built.stderr).into_owned();
-    Err(io::Error::other(format!("cc: {words}")))
+    let stderr = String::from_utf8_lossy(&built.stderr).into_owned();
+    Err(io::Error::other(format!("cc: {stderr}")))
 }

@@ -4,11 +4,14 @@ use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::memory::GuestMemory;
-use crate::common::daemon::PATIENCE;
+
+/// How long the daemon may take to answer a message.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Feature bit: protocol features can be negotiated.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
