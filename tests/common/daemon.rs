@@ -210,16 +210,24 @@ impl Daemon {
     /// Panics when the daemon uses more than a sliver of processor time while nothing happens.
     #[track_caller]
     pub fn assert_idle(&self) {
+        Self::assert_all_idle(&[self]);
+    }
+
+    /// The same for several daemons at once.
+    #[track_caller]
+    pub fn assert_all_idle(daemons: &[&Self]) {
         // What was under way may end.
         sleep(Duration::from_millis(300));
-        let before = self.cpu_time();
+        let before: Vec<_> = daemons.iter().map(|daemon| daemon.cpu_time()).collect();
         let while_waiting = Duration::from_millis(1500);
         sleep(while_waiting);
-        let spent = self.cpu_time() - before;
-        assert!(
-            spent < while_waiting / 20,
-            "{spent:?} of processor time in {while_waiting:?}"
-        );
+        for (daemon, before) in daemons.iter().zip(before) {
+            let spent = daemon.cpu_time() - before;
+            assert!(
+                spent < while_waiting / 20,
+                "{spent:?} of processor time in {while_waiting:?}"
+            );
+        }
     }
 
     fn tasks(&self) -> impl Iterator<Item = PathBuf> {

@@ -76,11 +76,12 @@ impl SimGuest {
     fn negotiate(mut frontend: Frontend, setup: Setup) -> Self {
         let (features, protocol) = negotiate(&mut frontend, &setup);
         let memory = Arc::new(GuestMemory::new(&setup.regions, setup.backing));
-        frontend.set_mem_table(&memory);
+        share_memory(&frontend, &setup, &memory);
+        memory.skip_to_region(setup.ring_region);
         let rings = (0..setup.queues)
             .map(|_| Ring::new(memory.clone(), setup.ring_size, features))
             .collect();
-        memory.skip_to_region(usize::from(memory.regions().len() > 1));
+        memory.skip_to_region((setup.ring_region + 1).min(memory.regions().len() - 1));
         let mut guest = Self {
             frontend,
             rings,
@@ -147,12 +148,18 @@ impl SimGuest {
 
     /// Starts one ring, without enabling it.
     pub fn start_ring(&mut self, index: u32) {
+        let base = self.rings[index as usize].device_used_idx();
+        self.start_ring_at(index, base);
+    }
+
+    /// Starts one ring at `base`, without enabling it.
+    pub fn start_ring_at(&mut self, index: u32, base: u16) {
         let ring = &mut self.rings[index as usize];
         ring.renew_eventfds();
         ring.arm();
         let frontend = &self.frontend;
         frontend.set_vring_num(index, ring.size().into());
-        frontend.set_vring_base(index, ring.device_used_idx());
+        frontend.set_vring_base(index, base);
         frontend.set_vring_addr(index, ring.addresses());
         let kick = (Request::SetVringKick, ring.kick_fd.as_fd());
         let call = (Request::SetVringCall, ring.call_fd.as_fd());
@@ -165,6 +172,17 @@ impl SimGuest {
         for (request, fd) in order {
             frontend.set_vring_fd(request, index, fd);
         }
+    }
+
+    /// Another VMM process takes the guest over, with its memory and rings as they are; no ring is started.
+    pub fn reconnect(&mut self, daemon: &Daemon) {
+        // The one before is gone first: there is one at a time.
+        let stream = self.frontend.stream();
+        stream.shutdown(std::net::Shutdown::Both).unwrap();
+        self.frontend = Frontend::connect(&daemon.vhost_socket());
+        let negotiated = negotiate(&mut self.frontend, &self.setup);
+        assert_eq!(negotiated, (self.features, self.protocol));
+        share_memory(&self.frontend, &self.setup, &self.memory);
     }
 
     /// Stops the rings. What the device took it must have returned: the base is the used index.
@@ -220,6 +238,14 @@ impl SimGuest {
             };
             self.rx_posted.insert(head, parts);
         }
+        self.rings[RX].kick_if_needed();
+    }
+
+    /// Posts a buffer of these parts, with a kick where the device wants one.
+    pub fn post_rx_buffer(&mut self, parts: Vec<Part>) {
+        let head = self.rings[RX].add(&parts, Indirect::No);
+        self.rx_posted
+            .insert(head.expect("no room in the ring"), parts);
         self.rings[RX].kick_if_needed();
     }
 
@@ -383,10 +409,25 @@ fn negotiate(frontend: &mut Frontend, setup: &Setup) -> (u64, u64) {
     let mut accepted_protocol = 0;
     if setup.protocol_features {
         wanted |= F_PROTOCOL_FEATURES;
-        let known = protocol::MQ | protocol::REPLY_ACK | protocol::CONFIG | protocol::RESET_DEVICE;
+        let mut known =
+            protocol::MQ | protocol::REPLY_ACK | protocol::CONFIG | protocol::RESET_DEVICE;
+        if setup.mem_slots {
+            known |= protocol::CONFIGURE_MEM_SLOTS;
+        }
         accepted_protocol = frontend.protocol_features() & known;
         frontend.set_protocol_features(accepted_protocol);
     }
     frontend.set_features(offered & wanted);
     (offered & wanted, accepted_protocol)
+}
+
+fn share_memory(frontend: &Frontend, setup: &Setup, memory: &GuestMemory) {
+    if setup.mem_slots {
+        memory
+            .regions()
+            .iter()
+            .for_each(|region| frontend.add_mem_reg(region));
+    } else {
+        frontend.set_mem_table(memory);
+    }
 }

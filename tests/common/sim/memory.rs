@@ -40,6 +40,15 @@ pub struct Region {
     pub fd: OwnedFd,
 }
 
+impl Region {
+    /// The region as the vhost-user messages have it.
+    pub fn describe(&self) -> Vec<u8> {
+        [self.guest_addr, self.size, self.user_addr, 0]
+            .map(u64::to_le_bytes)
+            .concat()
+    }
+}
+
 /// The memory of one simulated guest.
 pub struct GuestMemory {
     map: NonNull<c_void>,

@@ -88,8 +88,12 @@ pub struct Setup {
     pub buf_alloc: u32,
     /// Keep no more in flight than our own space, as newer Linux does.
     pub cap_in_flight: bool,
-    /// The sizes of the memory regions. The rings are in the first.
+    /// The sizes of the memory regions.
     pub regions: Vec<u64>,
+    /// The region that the rings are in. Buffers are in those behind it, if there are any.
+    pub ring_region: usize,
+    /// Share each region by ADD_MEM_REG, in place of all by SET_MEM_TABLE.
+    pub mem_slots: bool,
     /// What the regions are made of.
     pub backing: Backing,
 }
@@ -111,6 +115,8 @@ impl Default for Setup {
             buf_alloc: BUF_ALLOC,
             cap_in_flight: false,
             regions: vec![2 << 20, 30 << 20],
+            ring_region: 0,
+            mem_slots: false,
             backing: Backing::Pages,
         }
     }

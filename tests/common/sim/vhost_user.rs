@@ -1,13 +1,13 @@
 //! The frontend's half of the vhost-user protocol: messages over a Unix socket, descriptors beside them.
 
 use std::io::{IoSlice, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use super::memory::GuestMemory;
+use super::memory::{GuestMemory, Region};
 use crate::common::daemon::PATIENCE;
 
 /// Feature bit: protocol features can be negotiated.
@@ -24,6 +24,8 @@ pub mod protocol {
     pub const CONFIG: u64 = 1 << 9;
     /// RESET_DEVICE.
     pub const RESET_DEVICE: u64 = 1 << 13;
+    /// GET_MAX_MEM_SLOTS, ADD_MEM_REG and REM_MEM_REG.
+    pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 }
 
 /// Message types, the ones a vsock frontend uses.
@@ -49,6 +51,9 @@ pub enum Request {
     SetBackendReqFd = 21,
     GetConfig = 24,
     ResetDevice = 34,
+    GetMaxMemSlots = 36,
+    AddMemReg = 37,
+    RemMemReg = 38,
 }
 
 const VERSION: u32 = 1;
@@ -194,15 +199,29 @@ impl Frontend {
 
     /// SET_MEM_TABLE.
     pub fn set_mem_table(&self, memory: &GuestMemory) {
-        use std::os::fd::AsFd;
         let regions = memory.regions();
         let mut payload = [regions.len() as u32, 0].map(u32::to_le_bytes).concat();
         for region in regions {
-            let words = [region.guest_addr, region.size, region.user_addr, 0];
-            payload.extend(words.map(u64::to_le_bytes).concat());
+            payload.extend(region.describe());
         }
         let fds: Vec<_> = regions.iter().map(|region| region.fd.as_fd()).collect();
         self.set(Request::SetMemTable, &payload, &fds);
+    }
+
+    /// GET_MAX_MEM_SLOTS.
+    pub fn max_mem_slots(&self) -> u64 {
+        u64_of(&self.get(Request::GetMaxMemSlots, &[]))
+    }
+
+    /// ADD_MEM_REG.
+    pub fn add_mem_reg(&self, region: &Region) {
+        let fds = [region.fd.as_fd()];
+        self.set(Request::AddMemReg, &slot(region), &fds);
+    }
+
+    /// REM_MEM_REG.
+    pub fn rem_mem_reg(&self, region: &Region) {
+        self.set(Request::RemMemReg, &slot(region), &[]);
     }
 
     /// SET_VRING_NUM.
@@ -266,6 +285,11 @@ impl Frontend {
 
 fn state(index: u32, num: u32) -> Vec<u8> {
     [index, num].map(u32::to_le_bytes).concat()
+}
+
+/// The payload of ADD_MEM_REG and REM_MEM_REG: padding, and the region.
+fn slot(region: &Region) -> Vec<u8> {
+    [&[0; 8], &region.describe()[..]].concat()
 }
 
 fn u64_of(payload: &[u8]) -> u64 {
