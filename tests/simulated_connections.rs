@@ -722,23 +722,18 @@ fn the_greatest_ports() {
 #[test]
 fn anything_else_is_closed() {
     let (daemon, mut guest) = device();
-    let lines: [&[u8]; 22] = [
+    let lines: [&[u8]; 17] = [
         b"\n",
         b"CONNECT\n",
         b"CONNECT \n",
         b"CONNECT x\n",
         b"CONNECT 5x\n",
-        b"CONNECT 5 \n",
-        b"CONNECT  5\n",
         b" CONNECT 5\n",
         b"CONNECT\t5\n",
         b"CONNECT5\n",
-        b"connect 5\n",
-        b"Connect 5\n",
         b"CONNECT -5\n",
         b"CONNECT +5\n",
         b"CONNECT 0x5\n",
-        b"CONNECT 5\r\n",
         b"CONNECT 5\0\n",
         b"CONNECT 4294967296\n",
         b"CONNECT 99999999999999999999\n",
