@@ -379,14 +379,10 @@ fn a_size_that_is_none_runs_no_ring() {
 
 /// SET_MEM_TABLE with some of the regions.
 fn share(guest: &SimGuest, regions: &[usize]) {
-    let mut payload = [regions.len() as u32, 0].map(u32::to_le_bytes).concat();
     let all = guest.memory.regions();
-    for region in regions.iter().map(|&index| &all[index]) {
-        let words = [region.guest_addr, region.size, region.user_addr, 0];
-        payload.extend(words.map(u64::to_le_bytes).concat());
-    }
-    let fds: Vec<_> = regions.iter().map(|&index| all[index].fd.as_fd()).collect();
-    guest.frontend.set(Request::SetMemTable, &payload, &fds);
+    guest
+        .frontend
+        .share(regions.iter().map(|&index| &all[index]));
 }
 
 #[test]

@@ -197,13 +197,18 @@ impl Frontend {
         u64_of(&self.get(Request::GetQueueNum, &[]))
     }
 
-    /// SET_MEM_TABLE.
+    /// SET_MEM_TABLE with all of the memory.
     pub fn set_mem_table(&self, memory: &GuestMemory) {
-        let regions = memory.regions();
+        self.share(memory.regions());
+    }
+
+    /// SET_MEM_TABLE with these regions.
+    pub fn share<'a>(&self, regions: impl IntoIterator<Item = &'a Region>) {
+        let regions: Vec<_> = regions.into_iter().collect();
         let mut payload = [regions.len() as u32, 0].map(u32::to_le_bytes).concat();
-        for region in regions {
-            payload.extend(region.describe());
-        }
+        regions
+            .iter()
+            .for_each(|region| payload.extend(region.describe()));
         let fds: Vec<_> = regions.iter().map(|region| region.fd.as_fd()).collect();
         self.set(Request::SetMemTable, &payload, &fds);
     }
