@@ -17,7 +17,7 @@ use common::sim::host::{
     from_host, listen, pattern, read_exactly, read_to_end,
 };
 use common::sim::survivor::SLACK_KIB;
-use common::sim::vhost_user::Frontend;
+use common::sim::vhost_user::{Frontend, Request};
 use common::sim::{Flow, Op, Setup, SimGuest, Survivor};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -309,6 +309,57 @@ fn sigterm_ends_it_at_each_step() {
         assert_eq!(daemon.wait_exit().code(), Some(0), "step {number}");
         assert!(!daemon.uds_path().exists() && !daemon.vhost_socket().exists());
         drop(held);
+    }
+}
+
+#[test]
+fn sighup_and_sigint_end_it_as_sigterm_does() {
+    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
+        for has_vmm in [false, true] {
+            let mut daemon = Daemon::start();
+            let guest = has_vmm.then(|| {
+                let mut guest = SimGuest::start(&daemon, Setup::default());
+                let stream = from_guest(&daemon, &mut guest, &FLOW);
+                (guest, stream)
+            });
+            daemon.signal(signal);
+            assert_eq!(daemon.wait_exit().code(), Some(0), "{signal}");
+            assert!(!daemon.uds_path().exists() && !daemon.vhost_socket().exists());
+            assert!(daemon.log().ends_with("stopped\n"), "{}", daemon.log());
+            drop(guest);
+        }
+    }
+}
+
+#[test]
+fn half_a_message_of_the_vmm_does_not_delay_the_stop() {
+    let message = [Request::SetVringNum as u32, 1, 8, 0, 128]
+        .map(u32::to_le_bytes)
+        .concat();
+    for bytes in [1, 4, 11, 12, 13, 19] {
+        let start = |inherited: bool| {
+            if inherited {
+                let (vmm, theirs) = UnixStream::pair().unwrap();
+                (Daemon::start_inheriting(OwnedFd::from(theirs)), vmm)
+            } else {
+                let daemon = Daemon::start();
+                let vmm = connect(&daemon.vhost_socket());
+                (daemon, vmm)
+            }
+        };
+        for inherited in [false, true] {
+            let (mut daemon, vmm) = start(inherited);
+            let frontend = Frontend::over(vmm);
+            frontend.set_owner();
+            assert_ne!(frontend.features(), 0);
+            frontend.send_raw(&message[..bytes], &[]);
+            // So that the daemon has begun to read it.
+            daemon.at_rest();
+            daemon.signal(Signal::SIGTERM);
+            assert_eq!(daemon.wait_exit().code(), Some(0), "{bytes} bytes");
+            assert!(!daemon.uds_path().exists());
+            drop(frontend);
+        }
     }
 }
 
