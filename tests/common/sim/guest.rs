@@ -409,11 +409,11 @@ fn negotiate(frontend: &mut Frontend, setup: &Setup) -> (u64, u64) {
     let mut accepted_protocol = 0;
     if setup.protocol_features {
         wanted |= F_PROTOCOL_FEATURES;
-        let mut known =
-            protocol::MQ | protocol::REPLY_ACK | protocol::CONFIG | protocol::RESET_DEVICE;
-        if setup.mem_slots {
-            known |= protocol::CONFIGURE_MEM_SLOTS;
-        }
+        let known = protocol::MQ
+            | protocol::REPLY_ACK
+            | protocol::CONFIG
+            | protocol::RESET_DEVICE
+            | protocol::CONFIGURE_MEM_SLOTS;
         accepted_protocol = frontend.protocol_features() & known;
         frontend.set_protocol_features(accepted_protocol);
     }
@@ -422,12 +422,13 @@ fn negotiate(frontend: &mut Frontend, setup: &Setup) -> (u64, u64) {
 }
 
 fn share_memory(frontend: &Frontend, setup: &Setup, memory: &GuestMemory) {
+    let regions = memory.regions();
+    let shared = &regions[..regions.len() - setup.plugged_later];
     if setup.mem_slots {
-        memory
-            .regions()
+        shared
             .iter()
             .for_each(|region| frontend.add_mem_reg(region));
     } else {
-        frontend.set_mem_table(memory);
+        frontend.share(shared);
     }
 }

@@ -92,6 +92,8 @@ pub struct Setup {
     pub regions: Vec<u64>,
     /// The region that the rings are in. Buffers are in those behind it, if there are any.
     pub ring_region: usize,
+    /// How many of the regions, from the end, are not shared at first.
+    pub plugged_later: usize,
     /// Share each region by ADD_MEM_REG, in place of all by SET_MEM_TABLE.
     pub mem_slots: bool,
     /// What the regions are made of.
@@ -116,6 +118,7 @@ impl Default for Setup {
             cap_in_flight: false,
             regions: vec![2 << 20, 30 << 20],
             ring_region: 0,
+            plugged_later: 0,
             mem_slots: false,
             backing: Backing::Pages,
         }

@@ -220,13 +220,23 @@ impl Frontend {
 
     /// ADD_MEM_REG.
     pub fn add_mem_reg(&self, region: &Region) {
+        assert_eq!(self.try_add_mem_reg(region), 0, "a region was refused");
+    }
+
+    /// ADD_MEM_REG of a region that may be refused: the ack's status.
+    pub fn try_add_mem_reg(&self, region: &Region) -> u64 {
         let fds = [region.fd.as_fd()];
-        self.set(Request::AddMemReg, &slot(region), &fds);
+        self.set_status(Request::AddMemReg, &slot(region), &fds)
     }
 
     /// REM_MEM_REG.
     pub fn rem_mem_reg(&self, region: &Region) {
-        self.set(Request::RemMemReg, &slot(region), &[]);
+        assert_eq!(self.try_rem_mem_reg(region), 0, "a region is kept");
+    }
+
+    /// REM_MEM_REG of a region that may not be there: the ack's status.
+    pub fn try_rem_mem_reg(&self, region: &Region) -> u64 {
+        self.set_status(Request::RemMemReg, &slot(region), &[])
     }
 
     /// SET_VRING_NUM.
