@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::daemon::{Daemon, eventually};
 use common::sim::host::{
     accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, connect, dial, fill,
-    from_guest, listen, read_to_end, recv_bytes,
+    from_guest, from_host, listen, read_to_end, recv_bytes,
 };
 use common::sim::vhost_user::Request;
 use common::sim::{Flow, Op, Setup, SimGuest};
@@ -54,6 +54,10 @@ fn without_descriptors_clients_wait_and_the_others_go_on() {
     guest.recv().assert_is(Op::Rst, &refused);
 
     drop(clients);
+    // Those who still wait to be accepted take descriptors once more. One who comes last is served behind them all.
+    let (last, last_flow, _) = from_host(&daemon, &mut guest, PORT);
+    guest.send(&last_flow.packet(Op::Rst));
+    assert_closed(&last);
     assert_serves(&daemon, &mut guest);
 }
 
