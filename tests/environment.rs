@@ -1,4 +1,4 @@
-//! What the system around the daemon may do to it: memory, the log, the folder of its sockets, signals.
+//! What the system around the daemon may do to it: memory, the log, the directory of its sockets, signals.
 
 mod common;
 
@@ -102,8 +102,8 @@ fn a_log_that_is_closed_or_on_a_full_disk_stops_nothing() {
 
 #[test]
 fn a_daemon_without_descriptors_0_to_2_serves() {
-    let folder = tempfile::TempDir::new().unwrap();
-    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let directory = tempfile::TempDir::new().unwrap();
+    let (socket, uds) = (directory.path().join("vhost"), directory.path().join("uds"));
     let mut daemon = Command::new("sh")
         .args(["-c", "exec \"$@\" <&- >&- 2>&-", "sh"])
         .arg(binary())
@@ -224,20 +224,20 @@ fn without_memory_for_threads_a_vmm_waits_until_it_can_be_served() {
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
 }
 
-// --- The folder of the sockets.
+// --- The directory of the sockets.
 
 #[test]
-fn a_folder_that_is_removed_ends_no_connection() {
-    let folder = tempfile::TempDir::new().unwrap();
+fn a_directory_that_is_removed_ends_no_connection() {
+    let directory = tempfile::TempDir::new().unwrap();
     let mut daemon = Daemon::start();
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let (stream, flow, _) = from_host(&daemon, &mut guest, PORT);
-    let away = folder.path().join("away");
-    fs::rename(daemon.folder(), &away).unwrap();
+    let away = directory.path().join("away");
+    fs::rename(daemon.directory(), &away).unwrap();
     assert_moves_bytes(&mut guest, &stream, &flow);
     guest.send(&FLOW.packet(Op::Request));
     guest.recv().assert_is(Op::Rst, &FLOW);
-    fs::rename(&away, daemon.folder()).unwrap();
+    fs::rename(&away, daemon.directory()).unwrap();
     assert_serves(&daemon, &mut guest);
 
     fs::remove_file(daemon.uds_path()).unwrap();
@@ -365,8 +365,8 @@ fn half_a_message_of_the_vmm_does_not_delay_the_stop() {
 
 #[test]
 fn sigterm_right_behind_the_start_leaves_no_socket() {
-    let folder = tempfile::TempDir::new().unwrap();
-    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let directory = tempfile::TempDir::new().unwrap();
+    let (socket, uds) = (directory.path().join("vhost"), directory.path().join("uds"));
     for round in 0..40 {
         let mut daemon = Command::new(binary())
             .arg("--guest-cid=4")

@@ -24,7 +24,7 @@ use tempfile::TempDir;
 
 const OFF: &[&str] = &["--sandbox=off"];
 
-/// The folder that paths start from.
+/// The directory that paths start from.
 const HERE: u64 = libc::AT_FDCWD as u64;
 
 /// A daemon that has entered its sandbox. Its sockets are there a moment before.
@@ -99,7 +99,7 @@ fn forbidden(path: u64) -> Vec<(&'static str, c_long, Vec<u64>)> {
             vec![libc::SIGUSR1 as u64, 0, 0, 8],
         ),
         (
-            "a folder",
+            "a directory",
             libc::SYS_unlinkat,
             vec![HERE, path, libc::AT_REMOVEDIR as u64],
         ),
@@ -139,8 +139,8 @@ fn a_call_that_is_not_listed_is_the_last() {
 
 #[test]
 fn no_file_can_be_opened_wherever_it_is() {
-    let folder = TempDir::new().unwrap();
-    let file = folder.path().join("file");
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("file");
     fs::write(&file, "secret").unwrap();
     for file in [&file, Path::new("/etc/passwd"), Path::new("/")] {
         let open = |mut daemon: Traced| {
@@ -172,9 +172,9 @@ fn a_refused_call_leaves_the_daemon_serving() {
 
 /// Landlock alone: seccomp can't tell one path from another.
 #[test]
-fn a_file_outside_the_folders_can_not_be_removed() {
-    let folder = TempDir::new().unwrap();
-    let file = folder.path().join("file");
+fn a_file_outside_the_directories_can_not_be_removed() {
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("file");
     fs::write(&file, "precious").unwrap();
     let remove = |mut daemon: Traced| {
         let arguments = [HERE, daemon.path(), 0];
@@ -310,14 +310,14 @@ const BEREFT: [(&[c_long], &[&str]); 3] = [
 #[test]
 fn the_strict_sandbox_is_whole_or_there_is_no_daemon() {
     for (calls, messages) in BEREFT {
-        let folder = TempDir::new().unwrap();
+        let directory = TempDir::new().unwrap();
         let output = without(calls, || {
             Command::new(binary())
                 .arg(format!("--guest-cid={GUEST_CID}"))
                 .arg("--socket")
-                .arg(folder.path().join("vhost"))
+                .arg(directory.path().join("vhost"))
                 .arg("--uds-path")
-                .arg(folder.path().join("uds"))
+                .arg(directory.path().join("uds"))
                 .arg("--sandbox=strict")
                 .output()
                 .unwrap()
@@ -331,7 +331,7 @@ fn the_strict_sandbox_is_whole_or_there_is_no_daemon() {
             "{stderr}"
         );
         assert_eq!(
-            fs::read_dir(&folder).unwrap().count(),
+            fs::read_dir(&directory).unwrap().count(),
             0,
             "no socket is left"
         );
@@ -356,8 +356,8 @@ fn the_usual_sandbox_does_without_and_says_so_once() {
 
 #[test]
 fn the_other_half_holds_where_one_is_missing() {
-    let folder = TempDir::new().unwrap();
-    let file = folder.path().join("file");
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("file");
     fs::write(&file, "precious").unwrap();
     let opened = without(&[libc::SYS_landlock_create_ruleset], || {
         let mut daemon = Traced::serving(&[], &file);

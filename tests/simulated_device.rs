@@ -463,8 +463,8 @@ fn interrupts_and_kicks_are_asked_for_rarely() {
 
 #[test]
 fn an_inherited_socket_that_listens_serves_one_vmm_after_the_other() {
-    let folder = TempDir::with_prefix("vsock-test-").unwrap();
-    let path = folder.path().join("inherited");
+    let directory = TempDir::with_prefix("vsock-test-").unwrap();
+    let path = directory.path().join("inherited");
     let listener = UnixListener::bind(&path).unwrap();
     let daemon = Daemon::start_inheriting(OwnedFd::from(listener));
     for _ in 0..3 {

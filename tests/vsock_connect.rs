@@ -20,21 +20,21 @@ const MIB: usize = 1 << 20;
 struct Session {
     program: Child,
     daemon: UnixStream,
-    _folder: TempDir,
+    _directory: TempDir,
 }
 
 impl Session {
     /// Starts vsock-connect for port 1234 and takes its connection; nothing is answered yet.
     fn start() -> Self {
-        let folder = TempDir::with_prefix("vsock-connect-").unwrap();
-        let path = folder.path().join("vm.vsock");
+        let directory = TempDir::with_prefix("vsock-connect-").unwrap();
+        let path = directory.path().join("vm.vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let program = vsock_connect(&[path.to_str().unwrap(), "1234"]);
         let daemon = accept(&listener);
         Self {
             program,
             daemon,
-            _folder: folder,
+            _directory: directory,
         }
     }
 

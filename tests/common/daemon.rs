@@ -1,4 +1,4 @@
-//! The daemon under test, as a process in a temporary folder of its own.
+//! The daemon under test, as a process in a temporary directory of its own.
 
 use std::fmt::Display;
 use std::fs;
@@ -26,7 +26,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Daemon {
     child: Child,
     watchdog: Watchdog,
-    folder: TempDir,
+    directory: TempDir,
     patience: Duration,
 }
 
@@ -38,38 +38,38 @@ impl Daemon {
 
     /// Starts a daemon with `options` behind the three that every daemon needs.
     pub fn start_with(options: &[&str]) -> Self {
-        let folder = TempDir::with_prefix("vsock-test-").unwrap();
-        let log = fs::File::create(folder.path().join("log")).unwrap();
-        Self::start_in(folder, options, log.into())
+        let directory = TempDir::with_prefix("vsock-test-").unwrap();
+        let log = fs::File::create(directory.path().join("log")).unwrap();
+        Self::start_in(directory, options, log.into())
     }
 
     /// Starts a daemon that has its vhost-user socket from us, as its descriptor 0.
     pub fn start_inheriting(socket: impl Into<Stdio>) -> Self {
-        let folder = TempDir::with_prefix("vsock-test-").unwrap();
-        let log = fs::File::create(folder.path().join("log")).unwrap();
-        let mut command = Self::command(&folder);
+        let directory = TempDir::with_prefix("vsock-test-").unwrap();
+        let log = fs::File::create(directory.path().join("log")).unwrap();
+        let mut command = Self::command(&directory);
         command.arg("--fd=0").stdin(socket);
-        Self::start_by(&mut command, folder, log, PATIENCE)
+        Self::start_by(&mut command, directory, log, PATIENCE)
     }
 
     /// Starts a daemon whose log goes to `stderr`, in place of where the test can read it.
     pub fn start_logging_to(stderr: impl Into<Stdio>, options: &[&str]) -> Self {
-        let folder = TempDir::with_prefix("vsock-test-").unwrap();
-        fs::write(folder.path().join("log"), "").unwrap();
-        Self::start_in(folder, options, stderr.into())
+        let directory = TempDir::with_prefix("vsock-test-").unwrap();
+        fs::write(directory.path().join("log"), "").unwrap();
+        Self::start_in(directory, options, stderr.into())
     }
 
-    fn start_in(folder: TempDir, options: &[&str], stderr: Stdio) -> Self {
-        let mut command = Self::command(&folder);
+    fn start_in(directory: TempDir, options: &[&str], stderr: Stdio) -> Self {
+        let mut command = Self::command(&directory);
         command
             .arg("--socket")
-            .arg(folder.path().join("vhost.socket"))
+            .arg(directory.path().join("vhost.socket"))
             .args(options)
             .stdin(Stdio::null());
-        Self::start_by(&mut command, folder, stderr, PATIENCE)
+        Self::start_by(&mut command, directory, stderr, PATIENCE)
     }
 
-    fn command(folder: &TempDir) -> Command {
+    fn command(directory: &TempDir) -> Command {
         // Even as root, it is a daemon like any other user's: it may do what its files' modes allow.
         let mut command = if geteuid().is_root() {
             let mut command = Command::new("setpriv");
@@ -82,16 +82,16 @@ impl Daemon {
         command
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--uds-path")
-            .arg(folder.path().join("vm.vsock"))
+            .arg(directory.path().join("vm.vsock"))
             .stdout(Stdio::null());
         command
     }
 
-    /// Starts a command that becomes a daemon, or has one run, with its sockets in `folder`. Its start and its end may take
+    /// Starts a command that becomes a daemon, or has one run, with its sockets in `directory`. Its start and its end may take
     /// so long.
     pub fn start_by(
         command: &mut Command,
-        folder: TempDir,
+        directory: TempDir,
         stderr: impl Into<Stdio>,
         patience: Duration,
     ) -> Self {
@@ -104,7 +104,7 @@ impl Daemon {
         let mut daemon = Self {
             watchdog: Watchdog::start(child.id()),
             child,
-            folder,
+            directory,
             patience,
         };
         daemon.wait_for_sockets();
@@ -113,22 +113,22 @@ impl Daemon {
 
     /// The vhost-user socket, where the VMM connects.
     pub fn vhost_socket(&self) -> PathBuf {
-        self.folder.path().join("vhost.socket")
+        self.directory.path().join("vhost.socket")
     }
 
     /// The socket where host programs connect.
     pub fn uds_path(&self) -> PathBuf {
-        self.folder.path().join("vm.vsock")
+        self.directory.path().join("vm.vsock")
     }
 
     /// The socket where a host program listens for the guest's connections to `port`.
     pub fn host_port_path(&self, port: u32) -> PathBuf {
-        self.folder.path().join(format!("vm.vsock_{port}"))
+        self.directory.path().join(format!("vm.vsock_{port}"))
     }
 
-    /// The folder of this daemon's sockets, for a test's own files.
-    pub fn folder(&self) -> &Path {
-        self.folder.path()
+    /// The directory of this daemon's sockets, for a test's own files.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// The daemon's process id.
@@ -138,18 +138,18 @@ impl Daemon {
 
     /// What the daemon has logged so far.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.folder.path().join("log")).unwrap()
+        fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
 
     /// How many descriptors the daemon has open. Its sandbox lets nobody but root see them, but from Linux 6.2 on the size
-    /// of their folder is their number.
+    /// of their directory is their number.
     pub fn open_descriptors(&self) -> usize {
-        let folder = format!("/proc/{}/fd", self.pid());
-        match fs::read_dir(&folder) {
+        let directory = format!("/proc/{}/fd", self.pid());
+        match fs::read_dir(&directory) {
             Ok(descriptors) => descriptors.count(),
             Err(error) => {
-                let size = fs::metadata(&folder).unwrap().len();
-                assert_ne!(size, 0, "{folder} takes root, or Linux 6.2: {error}");
+                let size = fs::metadata(&directory).unwrap().len();
+                assert_ne!(size, 0, "{directory} takes root, or Linux 6.2: {error}");
                 size as usize
             }
         }

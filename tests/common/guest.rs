@@ -77,14 +77,14 @@ impl Drop for Vmm {
 pub fn installed(program: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap();
     std::env::split_paths(&path)
-        // A user's PATH may lack the folders of root's programs.
+        // A user's PATH may lack the directories of root's programs.
         .chain(["/usr/sbin".into(), "/sbin".into()])
-        .map(|folder| folder.join(program))
+        .map(|directory| directory.join(program))
         .find(|file| file.exists())
         .unwrap_or_else(|| panic!("no {program} here; run `make test`, which installs it"))
 }
 
-/// The folder of the scripts that run in guests.
+/// The directory of the scripts that run in guests.
 pub fn scripts() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest")
 }

@@ -29,7 +29,7 @@ const PATH_VARIABLE: &str = "TRACED_PATH=";
 pub struct Traced {
     child: Child,
     pid: Pid,
-    folder: TempDir,
+    directory: TempDir,
     path: u64,
     /// The registers behind the call of its own with which it was caught.
     caught: Option<user_regs_struct>,
@@ -55,16 +55,16 @@ impl Outcome {
 impl Traced {
     /// Starts a daemon with `options` and with `path` in its memory. It stands still before its first instruction.
     pub fn start(options: &[&str], path: &Path) -> Self {
-        let folder = TempDir::with_prefix("vsock-test-").unwrap();
-        let log = File::create(folder.path().join("log")).unwrap();
+        let directory = TempDir::with_prefix("vsock-test-").unwrap();
+        let log = File::create(directory.path().join("log")).unwrap();
         let mut child = Command::new("/bin/sh")
             .args(["-c", LAUNCH, "sh"])
             .arg(binary())
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--socket")
-            .arg(folder.path().join("vhost.socket"))
+            .arg(directory.path().join("vhost.socket"))
             .arg("--uds-path")
-            .arg(folder.path().join("vm.vsock"))
+            .arg(directory.path().join("vm.vsock"))
             .args(options)
             .env(PATH_VARIABLE.trim_end_matches('='), path)
             .stdin(Stdio::piped())
@@ -85,7 +85,7 @@ impl Traced {
         let mut traced = Self {
             child,
             pid,
-            folder,
+            directory,
             path: 0,
             caught: None,
             ended: false,
@@ -171,16 +171,16 @@ impl Traced {
 
     /// The vhost-user socket.
     pub fn vhost_socket(&self) -> PathBuf {
-        self.folder.path().join("vhost.socket")
+        self.directory.path().join("vhost.socket")
     }
 
     /// The socket where host programs connect.
     pub fn uds_path(&self) -> PathBuf {
-        self.folder.path().join("vm.vsock")
+        self.directory.path().join("vm.vsock")
     }
 
     fn log(&self) -> String {
-        fs::read_to_string(self.folder.path().join("log")).unwrap()
+        fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
 
     /// Goes on to the beginning or the end of a system call.
