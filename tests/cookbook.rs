@@ -26,7 +26,7 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// The TCP ports of the page that are the host's. A test takes free ones: others may run at the same time.
 const HOST_TCP_PORTS: [&str; 2] = ["15201", "18080"];
 
-/// What says on the page that a section has nothing to run.
+/// Marks a section of the page that has nothing to run.
 const NOT_RUN: &str = "Not run by the tests";
 
 #[test]
@@ -225,7 +225,7 @@ fn run(section: &Section, guest: &Guest, host: &Host) -> Result<(), String> {
         }
     }
     for (line, shown, process) in running {
-        // What shows nothing is a service, which is stopped now.
+        // A command that shows no output is a service, which is stopped now.
         if !shown.is_empty() {
             compare(line, shown, &process.end())?;
         }
@@ -252,7 +252,7 @@ fn run_to_its_end(
     }
 }
 
-/// What a command has left.
+/// The result of a command.
 struct Outcome {
     status: i32,
     text: String,
@@ -347,7 +347,7 @@ fn prepare_guest(guest: &Guest, host: &Host) {
         "/etc/ssh/sshd_config",
         "Subsystem sftp internal-sftp\n",
     );
-    // To sshd a root without a readable password entry, or with a locked one, is nobody.
+    // sshd rejects a root without a readable password entry, or with a locked one.
     guest.run_ok(
         "echo 'root:*:1:0:99999:7:::' >/run/shadow && mount --bind /run/shadow /etc/shadow",
     );
@@ -396,7 +396,7 @@ impl Host {
 
     /// The page's text with this test's paths and ports.
     fn substitute(&self, text: &str) -> String {
-        // Directories of tests are in /tmp as well: what has been put in is not looked at again.
+        // Test directories are in /tmp as well: replacements are not searched again.
         let mut done = String::new();
         let mut rest = text;
         while let Some(next) = rest.chars().next() {

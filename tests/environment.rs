@@ -1,4 +1,4 @@
-//! What the system around the daemon may do to it: memory, the log, the directory of its sockets, signals.
+//! The daemon's environment: memory, the log, the directory of its sockets, signals.
 
 mod common;
 
@@ -24,7 +24,7 @@ use nix::sys::signal::Signal;
 
 // --- The log.
 
-/// Both ends of a pipe that has no room left.
+/// Both ends of a full pipe.
 fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = std::io::pipe().unwrap();
     fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -52,7 +52,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
     daemon.assert_idle();
     daemon.assert_alive();
 
-    // Whoever reads again learns that there was more.
+    // A reader that resumes is told that lines were lost.
     let log = Arc::new(Mutex::new(Vec::<u8>::new()));
     let reading = std::thread::spawn({
         let log = log.clone();
@@ -135,7 +135,7 @@ fn the_log_leaves_its_pipe_as_it_was() {
 
 // --- Memory.
 
-/// Lets the daemon have so much more memory, in bytes, than it has now.
+/// Limits the daemon's address space to its current size and `more` bytes.
 fn limit_memory(daemon: &Daemon, more: u64) {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let kib = |field: &str| -> u64 {
@@ -168,7 +168,7 @@ fn a_connection_for_whose_bytes_there_is_no_memory_is_reset_alone() {
             assert!(packets < 2000, "memory without an end");
         };
         answer.assert_is(Op::Rst, &flow);
-        // What was sent behind its end belongs to no connection.
+        // What was sent after the reset belongs to no connection.
         guest
             .settle()
             .iter()
@@ -187,7 +187,7 @@ fn a_connection_for_whose_bytes_there_is_no_memory_is_reset_alone() {
 fn a_guest_for_whose_memory_there_is_no_room_is_not_served_and_the_next_is() {
     let mut daemon = Daemon::start();
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
-    // With what that guest had.
+    // At the size it has after that guest.
     daemon.at_rest();
     limit_memory(&daemon, 8 << 20);
     for _ in 0..3 {
@@ -353,7 +353,7 @@ fn half_a_message_of_the_vmm_does_not_delay_the_stop() {
             frontend.set_owner();
             assert_ne!(frontend.features(), 0);
             frontend.send_raw(&message[..bytes], &[]);
-            // So that the daemon has begun to read it.
+            // The daemon has begun to read it.
             daemon.at_rest();
             daemon.signal(Signal::SIGTERM);
             assert_eq!(daemon.wait_exit().code(), Some(0), "{bytes} bytes");
@@ -375,7 +375,7 @@ fn sigterm_right_behind_the_start_leaves_no_socket() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        // At the first sign of life, or a little later.
+        // As soon as there is a socket, or a little later.
         eventually("a socket", || socket.exists());
         (0..round * 1000).for_each(|_| std::hint::spin_loop());
         nix::sys::signal::kill(

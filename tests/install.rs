@@ -36,7 +36,7 @@ const FILES: [&str; 9] = [
 /// How long a machine with systemd may take to start, and again for all that the test has it do.
 const BOOT: Duration = Duration::from_secs(150);
 
-/// What a program says, which must succeed.
+/// The output of a program that must succeed.
 fn output(command: &mut Command) -> String {
     let Output {
         status,
@@ -199,17 +199,17 @@ fn the_manual_names_all_options_and_counters() {
     // Some of the counters stand for connections.
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let _connection = common::sim::host::from_host(&daemon, &mut guest, 7);
-    let mut told = String::new();
+    let mut text = String::new();
     UnixStream::connect(&stats)
         .unwrap()
-        .read_to_string(&mut told)
+        .read_to_string(&mut text)
         .unwrap();
-    let counters = told.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    let counters = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     let counters: Vec<&str> = counters.filter_map(|rest| rest.split(' ').next()).collect();
     for counter in &counters {
         assert!(named.contains(*counter), "{counter}");
     }
-    assert!(counters.len() > 20, "{told}");
+    assert!(counters.len() > 20, "{text}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The daemon as a service manager starts it: with sockets that are there already, and with somebody to tell of itself.
+//! The daemon under a service manager: socket activation and status notification.
 
 mod common;
 
@@ -16,8 +16,7 @@ use common::sim::{Setup, SimGuest};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-/// Runs a program with its standard input and output as the first two descriptors that a service manager gives, in its
-/// words.
+/// Runs a program with its standard input and output as the first two descriptors of a socket activation.
 const ACTIVATE: &str =
     r#"exec 3<&0 4>&1 </dev/null >/dev/null; LISTEN_PID=$$ LISTEN_FDS=2 exec "$@""#;
 
@@ -59,7 +58,7 @@ fn sockets_of_a_service_manager_are_served_and_left_to_it() {
         let inherited = sockets.map(|name| listener(directory.path(), name));
         let mut command = activated(directory.path(), inherited, names);
         let mut daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
-        // It has them alone.
+        // Nobody else holds them.
         drop(command);
         assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
         daemon.signal(Signal::SIGTERM);
@@ -100,7 +99,7 @@ fn sockets_that_a_service_manager_should_not_have_given_are_refused() {
     }
 }
 
-/// Waits for a message to a service manager that has a line which begins so.
+/// Waits for a message to the service manager with a line that starts with `line`.
 fn await_state(manager: &UnixDatagram, line: &str) {
     let mut message = [0; 4096];
     loop {
@@ -128,7 +127,7 @@ fn the_journal_gets_priorities_and_no_times() {
     );
 }
 
-/// A daemon with a variable in its environment.
+/// A daemon with an environment variable.
 fn started_with(variable: (&str, &OsStr), directory: TempDir, log: File) -> Daemon {
     let mut command = Command::new(binary());
     command
@@ -159,7 +158,7 @@ fn a_service_manager_that_is_not_there_or_does_not_read_hinders_nothing() {
 }
 
 #[test]
-fn a_service_manager_is_told_of_the_start_and_the_end() {
+fn a_service_manager_is_notified_of_the_start_and_the_stop() {
     let (directory, log) = directory_with_log();
     let path = directory.path().join("notify");
     let manager = UnixDatagram::bind(&path).unwrap();

@@ -1,4 +1,4 @@
-//! Several daemons that want the same: a listening socket that they share, or paths where another daemon listens.
+//! Several daemons that compete for a listening socket they share, or for the paths of one that runs.
 
 mod common;
 
@@ -18,9 +18,9 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
 use tempfile::TempDir;
 
-// --- A listening socket that others hold too: who loses the race for a VMM, or its listener, sleeps and stops when asked.
+// --- A shared listening socket. A daemon that loses the race for a VMM, or the listener itself, sleeps and can be stopped.
 
-/// A listener that stays with the test, for daemons to share.
+/// A listener held by the test and shared by daemons.
 struct Shared {
     listener: UnixListener,
     path: PathBuf,
@@ -60,15 +60,15 @@ fn assert_stops(daemon: &mut Daemon) {
     assert!(!daemon.uds_path().exists());
 }
 
-/// Daemons on one listener, one of which has got the VMM that has connected there.
+/// Daemons on one listener, one of which has accepted a VMM.
 struct Race {
     shared: Shared,
     daemons: Vec<Daemon>,
     vmm: Frontend,
 }
 
-/// Several races, since not every one has a daemon that wakes for the VMM and finds that another has accepted it. They need
-/// the processors for themselves.
+/// Several races, since not in each of them a daemon wakes up for a VMM that another one has accepted. They run one test at
+/// a time, which makes that likelier.
 fn races(nonblocking: bool) -> Vec<Race> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock();
@@ -149,9 +149,9 @@ fn a_vmm_outlives_the_listener_it_came_through() {
     }
 }
 
-// --- Paths where another daemon listens.
+// --- The paths of a running daemon.
 
-/// A daemon that logs all it hears of, and counts it.
+/// A daemon that logs and counts everything.
 struct First {
     daemon: Daemon,
     stats: PathBuf,
@@ -170,7 +170,7 @@ impl First {
         }
     }
 
-    /// The counters of VMMs and of host programs.
+    /// The counters about VMMs and host programs.
     fn counters(&self) -> Vec<String> {
         let names = [
             "vhost_user_vsock_vmm_",
@@ -185,7 +185,7 @@ impl First {
         lines.map(str::to_owned).collect()
     }
 
-    /// The lines of the log that tell of VMMs and of host programs.
+    /// The log lines about VMMs and host programs.
     fn visitors(&self) -> Vec<String> {
         let log = self.daemon.log();
         let lines = log.lines().filter(|line| {
@@ -197,10 +197,10 @@ impl First {
         lines.map(str::to_owned).collect()
     }
 
-    /// Runs other daemons that want one of its paths, or both. Each must fail, and this one hear of none.
+    /// Starts other daemons on one of its paths, or both. Each must fail, without a trace in the log or the counters.
     #[track_caller]
-    fn assert_deaf_to_others(&self) {
-        // Its log is written behind what it does.
+    fn assert_undisturbed(&self) {
+        // The log is written asynchronously.
         self.daemon.at_rest();
         let (visitors, counters) = (self.visitors(), self.counters());
         let elsewhere = TempDir::with_prefix("vsock-test-").unwrap();
@@ -229,23 +229,23 @@ impl First {
 }
 
 #[test]
-fn a_daemon_without_a_vmm_hears_of_no_other_that_wants_its_paths() {
+fn a_second_daemon_on_its_paths_leaves_no_trace_without_a_vmm() {
     let first = First::start();
-    (0..5).for_each(|_| first.assert_deaf_to_others());
+    (0..5).for_each(|_| first.assert_undisturbed());
     let mut guest = SimGuest::start(&first.daemon, Setup::default());
     assert_serves(&first.daemon, &mut guest);
 }
 
 #[test]
-fn a_daemon_with_a_vmm_hears_of_no_other_that_wants_its_paths() {
+fn a_second_daemon_on_its_paths_leaves_no_trace_with_a_vmm() {
     let first = First::start();
     let mut guest = SimGuest::start(&first.daemon, Setup::default());
     let stream = from_guest(&first.daemon, &mut guest, &FLOW);
-    (0..5).for_each(|_| first.assert_deaf_to_others());
+    (0..5).for_each(|_| first.assert_undisturbed());
     assert_moves_bytes(&mut guest, &stream, &FLOW);
     assert_serves(&first.daemon, &mut guest);
     drop(guest);
-    // Nobody was waiting for the VMM to go.
+    // No other VMM was queued behind this one.
     drop(SimGuest::start(&first.daemon, Setup::default()));
     let counts_two = |line: &String| line.contains("vmm_sessions_total") && line.ends_with(" 2");
     eventually("two VMMs, counted", || {

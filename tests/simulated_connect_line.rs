@@ -1,4 +1,4 @@
-//! The line with which a host program names the guest port that it wants, in the spellings of other programs and VMMs.
+//! The CONNECT line in the spellings of other programs and VMMs.
 
 mod common;
 
@@ -13,7 +13,7 @@ use common::sim::{Flow, Op, SimGuest};
 /// The guest port of all these lines.
 const PORT: u32 = 1234;
 
-/// `CONNECT <port>` as the README has it, as Kata Containers writes it, and as Firecracker and Cloud Hypervisor read it.
+/// As documented, as Kata Containers writes it, and as Firecracker and Cloud Hypervisor accept it.
 const UNDERSTOOD: [&[u8]; 16] = [
     b"CONNECT 1234\n",
     b"connect 1234\n",
@@ -29,7 +29,7 @@ const UNDERSTOOD: [&[u8]; 16] = [
     b"connect  1234 \n",
     b"Connect   1234  \r\n",
     b"CONNECT 01234\n",
-    // As long as a line may be, 32 bytes with its newline.
+    // 32 bytes with the newline: the longest line.
     b"CONNECT                    1234\n",
     b"connect 1234                  \r\n",
 ];
@@ -50,7 +50,7 @@ const REFUSED: [&[u8]; 38] = [
     b"CONNECT 5  x\n",
     b"CONNECT 5 \r6\n",
     b"CONNECT 5\r6\n",
-    // A caller's address belongs on the sockets of siblings.
+    // A caller's address is for sibling sockets only.
     b"CONNECT 5 3:1024\n",
     b" CONNECT 5\n",
     b"\rCONNECT 5\n",
@@ -72,12 +72,12 @@ const REFUSED: [&[u8]; 38] = [
     b"CONNECT 99999999999999999999\n",
     b"CONNECT 18446744073709551621\n",
     b"GET / HTTP/1.1\r\n\r\n",
-    // One byte more than a line may have.
+    // 33 bytes.
     b"CONNECT                     1234\n",
     b"connect 1234                   \r\n",
 ];
 
-/// Writes these pieces one by one. The guest gets a REQUEST for the port, and behind its RESPONSE the payload.
+/// Writes `pieces` one by one. The guest receives a REQUEST for the port and, after its RESPONSE, the payload.
 #[track_caller]
 fn assert_connects(daemon: &Daemon, guest: &mut SimGuest, pieces: &[&[u8]], payload: &[u8]) {
     let mut stream = connect(&daemon.uds_path());
@@ -85,7 +85,7 @@ fn assert_connects(daemon: &Daemon, guest: &mut SimGuest, pieces: &[&[u8]], payl
     for piece in pieces {
         stream.write_all(piece).unwrap();
         if pieces.len() > 1 {
-            // Each piece is read by itself: the guest's packets make the daemon turn in between.
+            // Each piece is read separately: the guest's packets keep the daemon working in between.
             requests.extend(guest.settle());
         }
     }
@@ -111,11 +111,11 @@ fn every_spelling_is_understood() {
 }
 
 #[test]
-fn what_follows_any_spelling_is_payload() {
+fn bytes_after_any_spelling_are_payload() {
     let (daemon, mut guest) = device();
     for line in UNDERSTOOD {
         println!("{:?}", line.escape_ascii().to_string());
-        // Blanks and newlines behind the line's own belong to the guest.
+        // Blanks and newlines after the line are payload.
         for payload in [
             &b"payload"[..],
             b" ",

@@ -1,5 +1,5 @@
-//! How a connection ends, seen from both of its ends at once: which end learns of it first, and that a failure is no clean
-//! end.
+//! The end of a connection, seen from both sides at once: which side learns of it first, and that a failure is not taken for
+//! a clean end.
 
 mod common;
 
@@ -20,28 +20,28 @@ use common::sim::{Flow, Op, Packet, Setup, SimGuest, Survivor};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::ftruncate;
 
-// --- The guest's RST goes out before the host's end is closed. A guest program that is quick binds the same port again as
-// --- soon as its peer has seen the end.
+// --- The guest's RST goes out before the host's socket is closed. Otherwise a guest program that binds the same port as soon
+// --- as its peer has seen the end gets EADDRINUSE.
 
-/// How often each end is looked at: the wrong order shows only now and then.
+/// Connections per test: a wrong order may show only now and then.
 const ROUNDS: u32 = 300;
 
 /// One byte more than the daemon's buffer.
 const PAST_CREDIT: usize = 262_145;
 
-/// What a host program sees of a stream that it does not wait for, to notice things as early as it can.
+/// The state of a stream, as seen by a host program that polls it without sleeping.
 #[derive(Debug, PartialEq, Eq)]
 enum Seen {
-    /// Nothing but bytes, if any.
+    /// Open, with or without bytes to read.
     Open,
     /// The end of the bytes.
     End,
-    /// The daemon has closed its end; there may be bytes that are not read.
+    /// The daemon has closed its socket; there may be unread bytes.
     HangUp,
 }
 
-/// Reads what is there.
-fn look(mut stream: &UnixStream, bytes: &mut Vec<u8>) -> Seen {
+/// Reads what is available.
+fn poll_stream(mut stream: &UnixStream, bytes: &mut Vec<u8>) -> Seen {
     let mut polled = [PollFd::new(stream.as_fd(), PollFlags::empty())];
     poll(&mut polled, PollTimeout::ZERO).unwrap();
     if polled[0].any().unwrap() {
@@ -56,13 +56,13 @@ fn look(mut stream: &UnixStream, bytes: &mut Vec<u8>) -> Seen {
     Seen::Open
 }
 
-/// Reads, and awaits one of `ends` without sleeping.
+/// Reads until one of `ends`, without sleeping.
 #[track_caller]
 fn read_until(stream: &UnixStream, ends: &[Seen]) -> Vec<u8> {
     stream.set_nonblocking(true).unwrap();
     let deadline = Instant::now() + PATIENCE;
     let mut bytes = Vec::new();
-    while !ends.contains(&look(stream, &mut bytes)) {
+    while !ends.contains(&poll_stream(stream, &mut bytes)) {
         assert!(Instant::now() < deadline, "the host program sees no end");
     }
     bytes
@@ -79,7 +79,7 @@ fn assert_reset_is_there(guest: &mut SimGuest, flow: &Flow) {
     panic!("the host program saw the end before the guest got its RST");
 }
 
-/// The host program sees the end, and the RST is there already; before it there were these bytes.
+/// Waits until the host program sees the end, after the bytes `wanted`. By then the RST must be there.
 #[track_caller]
 fn assert_reset_comes_first(guest: &mut SimGuest, stream: &UnixStream, flow: &Flow, wanted: &[u8]) {
     let mut got = read_until(stream, &[Seen::End, Seen::HangUp]);
@@ -89,7 +89,7 @@ fn assert_reset_comes_first(guest: &mut SimGuest, stream: &UnixStream, flow: &Fl
     assert_same(&got, wanted);
 }
 
-/// Reads to the end, or to the reset behind bytes of the host program's own that nobody has read.
+/// Reads to the end, or to the reset due to bytes that the daemon has not read.
 fn read_rest(mut stream: &UnixStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Err(error) = stream.read_to_end(&mut bytes) {
@@ -98,7 +98,7 @@ fn read_rest(mut stream: &UnixStream) -> Vec<u8> {
     bytes
 }
 
-/// Ends connections by what `end` sends, of which the host program gets `wanted`.
+/// Ends connections with the packets of `end`, of which the host program receives `wanted`.
 #[track_caller]
 fn assert_resets_come_first(wanted: &[u8], end: impl Fn(&Flow) -> Vec<Packet>) {
     let daemon = Daemon::start();
@@ -209,10 +209,10 @@ fn without_rx_buffers_the_host_sees_the_end_all_the_same() {
     }
 }
 
-// --- A receive that fails. The kernel finds the memory of an RX buffer gone, whose header lies elsewhere.
+// --- A failed receive: the payload part of an RX buffer is in memory whose file was truncated.
 
-/// Lets the last region of the guest's memory be cut off from its file, and posts buffers with the payload there.
-fn post_cut_off_buffers(guest: &mut SimGuest) {
+/// Truncates the file of the last memory region, and posts buffers whose payload part is there.
+fn post_truncated_buffers(guest: &mut SimGuest) {
     let region = guest.memory.regions().last().unwrap();
     let payload = Part {
         addr: region.guest_addr,
@@ -230,7 +230,7 @@ fn post_cut_off_buffers(guest: &mut SimGuest) {
     }
 }
 
-/// A guest with one RX buffer, and memory behind its rings and buffers that it uses for nothing else.
+/// A guest with one RX buffer, and a memory region that it uses for nothing else.
 fn guest_with_one_buffer(daemon: &Daemon) -> SimGuest {
     let setup = Setup {
         regions: vec![2 << 20, 30 << 20, 1 << 20],
@@ -240,7 +240,7 @@ fn guest_with_one_buffer(daemon: &Daemon) -> SimGuest {
     SimGuest::start(daemon, setup)
 }
 
-/// Takes the posted buffer away from the device.
+/// Makes the device use the posted buffer.
 #[track_caller]
 fn use_up_the_buffer(guest: &mut SimGuest) {
     guest.auto_repost = false;
@@ -255,7 +255,7 @@ fn a_receive_that_fails_is_a_reset_for_the_guest() {
     let mut guest = guest_with_one_buffer(&daemon);
     let mut stream = from_guest(&daemon, &mut guest, &FLOW);
     use_up_the_buffer(&mut guest);
-    post_cut_off_buffers(&mut guest);
+    post_truncated_buffers(&mut guest);
     stream.write_all(b"lost").unwrap();
     recv_other(&mut guest).assert_is(Op::Rst, &FLOW);
     assert_closed(&stream);
@@ -270,7 +270,7 @@ fn a_receive_that_fails_takes_nothing_of_what_the_guest_has_sent() {
     let mut stream = from_guest(&daemon, &mut guest, &FLOW);
     let sent = fill(&mut guest, &FLOW);
     use_up_the_buffer(&mut guest);
-    post_cut_off_buffers(&mut guest);
+    post_truncated_buffers(&mut guest);
     stream.write_all(b"lost").unwrap();
     recv_other(&mut guest).assert_is(Op::Rst, &FLOW);
     assert_same(&read_exactly(&stream, sent.len()), &sent);
@@ -287,7 +287,7 @@ fn a_receive_that_fails_behind_a_half_close_of_the_guest_takes_nothing_either() 
     let sent = fill(&mut guest, &FLOW);
     use_up_the_buffer(&mut guest);
     guest.send(&FLOW.shutdown(NO_SEND));
-    post_cut_off_buffers(&mut guest);
+    post_truncated_buffers(&mut guest);
     stream.write_all(b"lost").unwrap();
     recv_other(&mut guest).assert_is(Op::Rst, &FLOW);
     assert_same(&read_exactly(&stream, sent.len()), &sent);

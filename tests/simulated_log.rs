@@ -1,4 +1,4 @@
-//! The log under a guest that goes on doing wrong: it says so, and fills no disk.
+//! The log under a misbehaving guest: mistakes are logged, at a limited rate.
 
 mod common;
 
@@ -11,20 +11,20 @@ use common::sim::packet::HEADER_LEN;
 use common::sim::ring::{F_INDIRECT, F_NEXT, Indirect, Part, TABLE_LEN};
 use common::sim::{Flow, Op, Packet, SimGuest};
 
-/// How often a guest does wrong.
+/// How often a guest repeats a mistake.
 const ROUNDS: usize = 500;
 
-/// Lines for one kind of wrong, in a second, and as many at its beginning: a few sources that write one each.
+/// Lines allowed per second for one kind of mistake, which may be logged at several places, and at the beginning.
 const LINES: usize = 5;
 
-/// A guest does wrong `ROUNDS` times. The log may tell of it, in few lines: those behind the first ones of this daemon.
+/// Repeats a mistake `ROUNDS` times. The log may report it, in few lines. Returns the number of lines before.
 #[track_caller]
-fn assert_few_lines(do_wrong: impl Fn(&mut SimGuest, usize)) -> (Daemon, usize) {
+fn assert_few_lines(mistake: impl Fn(&mut SimGuest, usize)) -> (Daemon, usize) {
     let (daemon, mut guest) = device();
     let before = daemon.log().lines().count();
     let start = Instant::now();
     for round in 0..ROUNDS {
-        do_wrong(&mut guest, round);
+        mistake(&mut guest, round);
     }
     guest.auto_repost = true;
     guest.post_rx();
@@ -38,14 +38,14 @@ fn assert_few_lines(do_wrong: impl Fn(&mut SimGuest, usize)) -> (Daemon, usize) 
     (daemon, before)
 }
 
-/// The same for what the log must tell.
+/// The same for a mistake that must be logged.
 #[track_caller]
-fn assert_told_in_few_lines(do_wrong: impl Fn(&mut SimGuest, usize)) {
-    let (daemon, before) = assert_few_lines(do_wrong);
+fn assert_logged_in_few_lines(mistake: impl Fn(&mut SimGuest, usize)) {
+    let (daemon, before) = assert_few_lines(mistake);
     eventually("a line about it", || daemon.log().lines().count() > before);
 }
 
-/// Waits for a ring to be found broken, and starts both afresh.
+/// Waits until a ring is reported broken, and restarts both from index 0.
 #[track_caller]
 fn restart_broken(guest: &mut SimGuest, ring: usize) {
     assert!(
@@ -59,7 +59,7 @@ fn restart_broken(guest: &mut SimGuest, ring: usize) {
 
 #[test]
 fn a_tx_ring_that_breaks_again_and_again() {
-    assert_told_in_few_lines(|guest, round| {
+    assert_logged_in_few_lines(|guest, round| {
         let jump = [129, 1000, 32_768, 60_000][round % 4];
         let ring = &mut guest.rings[TX];
         ring.set_avail_idx(ring.avail_idx().wrapping_add(jump));
@@ -70,10 +70,10 @@ fn a_tx_ring_that_breaks_again_and_again() {
 
 #[test]
 fn an_rx_ring_that_breaks_again_and_again() {
-    assert_told_in_few_lines(|guest, _| {
+    assert_logged_in_few_lines(|guest, _| {
         let ring = &mut guest.rings[RX];
         ring.set_avail_idx(ring.avail_idx().wrapping_add(5000));
-        // The ring is read when there is something to put in it.
+        // The ring is read when there is a packet for it.
         guest.send(&FLOW.packet(Op::Request));
         restart_broken(guest, RX);
     });
@@ -81,7 +81,7 @@ fn an_rx_ring_that_breaks_again_and_again() {
 
 #[test]
 fn rings_whose_memory_is_taken_away_again_and_again() {
-    assert_told_in_few_lines(|guest, _| {
+    assert_logged_in_few_lines(|guest, _| {
         guest.frontend.share(&guest.memory.regions()[1..]);
         guest.rings[TX].kick();
         assert!(guest.rings[TX].wait_error(PATIENCE));
@@ -102,8 +102,8 @@ fn part(addr: u64, len: u32, write: bool) -> Part {
 }
 
 #[test]
-fn chains_that_are_no_packets_again_and_again() {
-    assert_told_in_few_lines(|guest, _| {
+fn malformed_chains_again_and_again() {
+    assert_logged_in_few_lines(|guest, _| {
         let header = HEADER_LEN as u32;
         let addr = place(guest, &FLOW.packet(Op::Rst).bytes());
         let end = guest.memory.end();
@@ -129,8 +129,8 @@ fn chains_that_are_no_packets_again_and_again() {
 }
 
 #[test]
-fn loops_and_tables_that_are_none_again_and_again() {
-    assert_told_in_few_lines(|guest, _| {
+fn loops_and_invalid_tables_again_and_again() {
+    assert_logged_in_few_lines(|guest, _| {
         let table = place(guest, &[0; 16 * TABLE_LEN]);
         let end = guest.memory.end();
         let offer = |guest: &mut SimGuest, addr: u64, len: u32, flags: u16, next: u16| {
@@ -151,7 +151,7 @@ fn loops_and_tables_that_are_none_again_and_again() {
             offer(guest, addr, len, F_INDIRECT, 0);
         }
         offer(guest, table, 20, F_NEXT, 60_000);
-        // A table in a table, and one whose descriptors lead back.
+        // A nested table, and one with a loop.
         guest.rings[TX].write_desc_in(table, 0, table, 32, F_INDIRECT, 0);
         offer(guest, table, 32, F_INDIRECT, 0);
         guest.rings[TX].write_desc_in(table, 0, table, 20, F_NEXT, 0);
@@ -165,7 +165,7 @@ fn heads_beyond_the_ring_again_and_again() {
         let head = [128, 129, 40_000, 65_535][round % 4];
         guest.rings[TX].push_avail(head);
         guest.rings[TX].kick();
-        // With the reply, the worker has had its turn; whether the ring goes on is left to it.
+        // By the reply, the worker has run. The ring may go on or stop.
         guest.frontend.features();
         (0..2).for_each(|index| _ = guest.frontend.vring_base(index));
         guest.restart_fresh();
@@ -174,8 +174,8 @@ fn heads_beyond_the_ring_again_and_again() {
 }
 
 #[test]
-fn rx_buffers_that_are_none_again_and_again() {
-    assert_told_in_few_lines(|guest, _| {
+fn unusable_rx_buffers_again_and_again() {
+    assert_logged_in_few_lines(|guest, _| {
         guest.auto_repost = false;
         let answered = |guest: &mut SimGuest| {
             guest.send(&FLOW.packet(Op::CreditRequest));

@@ -1,5 +1,5 @@
-//! Memory that the VMM shares region by region (CONFIGURE_MEM_SLOTS: GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG), as one
-//! does whose guest has more than the eight regions of a SET_MEM_TABLE, or gets memory while it runs.
+//! Memory shared region by region (CONFIGURE_MEM_SLOTS: GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG), as VMMs do for memory
+//! hotplug and for more than the eight regions of SET_MEM_TABLE.
 
 mod common;
 
@@ -20,10 +20,10 @@ use common::sim::ring::{Indirect, Part};
 use common::sim::vhost_user::{Frontend, Request, protocol};
 use common::sim::{Flow, Setup, SimGuest, Survivor};
 
-/// Many more than a SET_MEM_TABLE holds.
+/// Many more than fit in SET_MEM_TABLE.
 const REGIONS: usize = 40;
 
-/// A VMM that shares so many regions one by one. RX buffers lie across their borders.
+/// A VMM that shares all of them one by one. RX buffers cross their borders.
 fn in_slots() -> Setup {
     let mut regions = vec![2 << 20];
     regions.extend([12 << 10; REGIONS - 3]);
@@ -35,7 +35,7 @@ fn in_slots() -> Setup {
     }
 }
 
-/// A VMM that has two regions in the beginning, for rings and buffers, and gets the others later. It posts one RX buffer.
+/// A VMM that starts with two regions, for rings and buffers, and plugs the others later. It posts one RX buffer.
 fn plugged_later() -> Setup {
     let mut regions = vec![2 << 20, 16 << 20];
     regions.extend([64 << 10; REGIONS - 2]);
@@ -47,7 +47,7 @@ fn plugged_later() -> Setup {
     }
 }
 
-/// Both kinds of VMMs: the first regions come with SET_MEM_TABLE, or with ADD_MEM_REG.
+/// Both kinds of VMMs: those that share the first regions with SET_MEM_TABLE, and with ADD_MEM_REG.
 fn both(setup: Setup) -> [Setup; 2] {
     [false, true].map(|mem_slots| Setup {
         mem_slots,
@@ -55,19 +55,19 @@ fn both(setup: Setup) -> [Setup; 2] {
     })
 }
 
-/// Where these bytes of a region lie, for the region's own descriptor.
+/// The same region with another file.
 fn another(region: &Region, fd: OwnedFd) -> Region {
     Region { fd, ..*region }
 }
 
-/// The same region, or what `change` makes of it.
+/// The same region, modified by `change`.
 fn changed(region: &Region, change: impl FnOnce(&mut Region)) -> Region {
     let mut changed = another(region, region.fd.try_clone().unwrap());
     change(&mut changed);
     changed
 }
 
-/// Sends a packet that lies in a region, and waits for its buffers to come back.
+/// Sends a packet from a region, and waits for its buffers to come back.
 fn send_from(guest: &mut SimGuest, region: usize, flow: &Flow, payload: &[u8]) {
     let addr = guest.memory.regions()[region].guest_addr + 100;
     guest.memory.write(addr, &flow.rw(payload).bytes());
@@ -84,7 +84,7 @@ fn send_from(guest: &mut SimGuest, region: usize, flow: &Flow, payload: &[u8]) {
     guest.wait_tx_done();
 }
 
-/// Receives what `stream` writes in a buffer that lies in a region. No other buffer may be posted.
+/// Receives bytes of `stream` in a buffer in a region. No other buffer may be posted.
 fn receive_in(guest: &mut SimGuest, region: usize, flow: &Flow, mut stream: &UnixStream) {
     assert_eq!(guest.rings[RX].outstanding(), 0);
     let part = Part {
@@ -98,7 +98,7 @@ fn receive_in(guest: &mut SimGuest, region: usize, flow: &Flow, mut stream: &Uni
     assert_same(&recv_bytes(guest, flow, bytes.len()), &bytes);
 }
 
-/// Bytes in both directions through a region.
+/// Moves bytes in both directions through buffers in a region.
 #[track_caller]
 fn assert_carries(guest: &mut SimGuest, region: usize, flow: &Flow, stream: &UnixStream) {
     let bytes = pattern(region as u64, 2000);
@@ -178,7 +178,7 @@ fn rings_in_the_last_regions() {
 }
 
 #[test]
-fn regions_that_come_while_connections_live_carry_bytes() {
+fn regions_added_under_live_connections_carry_bytes() {
     let daemon = Survivor::start();
     for setup in both(plugged_later()) {
         let (mut guest, stream) = connected(&daemon, setup);
@@ -194,7 +194,7 @@ fn regions_that_come_while_connections_live_carry_bytes() {
 }
 
 #[test]
-fn rings_that_start_in_a_region_that_came_later() {
+fn rings_restarted_in_a_region_added_later() {
     let daemon = Survivor::start();
     for setup in both(Setup {
         regions: vec![2 << 20, 16 << 20, 2 << 20],
@@ -211,7 +211,7 @@ fn rings_that_start_in_a_region_that_came_later() {
         }
         guest.restart_fresh();
         assert_serves(&daemon, &mut guest);
-        // The region they were in is used no more.
+        // Their old region is no longer used.
         remove(&guest, 0);
         assert_serves(&daemon, &mut guest);
     }
@@ -219,7 +219,7 @@ fn rings_that_start_in_a_region_that_came_later() {
 }
 
 #[test]
-fn a_region_that_goes_leaves_the_others_and_may_come_back() {
+fn a_removed_region_leaves_the_others_alone_and_may_come_back() {
     let daemon = Survivor::start();
     for setup in both(plugged_later()) {
         let (mut guest, stream) = connected(&daemon, setup);
@@ -228,7 +228,7 @@ fn a_region_that_goes_leaves_the_others_and_may_come_back() {
             let region = 2 + round % 8;
             assert_carries(&mut guest, region, &FLOW, &stream);
             remove(&guest, region);
-            // What is in it is no packet and no buffer, and comes back unused.
+            // A packet in it is dropped, and its buffers come back.
             send_from(&mut guest, region, &FLOW, b"lost");
             assert_carries(&mut guest, 2 + (round + 1) % 8, &FLOW, &stream);
             add(&guest, region);
@@ -240,7 +240,7 @@ fn a_region_that_goes_leaves_the_others_and_may_come_back() {
 }
 
 #[test]
-fn regions_that_come_and_go_under_load_lose_nothing() {
+fn adding_and_removing_regions_under_load_loses_nothing() {
     let daemon = Survivor::start();
     let setup = Setup {
         plugged_later: 1,
@@ -270,7 +270,7 @@ fn regions_that_come_and_go_under_load_lose_nothing() {
 }
 
 #[test]
-fn rings_whose_region_goes_stop_until_they_start_again() {
+fn rings_in_a_removed_region_stop_until_they_are_restarted() {
     let daemon = Survivor::start();
     for setup in both(Setup::default()) {
         let mut guest = SimGuest::start(&daemon, setup);
@@ -293,7 +293,7 @@ fn rings_whose_region_goes_stop_until_they_start_again() {
 }
 
 #[test]
-fn a_table_takes_the_place_of_all_regions() {
+fn a_memory_table_replaces_all_regions() {
     let daemon = Survivor::start();
     for setup in both(plugged_later()) {
         let (mut guest, stream) = connected(&daemon, setup);
@@ -309,7 +309,7 @@ fn a_table_takes_the_place_of_all_regions() {
     daemon.assert_unharmed();
 }
 
-/// Panics unless each of these regions is refused, with nothing of it kept, and everything else goes on.
+/// Panics unless each of these messages is refused without a trace, and the session goes on.
 #[track_caller]
 fn assert_refused(change: impl Fn(&SimGuest) -> Vec<Region>, send: fn(&Frontend, &Region) -> u64) {
     let daemon = Survivor::start();
@@ -335,7 +335,7 @@ fn assert_refused(change: impl Fn(&SimGuest) -> Vec<Region>, send: fn(&Frontend,
 }
 
 #[test]
-fn a_region_over_another_is_refused() {
+fn an_overlapping_region_is_refused() {
     assert_refused(
         |guest| {
             let all = guest.memory.regions();
@@ -347,13 +347,13 @@ fn a_region_over_another_is_refused() {
                     region.guest_addr += 4096;
                     region.size = 4096;
                 }),
-                // It begins before the second region's end, or ends behind its start.
+                // Over the end of the region before, and over the start of the first one.
                 changed(&all[3], |region| region.guest_addr -= 4096),
                 changed(&all[2], |region| {
                     region.guest_addr = all[0].guest_addr - 4096;
                     region.size = 8192;
                 }),
-                // Others are within it.
+                // Around all the others.
                 changed(&all[0], |region| {
                     region.guest_addr -= 1 << 20;
                     region.size = 64 << 20;
@@ -365,7 +365,7 @@ fn a_region_over_another_is_refused() {
 }
 
 #[test]
-fn a_region_that_is_none_is_refused() {
+fn an_invalid_region_is_refused() {
     assert_refused(
         |guest| {
             let region = &guest.memory.regions()[3];
@@ -382,7 +382,7 @@ fn a_region_that_is_none_is_refused() {
 }
 
 #[test]
-fn a_region_that_nobody_knows_is_not_removed() {
+fn the_removal_of_an_unknown_region_is_refused() {
     assert_refused(
         |guest| {
             let all = guest.memory.regions();
@@ -407,7 +407,7 @@ fn all_slots_can_be_used_and_no_more() {
         let (mut guest, stream) = connected(&daemon, setup);
         let slots = guest.frontend.max_mem_slots();
         assert!(slots <= 4096, "{slots} slots");
-        // Small ones, far behind the others, all of one file.
+        // Small ones, far beyond the others, all in one file.
         let last = guest.memory.regions().last().unwrap();
         let region = |number: u64| {
             changed(last, |region| {
@@ -418,7 +418,7 @@ fn all_slots_can_be_used_and_no_more() {
         };
         let descriptors = daemon.at_rest().0;
         for _ in 0..2 {
-            // Two are there.
+            // Two are in use.
             (2..slots).for_each(|number| guest.frontend.add_mem_reg(&region(number)));
             assert_ne!(guest.frontend.try_add_mem_reg(&region(slots)), 0);
             (2..slots).for_each(|number| guest.frontend.rem_mem_reg(&region(number)));
@@ -431,7 +431,7 @@ fn all_slots_can_be_used_and_no_more() {
 }
 
 #[test]
-fn messages_about_slots_that_are_none() {
+fn malformed_messages_about_slots() {
     let daemon = Survivor::start();
     let memory = |guest: &SimGuest| guest.memory.regions()[2].fd.try_clone().unwrap();
     for request in [Request::AddMemReg, Request::RemMemReg] {
@@ -443,7 +443,7 @@ fn messages_about_slots_that_are_none() {
                 payload.extend(guest.memory.regions()[2].describe());
                 payload.resize(size, 0);
                 let fds = vec![file.as_fd(); count];
-                // Whether it is refused, or the VMM with it, is left to the daemon.
+                // The daemon may refuse it or drop the VMM.
                 guest
                     .frontend
                     .send_message(request as u32, 0, &payload, &fds);

@@ -1,5 +1,5 @@
-//! Where a ring starts: at its used index, whatever base the VMM names. The daemon returns every buffer that it takes before
-//! a ring stops, so that is where the ring stands.
+//! Rings start at their used index, whatever SET_VRING_BASE says: the daemon returns every buffer in order before a ring
+//! stops, so that is where it stopped.
 
 mod common;
 
@@ -8,7 +8,7 @@ use common::sim::guest::{RX, TX};
 use common::sim::host::{FLOW, PORT, assert_moves_bytes, assert_serves, device, from_guest};
 use common::sim::{Flow, Op, SimGuest};
 
-/// Starts both rings, at the bases that `base` names for them.
+/// Starts both rings at the bases given by `base`.
 fn start_at(guest: &mut SimGuest, base: impl Fn(&SimGuest, usize) -> u16) {
     for index in [RX, TX] {
         let base = base(guest, index);
@@ -18,7 +18,7 @@ fn start_at(guest: &mut SimGuest, base: impl Fn(&SimGuest, usize) -> u16) {
     guest.frontend.features();
 }
 
-/// The base that a VMM names which counts what the guest has made available, not what the device has used.
+/// The base of a VMM that counts what the driver has made available, as Cloud Hypervisor does when it reconnects.
 fn avail_idx(guest: &SimGuest, index: usize) -> u16 {
     guest.rings[index].avail_idx()
 }
@@ -94,7 +94,7 @@ fn a_vmm_that_reconnects_at_any_index_gets_the_used_index() {
         start_at(&mut guest, |guest, index| {
             base(guest.rings[index].device_used_idx())
         });
-        // The base that it tells is the used index.
+        // GET_VRING_BASE returns the used index.
         guest.stop_rings();
         start_at(&mut guest, |guest, index| {
             base(guest.rings[index].device_used_idx())

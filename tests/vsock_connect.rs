@@ -1,4 +1,4 @@
-//! contrib/vsock-connect, with a Unix socket of the test in the daemon's place.
+//! contrib/vsock-connect, with a Unix socket of the test in place of the daemon.
 
 mod common;
 
@@ -57,7 +57,7 @@ impl Session {
         (self.daemon, _) = UnixStream::pair().unwrap();
     }
 
-    /// Types `text`.
+    /// Writes `text` to standard input.
     fn write(&mut self, text: &str) {
         let input = self.program.stdin.as_mut().unwrap();
         input.write_all(text.as_bytes()).unwrap();

@@ -22,7 +22,7 @@ pub enum Kernel {
     V6_12,
 }
 
-/// How QEMU holds the guest's memory, which the daemon maps.
+/// QEMU's backend for the guest memory that the daemon maps.
 #[derive(Clone, Copy, Debug)]
 pub enum Memory {
     /// `memory-backend-file,share=on`
@@ -31,7 +31,7 @@ pub enum Memory {
     Memfd,
 }
 
-/// A running QEMU guest. It is killed when this is dropped.
+/// A running QEMU guest. Killed on drop.
 pub struct Qemu {
     guest: Guest,
     vmm: Vmm,
@@ -78,7 +78,7 @@ impl Qemu {
         self.monitor("stop");
     }
 
-    /// Lets the paused machine go on.
+    /// Resumes the paused machine.
     pub fn cont(&self) {
         self.monitor("cont");
     }
@@ -125,7 +125,7 @@ fn add_machine(command: &mut Command) {
     command
         .args(["-nodefaults", "-display", "none", "-accel", "tcg"])
         .args(["-machine", "q35,memory-backend=mem0"])
-        // Five-level page tables only cost time here.
+        // Five-level page tables only slow TCG down.
         .args(["-cpu", "max,la57=off", "-smp", "2", "-m", "512M"]);
 }
 

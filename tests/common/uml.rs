@@ -16,7 +16,7 @@ use super::uml_proxy;
 /// The virtio device id of a vsock device.
 const VIRTIO_ID_VSOCK: u32 = 19;
 
-/// A running UML guest. It is killed when this is dropped.
+/// A running UML guest. Killed on drop.
 pub struct Uml {
     guest: Guest,
     vmm: Vmm,
@@ -67,7 +67,7 @@ impl Uml {
         self.vmm.kill();
     }
 
-    /// Lets the guest do nothing until it is continued, or goes on with it.
+    /// Stops the guest's processes, or continues them.
     pub fn freeze(&self, frozen: bool) {
         self.vmm.freeze(frozen);
     }
@@ -81,7 +81,7 @@ impl Deref for Uml {
     }
 }
 
-/// UML runs on a processor with AMX only with this preloaded.
+/// Must be preloaded for UML to run on a CPU with AMX.
 fn build_xstate_shim(directory: &Path) -> PathBuf {
     let shim = directory.join("uml_xstate.so");
     let built = Command::new(installed("cc"))

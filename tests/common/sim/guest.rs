@@ -18,15 +18,15 @@ pub const RX: usize = 0;
 /// Index of the ring the guest fills.
 pub const TX: usize = 1;
 
-/// The bytes between two descriptors of one packet, so that none can be taken for its neighbour; odd, for odd addresses.
+/// The bytes between two descriptors of one packet, so that an overrun shows. Odd, to get unaligned addresses.
 const GAP: u64 = 13;
 /// The most packets in flight to the device.
 const TX_SLOTS: usize = 64;
 
-/// Everything that `SimGuest::probe` uses is from this port on.
+/// `SimGuest::settle` uses ports from here on.
 const PROBE_PORT: u32 = 0xffff_0000;
 
-/// A simulated guest. Dropping it is the VMM's death.
+/// A simulated guest. Dropping it kills the VMM.
 pub struct SimGuest {
     /// The connection to the daemon.
     pub frontend: Frontend,
@@ -34,7 +34,7 @@ pub struct SimGuest {
     pub memory: Arc<GuestMemory>,
     /// RX, TX and perhaps the event ring.
     pub rings: Vec<Ring>,
-    /// What it was made from.
+    /// Its configuration.
     pub setup: Setup,
     /// The features that were negotiated.
     pub features: u64,
@@ -50,13 +50,13 @@ pub struct SimGuest {
 }
 
 impl SimGuest {
-    /// A guest with its device running, as an answer to a first packet has shown.
+    /// A guest whose device runs and has answered a packet.
     #[track_caller]
     pub fn start(daemon: &Daemon, setup: Setup) -> Self {
         Self::connect(daemon, setup).run()
     }
 
-    /// The same over a socket that is connected already.
+    /// The same over a connected socket.
     pub fn start_over(stream: UnixStream, setup: Setup) -> Self {
         Self::negotiate(Frontend::over(stream), setup).run()
     }
@@ -185,7 +185,7 @@ impl SimGuest {
         share_memory(&self.frontend, &self.setup, &self.memory);
     }
 
-    /// Stops the rings. What the device took it must have returned: the base is the used index.
+    /// Stops the rings. The device must have returned all that it took: the base is the used index.
     pub fn stop_rings(&mut self) -> Vec<u16> {
         (0..self.rings.len())
             .map(|index| {
@@ -200,7 +200,7 @@ impl SimGuest {
             .collect()
     }
 
-    /// Starts the stopped rings afresh, as a rebooted driver does; RX buffers are posted.
+    /// Restarts the stopped rings from index 0, as a rebooted driver does, with RX buffers posted.
     pub fn restart_fresh(&mut self) {
         self.rings.iter_mut().for_each(Ring::clear);
         self.rx_free
@@ -295,7 +295,7 @@ impl SimGuest {
         self.try_recv(PATIENCE).expect("no packet from the daemon")
     }
 
-    /// Takes returned TX buffers back.
+    /// Reclaims returned TX buffers.
     pub fn reclaim_tx(&mut self) {
         while let Some((head, used)) = self.rings[TX].pop_used() {
             assert_eq!(used, 0, "bytes written into buffers that are only read");
@@ -318,7 +318,7 @@ impl SimGuest {
         }
     }
 
-    /// Sends a packet in the set-up's layout and kicks where that is asked for.
+    /// Sends a packet in the configured layout and kicks if the device asked for it.
     #[track_caller]
     pub fn send(&mut self, packet: &Packet) {
         let layout = self.setup.tx;
@@ -381,8 +381,8 @@ impl SimGuest {
         self.rings[TX].kick_if_needed();
     }
 
-    /// Receives until the packets of everything sent before must have come: sends a packet that can only be
-    /// answered with RST, waits for that, twice; returns what came besides.
+    /// Waits until everything sent before has been processed: sends a packet that is always answered with RST and
+    /// waits for that, twice. Returns the other packets received.
     #[track_caller]
     pub fn settle(&mut self) -> Vec<Packet> {
         let mut others = Vec::new();

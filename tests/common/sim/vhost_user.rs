@@ -83,7 +83,7 @@ impl Frontend {
         Self::over(UnixStream::connect(socket).unwrap())
     }
 
-    /// Takes a socket that is connected already.
+    /// Uses a connected socket.
     pub fn over(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -98,13 +98,13 @@ impl Frontend {
         &self.stream
     }
 
-    /// Sends bytes as they are, for what no frontend should send.
+    /// Sends raw bytes, for what no frontend should send.
     pub fn send_raw(&self, bytes: &[u8], fds: &[BorrowedFd]) {
         let sent = self.try_send_raw(bytes, fds).unwrap();
         (&self.stream).write_all(&bytes[sent..]).unwrap();
     }
 
-    /// Sends as many of the bytes as are taken at once, if somebody is still there to take them.
+    /// Sends as many bytes as the socket takes at once; fails if the daemon is gone.
     pub fn try_send_raw(&self, bytes: &[u8], fds: &[BorrowedFd]) -> nix::Result<usize> {
         let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let control = [ControlMessage::ScmRights(&raw)];
@@ -122,7 +122,7 @@ impl Frontend {
         )
     }
 
-    /// Sends a message as it is.
+    /// Sends a raw message.
     pub fn send_message(&self, request: u32, flags: u32, payload: &[u8], fds: &[BorrowedFd]) {
         let head = [request, VERSION | flags, payload.len() as u32]
             .map(u32::to_le_bytes)
@@ -150,7 +150,7 @@ impl Frontend {
         assert_eq!(status, 0, "{request:?} was refused");
     }
 
-    /// As `set`, and hands out the ack's status (0 where none was negotiated).
+    /// Like `set`, but returns the ack's status (0 if none was negotiated).
     pub fn set_status(&self, request: Request, payload: &[u8], fds: &[BorrowedFd]) -> u64 {
         let flags = if self.reply_ack { NEED_REPLY } else { 0 };
         self.send_message(request as u32, flags, payload, fds);
@@ -279,7 +279,7 @@ impl Frontend {
         self.set(Request::SetVringEnable, &state(index, enable.into()), &[]);
     }
 
-    /// GET_CONFIG; None when the daemon says the range can't be read (an empty reply).
+    /// GET_CONFIG; `None` if the daemon rejects the range (an empty reply).
     pub fn config(&self, offset: u32, len: u32) -> Option<Vec<u8>> {
         let mut payload = [offset, len, 0].map(u32::to_le_bytes).concat();
         payload.resize(12 + len as usize, 0);
