@@ -170,7 +170,7 @@ fn a_folder_that_is_closed_to_us_is_a_failure() {
 #[test]
 fn a_path_of_another_daemon_is_refused_and_the_other_lives() {
     let mut daemon = Daemon::start();
-    let free = daemon.folder().join("free");
+    let free = daemon.directory().join("free");
     let in_use = "another daemon";
     assert_refused(
         &start("5", &daemon.vhost_socket(), &free, &[]),

@@ -26,7 +26,7 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// The TCP ports of the page that are the host's. A test takes free ones: others may run at the same time.
 const HOST_TCP_PORTS: [&str; 2] = ["15201", "18080"];
 
-/// What says on the page that a section has nothing to run.
+/// Marks a section of the page that has nothing to run.
 const NOT_RUN: &str = "Not run by the tests";
 
 #[test]
@@ -225,7 +225,7 @@ fn run(section: &Section, guest: &Guest, host: &Host) -> Result<(), String> {
         }
     }
     for (line, shown, process) in running {
-        // What shows nothing is a service, which is stopped now.
+        // A command that shows no output is a service, which is stopped now.
         if !shown.is_empty() {
             compare(line, shown, &process.end())?;
         }
@@ -252,7 +252,7 @@ fn run_to_its_end(
     }
 }
 
-/// What a command has left.
+/// The result of a command.
 struct Outcome {
     status: i32,
     text: String,
@@ -334,12 +334,12 @@ fn write_in_guest(guest: &Guest, path: &str, text: &str) {
     writer.wait_ok();
 }
 
-/// Makes of the guest, which has the host's files read only, what an installed system is: folders to write in, a loopback
+/// Makes of the guest, which has the host's files read only, what an installed system is: directories to write in, a loopback
 /// interface, and sshd's keys.
 fn prepare_guest(guest: &Guest, host: &Host) {
     guest.run_ok("busybox ip link set lo up");
     guest.run_ok(
-        "for folder in /root /tmp /etc/ssh; do mount -t tmpfs -o mode=700 tmpfs $folder; done",
+        "for directory in /root /tmp /etc/ssh; do mount -t tmpfs -o mode=700 tmpfs $directory; done",
     );
     guest.run_ok("ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key");
     write_in_guest(
@@ -347,33 +347,33 @@ fn prepare_guest(guest: &Guest, host: &Host) {
         "/etc/ssh/sshd_config",
         "Subsystem sftp internal-sftp\n",
     );
-    // To sshd a root without a readable password entry, or with a locked one, is nobody.
+    // sshd rejects a root without a readable password entry, or with a locked one.
     guest.run_ok(
         "echo 'root:*:1:0:99999:7:::' >/run/shadow && mount --bind /run/shadow /etc/shadow",
     );
     guest.run_ok("mkdir -m 700 /root/.ssh");
-    let key = fs::read_to_string(host.folder.join("key.pub")).unwrap();
+    let key = fs::read_to_string(host.directory.join("key.pub")).unwrap();
     write_in_guest(guest, "/root/.ssh/authorized_keys", &key);
 }
 
-/// The host, with a home folder, ports and paths of this test's own in place of the page's.
+/// The host, with a home directory, ports and paths of this test's own in place of the page's.
 struct Host {
-    folder: PathBuf,
+    directory: PathBuf,
     path: OsString,
     substitutes: Vec<(&'static str, String)>,
 }
 
 impl Host {
     fn new(daemon: &Daemon) -> Self {
-        let folder = daemon.folder().to_owned();
-        let programs = folder.join("programs");
+        let directory = daemon.directory().to_owned();
+        let programs = directory.join("programs");
         fs::create_dir(&programs).unwrap();
         for program in ["ssh", "scp"] {
-            write_wrapper(program, &programs, &folder);
+            write_wrapper(program, &programs, &directory);
         }
         let made = Command::new(installed("ssh-keygen"))
             .args(["-q", "-t", "ed25519", "-N", "", "-f"])
-            .arg(folder.join("key"))
+            .arg(directory.join("key"))
             .status();
         assert!(made.unwrap().success(), "ssh-keygen failed");
 
@@ -384,19 +384,19 @@ impl Host {
             .chain(std::env::split_paths(&inherited));
         let mut substitutes = vec![
             ("/tmp/vm4.vsock", daemon.uds_path().display().to_string()),
-            ("/tmp/", format!("{}/", folder.display())),
+            ("/tmp/", format!("{}/", directory.display())),
         ];
         substitutes.extend(HOST_TCP_PORTS.into_iter().zip(free_ports()));
         Self {
             path: std::env::join_paths(path).unwrap(),
-            folder,
+            directory,
             substitutes,
         }
     }
 
     /// The page's text with this test's paths and ports.
     fn substitute(&self, text: &str) -> String {
-        // Folders of tests are in /tmp as well: what has been put in is not looked at again.
+        // Test directories are in /tmp as well: replacements are not searched again.
         let mut done = String::new();
         let mut rest = text;
         while let Some(next) = rest.chars().next() {
@@ -416,7 +416,7 @@ impl Host {
     }
 
     fn write(&self, path: &str, text: &str) {
-        let file = self.folder.join(path.strip_prefix("~/").unwrap());
+        let file = self.directory.join(path.strip_prefix("~/").unwrap());
         fs::create_dir_all(file.parent().unwrap()).unwrap();
         fs::write(file, self.substitute(text)).unwrap();
     }
@@ -425,9 +425,9 @@ impl Host {
         let output = tempfile::tempfile().unwrap();
         let child = Command::new("sh")
             .args(["-c", &format!("{{ {}\n}} 2>&1", self.substitute(line))])
-            .env("HOME", &self.folder)
+            .env("HOME", &self.directory)
             .env("PATH", &self.path)
-            .current_dir(&self.folder)
+            .current_dir(&self.directory)
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
@@ -473,7 +473,7 @@ impl Drop for HostShell {
     }
 }
 
-/// ssh and scp take the user's folder from the password file, whatever HOME says: here they get this test's.
+/// ssh and scp take the user's directory from the password file, whatever HOME says: here they get this test's.
 fn write_wrapper(program: &str, programs: &Path, home: &Path) {
     let wrapper = programs.join(program);
     let (program, home) = (installed(program), home.display());

@@ -1,4 +1,4 @@
-//! What the system around the daemon may do to it: memory, the log, the folder of its sockets, signals.
+//! The daemon's environment: memory, the log, the directory of its sockets, signals.
 
 mod common;
 
@@ -18,14 +18,14 @@ use common::sim::host::{
 };
 use common::sim::memory::{Backing, GuestMemory};
 use common::sim::survivor::SLACK_KIB;
-use common::sim::vhost_user::Frontend;
+use common::sim::vhost_user::{Frontend, Request};
 use common::sim::{Flow, Op, Setup, SimGuest, Survivor};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 
 // --- The log.
 
-/// Both ends of a pipe that has no room left.
+/// Both ends of a full pipe.
 fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = std::io::pipe().unwrap();
     fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -53,7 +53,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
     daemon.assert_idle();
     daemon.assert_alive();
 
-    // Whoever reads again learns that there was more.
+    // A reader that resumes is told that lines were lost.
     let log = Arc::new(Mutex::new(Vec::<u8>::new()));
     let reading = std::thread::spawn({
         let log = log.clone();
@@ -103,8 +103,8 @@ fn a_log_that_is_closed_or_on_a_full_disk_stops_nothing() {
 
 #[test]
 fn a_daemon_without_descriptors_0_to_2_serves() {
-    let folder = tempfile::TempDir::new().unwrap();
-    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let directory = tempfile::TempDir::new().unwrap();
+    let (socket, uds) = (directory.path().join("vhost"), directory.path().join("uds"));
     let mut daemon = Command::new("sh")
         .args(["-c", "exec \"$@\" <&- >&- 2>&-", "sh"])
         .arg(binary())
@@ -136,7 +136,7 @@ fn the_log_leaves_its_pipe_as_it_was() {
 
 // --- Memory.
 
-/// Lets the daemon have so much more memory, in bytes, than it has now.
+/// Limits the daemon's address space to its current size and `more` bytes.
 fn limit_memory(daemon: &Daemon, more: u64) {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let kib = |field: &str| -> u64 {
@@ -169,7 +169,7 @@ fn a_connection_for_whose_bytes_there_is_no_memory_is_reset_alone() {
             assert!(packets < 2000, "memory without an end");
         };
         answer.assert_is(Op::Rst, &flow);
-        // What was sent behind its end belongs to no connection.
+        // What was sent after the reset belongs to no connection.
         guest
             .settle()
             .iter()
@@ -188,7 +188,7 @@ fn a_connection_for_whose_bytes_there_is_no_memory_is_reset_alone() {
 fn a_guest_for_whose_memory_there_is_no_room_is_not_served_and_the_next_is() {
     let mut daemon = Daemon::start();
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
-    // With what that guest had.
+    // At the size it has after that guest.
     daemon.at_rest();
     limit_memory(&daemon, 8 << 20);
     for _ in 0..3 {
@@ -227,20 +227,20 @@ fn without_address_space_a_vmm_can_not_share_memory_and_the_next_one_is_served()
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
 }
 
-// --- The folder of the sockets.
+// --- The directory of the sockets.
 
 #[test]
-fn a_folder_that_is_removed_ends_no_connection() {
-    let folder = tempfile::TempDir::new().unwrap();
+fn a_directory_that_is_removed_ends_no_connection() {
+    let directory = tempfile::TempDir::new().unwrap();
     let mut daemon = Daemon::start();
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let (stream, flow, _) = from_host(&daemon, &mut guest, PORT);
-    let away = folder.path().join("away");
-    fs::rename(daemon.folder(), &away).unwrap();
+    let away = directory.path().join("away");
+    fs::rename(daemon.directory(), &away).unwrap();
     assert_moves_bytes(&mut guest, &stream, &flow);
     guest.send(&FLOW.packet(Op::Request));
     guest.recv().assert_is(Op::Rst, &FLOW);
-    fs::rename(&away, daemon.folder()).unwrap();
+    fs::rename(&away, daemon.directory()).unwrap();
     assert_serves(&daemon, &mut guest);
 
     fs::remove_file(daemon.uds_path()).unwrap();
@@ -316,9 +316,60 @@ fn sigterm_ends_it_at_each_step() {
 }
 
 #[test]
+fn sighup_and_sigint_end_it_as_sigterm_does() {
+    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
+        for has_vmm in [false, true] {
+            let mut daemon = Daemon::start();
+            let guest = has_vmm.then(|| {
+                let mut guest = SimGuest::start(&daemon, Setup::default());
+                let stream = from_guest(&daemon, &mut guest, &FLOW);
+                (guest, stream)
+            });
+            daemon.signal(signal);
+            assert_eq!(daemon.wait_exit().code(), Some(0), "{signal}");
+            assert!(!daemon.uds_path().exists() && !daemon.vhost_socket().exists());
+            assert!(daemon.log().ends_with("stopped\n"), "{}", daemon.log());
+            drop(guest);
+        }
+    }
+}
+
+#[test]
+fn half_a_message_of_the_vmm_does_not_delay_the_stop() {
+    let message = [Request::SetVringNum as u32, 1, 8, 0, 128]
+        .map(u32::to_le_bytes)
+        .concat();
+    for bytes in [1, 4, 11, 12, 13, 19] {
+        let start = |inherited: bool| {
+            if inherited {
+                let (vmm, theirs) = UnixStream::pair().unwrap();
+                (Daemon::start_inheriting(OwnedFd::from(theirs)), vmm)
+            } else {
+                let daemon = Daemon::start();
+                let vmm = connect(&daemon.vhost_socket());
+                (daemon, vmm)
+            }
+        };
+        for inherited in [false, true] {
+            let (mut daemon, vmm) = start(inherited);
+            let frontend = Frontend::over(vmm);
+            frontend.set_owner();
+            assert_ne!(frontend.features(), 0);
+            frontend.send_raw(&message[..bytes], &[]);
+            // The daemon has begun to read it.
+            daemon.at_rest();
+            daemon.signal(Signal::SIGTERM);
+            assert_eq!(daemon.wait_exit().code(), Some(0), "{bytes} bytes");
+            assert!(!daemon.uds_path().exists());
+            drop(frontend);
+        }
+    }
+}
+
+#[test]
 fn sigterm_right_behind_the_start_leaves_no_socket() {
-    let folder = tempfile::TempDir::new().unwrap();
-    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let directory = tempfile::TempDir::new().unwrap();
+    let (socket, uds) = (directory.path().join("vhost"), directory.path().join("uds"));
     for round in 0..40 {
         let mut daemon = Command::new(binary())
             .arg("--guest-cid=4")
@@ -327,7 +378,7 @@ fn sigterm_right_behind_the_start_leaves_no_socket() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        // At the first sign of life, or a little later.
+        // As soon as there is a socket, or a little later.
         eventually("a socket", || socket.exists());
         (0..round * 1000).for_each(|_| std::hint::spin_loop());
         nix::sys::signal::kill(

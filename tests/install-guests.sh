@@ -1,6 +1,6 @@
 #!/bin/bash
-# Installs what the tests with real guests need: the programs as Debian or Ubuntu packages, two kernels into a folder of their own.
-# Quick when everything is there. VSOCK_GUESTS names another folder for the kernels than target/guests. Arguments are more
+# Installs what the tests with real guests need: the programs as Debian or Ubuntu packages, two kernels into a directory of their own.
+# Quick when everything is there. VSOCK_GUESTS names another directory for the kernels than target/guests. Arguments are more
 # packages to install.
 set -eu
 
@@ -58,16 +58,16 @@ is_offered() {
     apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [0-9]'
 }
 
-# Unpacks the kernel package $2 into the folder $1, which appears only when it is complete.
+# Unpacks the kernel package $2 into the directory $1, which appears only when it is complete.
 unpack_kernel() {
-    local folder=$guests/$1 package=$2 work
+    local directory=$guests/$1 package=$2 work
     echo "fetching $package"
     work=$(mktemp -d "$guests/fetch.XXXXXX")
     # As root apt would download as a user who may not write here.
     (cd "$work" && apt-get download -q -o APT::Sandbox::User=root "$package") || return 1
     dpkg-deb -x "$work"/linux-image-*.deb "$work/kernel" || return 1
-    rm -rf "$folder"
-    mv "$work/kernel" "$folder"
+    rm -rf "$directory"
+    mv "$work/kernel" "$directory"
     rm -rf "$work"
 }
 

@@ -36,7 +36,7 @@ const FILES: [&str; 9] = [
 /// How long a machine with systemd may take to start, and again for all that the test has it do.
 const BOOT: Duration = Duration::from_secs(150);
 
-/// What a program says, which must succeed.
+/// The output of a program that must succeed.
 fn output(command: &mut Command) -> String {
     let Output {
         status,
@@ -95,17 +95,17 @@ fn manual() -> String {
     plain.replace('\u{2010}', "-")
 }
 
-/// The files below a folder, by their paths from there.
-fn files(folder: &Path) -> BTreeSet<String> {
+/// The files below a directory, by their paths from there.
+fn files(directory: &Path) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
-    let mut folders = vec![folder.to_owned()];
-    while let Some(next) = folders.pop() {
+    let mut directories = vec![directory.to_owned()];
+    while let Some(next) = directories.pop() {
         for entry in fs::read_dir(next).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                folders.push(path);
+                directories.push(path);
             } else {
-                let path = path.strip_prefix(folder).unwrap();
+                let path = path.strip_prefix(directory).unwrap();
                 found.insert(path.to_str().unwrap().to_owned());
             }
         }
@@ -116,8 +116,8 @@ fn files(folder: &Path) -> BTreeSet<String> {
 #[test]
 fn make_installs_below_the_prefix_and_takes_it_away_again() {
     package();
-    let folder = TempDir::new().unwrap();
-    let root = folder.path();
+    let directory = TempDir::new().unwrap();
+    let root = directory.path();
     let destination = format!("DESTDIR={}", root.display());
     let arguments = [destination.as_str(), "PREFIX=/opt/vsock"];
     make(&[&["install"], &arguments[..]].concat());
@@ -153,15 +153,15 @@ fn make_installs_below_the_prefix_and_takes_it_away_again() {
 #[test]
 fn cargo_installs_the_program() {
     package();
-    let folder = TempDir::new().unwrap();
+    let directory = TempDir::new().unwrap();
     output(
         Command::new(env!("CARGO"))
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .args(["install", "--locked", "--path", ".", "--root"])
-            .arg(folder.path())
+            .arg(directory.path())
             .env_remove("CARGO_TARGET_DIR"),
     );
-    let program = folder.path().join("bin").join(NAME);
+    let program = directory.path().join("bin").join(NAME);
     assert!(output(Command::new(program).arg("--version")).starts_with(NAME));
 }
 
@@ -193,30 +193,30 @@ fn the_manual_names_all_options_and_counters() {
     }
     assert!(options.count() > 10);
 
-    let folder = TempDir::new().unwrap();
-    let stats = folder.path().join("stats");
+    let directory = TempDir::new().unwrap();
+    let stats = directory.path().join("stats");
     let daemon = Daemon::start_with(&["--stats-path", stats.to_str().unwrap()]);
     // Some of the counters stand for connections.
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let _connection = common::sim::host::from_host(&daemon, &mut guest, 7);
-    let mut told = String::new();
+    let mut text = String::new();
     UnixStream::connect(&stats)
         .unwrap()
-        .read_to_string(&mut told)
+        .read_to_string(&mut text)
         .unwrap();
-    let counters = told.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    let counters = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     let counters: Vec<&str> = counters.filter_map(|rest| rest.split(' ').next()).collect();
     for counter in &counters {
         assert!(named.contains(*counter), "{counter}");
     }
-    assert!(counters.len() > 20, "{told}");
+    assert!(counters.len() > 20, "{text}");
 }
 
 #[test]
 fn shells_complete_what_is_typed() {
     package();
-    let folder = target("manual");
-    let file = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let directory = target("manual");
+    let file = |name: &str| directory.join(name).to_str().unwrap().to_owned();
     let bash = r#". "$1"; COMP_WORDS=(vhost-user-vsock --so) COMP_CWORD=1
         [[ $(complete -p vhost-user-vsock) =~ -F\ ([^ ]+) ]]
         ${BASH_REMATCH[1]} vhost-user-vsock --so vhost-user-vsock; echo "${COMPREPLY[@]}""#;
@@ -274,8 +274,8 @@ fn lintian_finds_no_error_in_the_package() {
 /// container may allow no systemd: then what `service` shows without one must do, and that is said past the test's capture.
 #[test]
 fn services_start_serve_end_and_leave_nothing() {
-    let folder = TempDir::with_prefix("vsock-test-").unwrap();
-    let at = |name: &str| folder.path().join(name);
+    let directory = TempDir::with_prefix("vsock-test-").unwrap();
+    let at = |name: &str| directory.path().join(name);
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
     let mut probe = Command::new(scripts.join("machine.sh"));
     let probe = probe.arg("--probe").output().unwrap();
@@ -296,7 +296,7 @@ fn services_start_serve_end_and_leave_nothing() {
     let log = File::create(at("log")).unwrap();
     let mut command = Command::new(scripts.join("machine.sh"));
     command.arg(at("service.sh"));
-    let mut machine = Daemon::start_by(&mut command, folder, log, BOOT);
+    let mut machine = Daemon::start_by(&mut command, directory, log, BOOT);
     assert_serves(&machine, &mut SimGuest::start(&machine, Setup::default()));
     File::create(served).unwrap();
     assert_eq!(machine.wait_exit().code(), Some(0), "{}", machine.log());

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Runs the shell script $1 under a systemd of its own, as root of what looks like this machine: the same files, of which
-# the script may change every one, since the changes go to memory and are gone at the end. Its working folder is that of
+# the script may change every one, since the changes go to memory and are gone at the end. Its working directory is that of
 # the script, where `log` takes what it says. Ends with its exit status. Takes root, or sudo. With --probe in place of the
 # script it only finds out whether this system lets it do so.
 set -eu

@@ -1,4 +1,4 @@
-//! What the daemon can't do, seen from outside: by a tracer that makes it try, and by what the system says of it.
+//! The sandbox, seen from outside: by a tracer that makes the daemon try, and by its state in /proc.
 
 mod common;
 
@@ -24,10 +24,10 @@ use tempfile::TempDir;
 
 const OFF: &[&str] = &["--sandbox=off"];
 
-/// The folder that paths start from.
+/// The directory that paths start from.
 const HERE: u64 = libc::AT_FDCWD as u64;
 
-/// A daemon that has entered its sandbox. Its sockets are there a moment before.
+/// A daemon that has entered its sandbox, which it does shortly after it has created its sockets.
 fn serving(options: &[&str]) -> Daemon {
     let daemon = Daemon::start_with(options);
     eventually("the daemon to serve", || {
@@ -99,7 +99,7 @@ fn forbidden(path: u64) -> Vec<(&'static str, c_long, Vec<u64>)> {
             vec![libc::SIGUSR1 as u64, 0, 0, 8],
         ),
         (
-            "a folder",
+            "a directory",
             libc::SYS_unlinkat,
             vec![HERE, path, libc::AT_REMOVEDIR as u64],
         ),
@@ -130,7 +130,7 @@ fn a_call_that_is_not_listed_is_the_last() {
         );
 
         let mut daemon = Traced::serving(&[], nowhere);
-        // The path is at another place in each.
+        // The path is at a different address in each.
         let (.., arguments) = forbidden(daemon.path()).swap_remove(index);
         let outcome = daemon.call(number, &arguments);
         assert_eq!(outcome, Outcome::Killed(Signal::SIGSYS), "{name}");
@@ -139,8 +139,8 @@ fn a_call_that_is_not_listed_is_the_last() {
 
 #[test]
 fn no_file_can_be_opened_wherever_it_is() {
-    let folder = TempDir::new().unwrap();
-    let file = folder.path().join("file");
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("file");
     fs::write(&file, "secret").unwrap();
     for file in [&file, Path::new("/etc/passwd"), Path::new("/")] {
         let open = |mut daemon: Traced| {
@@ -160,7 +160,7 @@ fn a_refused_call_leaves_the_daemon_serving() {
     let open = [HERE, daemon.path(), libc::O_RDONLY as u64, 0];
     let refused = daemon.call(libc::SYS_openat, &open);
     assert_eq!(refused, Outcome::error(Errno::EACCES));
-    // The C library then takes the older call.
+    // The C library then uses the older call.
     let refused = daemon.call(libc::SYS_clone3, &[0, 0]);
     assert_eq!(refused, Outcome::error(Errno::ENOSYS));
     let listed = daemon.call(libc::SYS_getpid, &[]);
@@ -170,11 +170,11 @@ fn a_refused_call_leaves_the_daemon_serving() {
     assert_ne!(vmm.features(), 0);
 }
 
-/// Landlock alone: seccomp can't tell one path from another.
+/// Landlock alone: seccomp can't inspect paths.
 #[test]
-fn a_file_outside_the_folders_can_not_be_removed() {
-    let folder = TempDir::new().unwrap();
-    let file = folder.path().join("file");
+fn a_file_outside_the_directories_can_not_be_removed() {
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("file");
     fs::write(&file, "precious").unwrap();
     let remove = |mut daemon: Traced| {
         let arguments = [HERE, daemon.path(), 0];
@@ -188,7 +188,7 @@ fn a_file_outside_the_folders_can_not_be_removed() {
     assert!(!file.exists());
 }
 
-/// What the system says of each of the daemon's threads: privileges, capabilities, filter.
+/// The state of each thread in /proc: privileges, capabilities, filter.
 fn confinement(daemon: &Daemon) -> Vec<Vec<String>> {
     let wanted = [
         "NoNewPrivs:",
@@ -202,7 +202,7 @@ fn confinement(daemon: &Daemon) -> Vec<Vec<String>> {
     let status = |task: io::Result<fs::DirEntry>| {
         let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
         let lines = status.lines().filter(|line| {
-            // Only who may set capabilities can take them off this set.
+            // Only a process with CAP_SETPCAP can drop them from this set.
             let bounding = line.starts_with("CapBnd:") && geteuid().is_root();
             bounding || wanted.iter().any(|wanted| line.starts_with(wanted))
         });
@@ -282,7 +282,7 @@ fn its_memory_is_not_dumpable() {
     assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
 }
 
-/// Runs `work` in a thread for which, and for whose processes, the kernel has not these system calls.
+/// Runs `work` in a thread for which, and for whose children, these system calls don't exist.
 fn without<T: Send>(calls: &[c_long], work: impl FnOnce() -> T + Send) -> T {
     let rules = calls.iter().map(|call| (*call, Vec::new())).collect();
     let missing = SeccompAction::Errno(libc::ENOSYS as u32);
@@ -296,7 +296,7 @@ fn without<T: Send>(calls: &[c_long], work: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| scope.spawn(bereft).join().unwrap())
 }
 
-/// Older kernels, and what a message says of them.
+/// Older kernels, and the message about each.
 const BEREFT: [(&[c_long], &[&str]); 3] = [
     (&[libc::SYS_landlock_create_ruleset], &["no Landlock"]),
     (&[libc::SYS_seccomp], &["no seccomp"]),
@@ -309,14 +309,14 @@ const BEREFT: [(&[c_long], &[&str]); 3] = [
 #[test]
 fn the_strict_sandbox_is_whole_or_there_is_no_daemon() {
     for (calls, messages) in BEREFT {
-        let folder = TempDir::new().unwrap();
+        let directory = TempDir::new().unwrap();
         let output = without(calls, || {
             Command::new(binary())
                 .arg(format!("--guest-cid={GUEST_CID}"))
                 .arg("--socket")
-                .arg(folder.path().join("vhost"))
+                .arg(directory.path().join("vhost"))
                 .arg("--uds-path")
-                .arg(folder.path().join("uds"))
+                .arg(directory.path().join("uds"))
                 .arg("--sandbox=strict")
                 .output()
                 .unwrap()
@@ -330,7 +330,7 @@ fn the_strict_sandbox_is_whole_or_there_is_no_daemon() {
             "{stderr}"
         );
         assert_eq!(
-            fs::read_dir(&folder).unwrap().count(),
+            fs::read_dir(&directory).unwrap().count(),
             0,
             "no socket is left"
         );
@@ -355,8 +355,8 @@ fn the_usual_sandbox_does_without_and_says_so_once() {
 
 #[test]
 fn the_other_half_holds_where_one_is_missing() {
-    let folder = TempDir::new().unwrap();
-    let file = folder.path().join("file");
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("file");
     fs::write(&file, "precious").unwrap();
     let opened = without(&[libc::SYS_landlock_create_ruleset], || {
         let mut daemon = Traced::serving(&[], &file);

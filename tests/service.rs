@@ -1,4 +1,4 @@
-//! The daemon as a service manager starts it: with sockets that are there already, and with somebody to tell of itself.
+//! The daemon under a service manager: socket activation and status notification.
 
 mod common;
 
@@ -16,13 +16,12 @@ use common::sim::{Setup, SimGuest};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-/// Runs a program with its standard input and output as the first two descriptors that a service manager gives, in its
-/// words.
+/// Runs a program with its standard input and output as the first two descriptors of a socket activation.
 const ACTIVATE: &str =
     r#"exec 3<&0 4>&1 </dev/null >/dev/null; LISTEN_PID=$$ LISTEN_FDS=2 exec "$@""#;
 
-/// A command that starts the daemon with two sockets, called `names`, and its host programs in `folder`.
-fn activated(folder: &Path, sockets: [OwnedFd; 2], names: &str) -> Command {
+/// A command that starts the daemon with two sockets, called `names`, and its host programs in `directory`.
+fn activated(directory: &Path, sockets: [OwnedFd; 2], names: &str) -> Command {
     let [first, second] = sockets;
     let mut command = Command::new("sh");
     command
@@ -30,21 +29,21 @@ fn activated(folder: &Path, sockets: [OwnedFd; 2], names: &str) -> Command {
         .arg(binary())
         .arg("--guest-cid=4")
         .arg("--uds-path")
-        .arg(folder.join("vm.vsock"))
+        .arg(directory.join("vm.vsock"))
         .env("LISTEN_FDNAMES", names)
         .stdin(first)
         .stdout(second);
     command
 }
 
-fn listener(folder: &Path, name: &str) -> OwnedFd {
-    UnixListener::bind(folder.join(name)).unwrap().into()
+fn listener(directory: &Path, name: &str) -> OwnedFd {
+    UnixListener::bind(directory.join(name)).unwrap().into()
 }
 
-fn folder_with_log() -> (TempDir, File) {
-    let folder = TempDir::with_prefix("vsock-test-").unwrap();
-    let log = File::create(folder.path().join("log")).unwrap();
-    (folder, log)
+fn directory_with_log() -> (TempDir, File) {
+    let directory = TempDir::with_prefix("vsock-test-").unwrap();
+    let log = File::create(directory.path().join("log")).unwrap();
+    (directory, log)
 }
 
 #[test]
@@ -55,11 +54,11 @@ fn sockets_of_a_service_manager_are_served_and_left_to_it() {
         ([host, vmm], "host:vhost-user"),
         ([vmm, host], "first:second"),
     ] {
-        let (folder, log) = folder_with_log();
-        let inherited = sockets.map(|name| listener(folder.path(), name));
-        let mut command = activated(folder.path(), inherited, names);
-        let mut daemon = Daemon::start_by(&mut command, folder, log, PATIENCE);
-        // It has them alone.
+        let (directory, log) = directory_with_log();
+        let inherited = sockets.map(|name| listener(directory.path(), name));
+        let mut command = activated(directory.path(), inherited, names);
+        let mut daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
+        // Nobody else holds them.
         drop(command);
         assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
         daemon.signal(Signal::SIGTERM);
@@ -70,9 +69,9 @@ fn sockets_of_a_service_manager_are_served_and_left_to_it() {
 
 #[test]
 fn sockets_that_a_service_manager_should_not_have_given_are_refused() {
-    let folder = TempDir::new().unwrap();
+    let directory = TempDir::new().unwrap();
     let run = |sockets, names| -> Output {
-        let mut command = activated(folder.path(), sockets, names);
+        let mut command = activated(directory.path(), sockets, names);
         command
             .stderr(Stdio::piped())
             .spawn()
@@ -82,8 +81,8 @@ fn sockets_that_a_service_manager_should_not_have_given_are_refused() {
     };
     let listeners = || {
         ["a", "b"].map(|name| {
-            let _ = std::fs::remove_file(folder.path().join(name));
-            listener(folder.path(), name)
+            let _ = std::fs::remove_file(directory.path().join(name));
+            listener(directory.path(), name)
         })
     };
     let file = || File::open("/dev/null").unwrap().into();
@@ -100,7 +99,7 @@ fn sockets_that_a_service_manager_should_not_have_given_are_refused() {
     }
 }
 
-/// Waits for a message to a service manager that has a line which begins so.
+/// Waits for a message to the service manager with a line that starts with `line`.
 fn await_state(manager: &UnixDatagram, line: &str) {
     let mut message = [0; 4096];
     loop {
@@ -116,10 +115,10 @@ fn await_state(manager: &UnixDatagram, line: &str) {
 
 #[test]
 fn the_journal_gets_priorities_and_no_times() {
-    let (folder, log) = folder_with_log();
+    let (directory, log) = directory_with_log();
     let journal = log.metadata().unwrap();
     let stream = format!("{}:{}", journal.dev(), journal.ino());
-    let daemon = started_with(("JOURNAL_STREAM", stream.as_ref()), folder, log);
+    let daemon = started_with(("JOURNAL_STREAM", stream.as_ref()), directory, log);
     eventually("the first line", || daemon.log().ends_with('\n'));
     let log = daemon.log();
     assert!(
@@ -128,17 +127,17 @@ fn the_journal_gets_priorities_and_no_times() {
     );
 }
 
-/// A daemon with a variable in its environment.
-fn started_with(variable: (&str, &OsStr), folder: TempDir, log: File) -> Daemon {
+/// A daemon with an environment variable.
+fn started_with(variable: (&str, &OsStr), directory: TempDir, log: File) -> Daemon {
     let mut command = Command::new(binary());
     command
         .arg("--guest-cid=4")
         .arg("--socket")
-        .arg(folder.path().join("vhost.socket"))
+        .arg(directory.path().join("vhost.socket"))
         .arg("--uds-path")
-        .arg(folder.path().join("vm.vsock"))
+        .arg(directory.path().join("vm.vsock"))
         .env(variable.0, variable.1);
-    Daemon::start_by(&mut command, folder, log, PATIENCE)
+    Daemon::start_by(&mut command, directory, log, PATIENCE)
 }
 
 #[test]
@@ -150,8 +149,8 @@ fn a_service_manager_that_is_not_there_or_does_not_read_hinders_nothing() {
     filler.set_nonblocking(true).unwrap();
     while filler.send_to(b"X", &full).is_ok() {}
     for path in [full, managers.path().join("nobody")] {
-        let (folder, log) = folder_with_log();
-        let mut daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), folder, log);
+        let (directory, log) = directory_with_log();
+        let mut daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), directory, log);
         assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
         daemon.signal(Signal::SIGTERM);
         assert_eq!(daemon.wait_exit().code(), Some(0));
@@ -159,12 +158,12 @@ fn a_service_manager_that_is_not_there_or_does_not_read_hinders_nothing() {
 }
 
 #[test]
-fn a_service_manager_is_told_of_the_start_and_the_end() {
-    let (folder, log) = folder_with_log();
-    let path = folder.path().join("notify");
+fn a_service_manager_is_notified_of_the_start_and_the_stop() {
+    let (directory, log) = directory_with_log();
+    let path = directory.path().join("notify");
     let manager = UnixDatagram::bind(&path).unwrap();
     manager.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), folder, log);
+    let mut daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), directory, log);
     await_state(&manager, "READY=1");
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
     await_state(&manager, "STATUS=");

@@ -37,7 +37,7 @@ systemd-analyze security --no-pager --threshold=9 $name@4.service | tail -n 1
 useradd --no-create-home --groups $name member
 useradd --no-create-home stranger
 
-# By CID. The test outside is its guest and host programs, in this folder.
+# By CID. The test outside is its guest and host programs, in this directory.
 mkdir -p $run/4 /etc/$name
 mount --bind . $run/4
 if [ -e user ]; then
@@ -107,6 +107,6 @@ fails pgrep -x -f "/usr/bin/$name .*"
 [ ! -e $run/web/vm.vsock ]
 dpkg -P $name
 fails dpkg -s $name
-for folder in bin lib/systemd lib/sysusers.d share/{man,bash-completion,zsh,fish,qemu,doc}; do
-    [ -z "$(find /usr/$folder -name "*$name*")" ]
+for directory in bin lib/systemd lib/sysusers.d share/{man,bash-completion,zsh,fish,qemu,doc}; do
+    [ -z "$(find /usr/$directory -name "*$name*")" ]
 done

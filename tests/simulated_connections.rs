@@ -1,4 +1,4 @@
-//! What the daemon does for each packet of the guest, and for each deed of a host program.
+//! The daemon's response to every packet of the guest and every action of a host program.
 
 mod common;
 
@@ -31,7 +31,7 @@ fn connected() -> (Daemon, SimGuest, UnixStream) {
     (daemon, guest, stream)
 }
 
-/// Panics when any packet but CREDIT_UPDATE is due to the guest.
+/// Panics if any packet but CREDIT_UPDATE is pending for the guest.
 #[track_caller]
 fn assert_quiet(guest: &mut SimGuest) {
     let packets = guest.settle();
@@ -63,7 +63,7 @@ fn a_request_to_nobody_is_refused() {
 fn a_request_to_a_dead_socket_or_a_file_is_refused() {
     let (daemon, mut guest) = device();
     drop(listen(&daemon, PORT));
-    // A process that another test is starting holds it as well, until its exec.
+    // A process forked by another test also holds it, until its exec.
     eventually("the socket is dead", || {
         UnixStream::connect(daemon.host_port_path(PORT)).is_err()
     });
@@ -127,7 +127,7 @@ fn beyond_the_connection_limit_requests_are_refused() {
 }
 
 #[test]
-fn a_response_tells_the_daemons_buffer() {
+fn a_response_advertises_the_daemons_buffer() {
     for (options, buf_alloc) in [
         (&[][..], 262_144),
         (&["--tx-buffer-size", "65536"][..], 65_536),
@@ -176,7 +176,7 @@ fn a_listener_that_closes_what_it_accepts() {
     assert_eq!(shutdown.flags, NO_RECEIVE | NO_SEND);
 }
 
-// --- Packets that do not fit.
+// --- Unexpected packets.
 
 #[test]
 fn an_unexpected_response_is_ignored() {
@@ -334,7 +334,7 @@ fn a_credit_request_is_answered() {
 }
 
 #[test]
-fn credit_is_not_told_without_need() {
+fn no_credit_update_is_sent_without_need() {
     let (_daemon, mut guest, stream) = connected();
     for _ in 0..100 {
         guest.send(&FLOW.rw(&[1; 1000]));
@@ -349,7 +349,7 @@ fn credit_is_not_told_without_need() {
 }
 
 #[test]
-fn credit_is_told_before_a_capped_guest_runs_out() {
+fn a_credit_update_is_sent_before_a_capped_guest_runs_out() {
     let (_daemon, mut guest, stream) = connected();
     let flow = Flow {
         buf_alloc: 8192,
@@ -399,7 +399,7 @@ fn an_unread_connection_stops_alone() {
     assert!(sent.len() >= 262_144);
     assert_serves(&daemon, &mut guest);
     assert_same(&read_exactly(&stream, sent.len()), &sent);
-    // Space is told again once the host has read.
+    // Credit is updated once the host has read.
     recv_update(&mut guest, sent.len() as u32);
     assert_moves_bytes(&mut guest, &stream, &FLOW);
 }
@@ -448,7 +448,7 @@ fn recv_exhausting(guest: &mut SimGuest, flow: &Flow) -> Vec<u8> {
     };
     let first = guest.recv();
     take(first);
-    // A wrong daemon needs no reason to send more; two rounds of something else give it time.
+    // Give a faulty daemon the time to send more.
     guest.settle().into_iter().for_each(&mut take);
     guest.settle().into_iter().for_each(&mut take);
     assert!(asked <= 1, "{asked} CREDIT_REQUESTs for one lack of credit");
@@ -665,7 +665,7 @@ fn a_connect_line_in_pieces() {
     let mut stream = connect(&daemon.uds_path());
     for byte in b"CONNECT 1234\n" {
         stream.write_all(&[*byte]).unwrap();
-        // Each piece is seen alone: the guest's packets make the daemon turn in between.
+        // Each piece is read separately: the guest's packets keep the daemon working in between.
         assert!(guest.settle().iter().all(|packet| packet.is(Op::Request)));
         if *byte == b'4' {
             stream.write_all(b"\npayload").unwrap();
@@ -858,7 +858,7 @@ fn host_ports_have_at_most_five_digits_and_differ() {
 }
 
 #[test]
-fn a_request_to_the_guest_tells_the_daemons_buffer() {
+fn a_request_to_the_guest_advertises_the_daemons_buffer() {
     let (daemon, mut guest) = device();
     let (.., request) = from_host(&daemon, &mut guest, PORT);
     assert_eq!(
@@ -953,7 +953,7 @@ fn ends_behind_slow_data(end: impl FnOnce(UnixStream) -> Option<UnixStream>, fla
     }
 }
 
-/// The connection is really gone: its packets belong to nobody.
+/// The connection is gone: its packets are answered with RST.
 #[track_caller]
 fn assert_refused_after_close(guest: &mut SimGuest) {
     guest.send(&FLOW.packet(Op::CreditRequest));
@@ -961,7 +961,7 @@ fn assert_refused_after_close(guest: &mut SimGuest) {
 }
 
 #[test]
-fn a_host_that_stops_reading_is_told_to_the_guest() {
+fn a_host_that_stops_reading_is_reported_to_the_guest() {
     let (_daemon, mut guest, stream) = connected();
     assert_moves_bytes(&mut guest, &stream, &FLOW);
     stream.shutdown(Shutdown::Read).unwrap();
@@ -976,7 +976,7 @@ fn a_host_that_stops_reading_is_told_to_the_guest() {
 fn bytes_behind_out_of_band_ones_are_not_left_behind() {
     let (daemon, mut guest, stream) = connected();
     assert_moves_bytes(&mut guest, &stream, &FLOW);
-    // All of it is there before the daemon looks.
+    // All of it is queued before the daemon reads.
     daemon.signal(Signal::SIGSTOP);
     (&stream).write_all(b"before").unwrap();
     send(stream.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();

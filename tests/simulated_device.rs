@@ -98,7 +98,7 @@ fn config_space_is_the_cid() {
 fn config_space_ends_behind_the_cid() {
     let mut daemon = Daemon::start();
     for (offset, len) in [(0, 9), (8, 1), (1, 8), (4, 200), (255, 1)] {
-        // What a daemon answers here is not told; that it lives and serves is.
+        // The answer is up to the daemon, as long as it survives.
         let frontend = frontend(&daemon);
         let payload = [
             &[offset, len, 0].map(u32::to_le_bytes).concat()[..],
@@ -189,7 +189,7 @@ fn a_stop_parks_the_streams() {
         assert_moves_bytes(&mut guest, &second, &to);
         guest.stop_rings();
         (&first).write_all(b"to the parked guest").unwrap();
-        // A QEMU that goes on sends the table again.
+        // QEMU sends the table again when it resumes.
         guest.frontend.set_mem_table(&guest.memory);
         guest.start_rings();
         let got = common::sim::host::recv_bytes(&mut guest, &from, 19);
@@ -215,7 +215,7 @@ fn a_stopped_device_does_not_touch_guest_memory() {
     (&stream).write_all(&pattern(1, 5000)).unwrap();
     guest.rings[0].kick();
     guest.rings[1].kick();
-    // A device that errs gets the time to.
+    // Give a faulty device time.
     sleep(Duration::from_millis(300));
     assert!(
         before == everything(&guest),
@@ -317,7 +317,7 @@ fn a_device_reset_closes_the_streams() {
     start_after_reset(&daemon, &mut guest);
 }
 
-/// What a VMM tells a device that was reset: everything (vhost-user, RESET_DEVICE).
+/// After RESET_DEVICE, a VMM configures everything again.
 #[track_caller]
 fn start_after_reset(daemon: &Daemon, guest: &mut SimGuest) {
     guest.frontend.set_features(guest.features);
@@ -383,7 +383,7 @@ fn a_hundred_vmms_one_after_the_other_leave_nothing() {
         assert_closed(&stream);
         assert_closed(&client);
         if i == 4 {
-            // By now whatever is made once is made.
+            // By now everything allocated once is allocated.
             settled = daemon.at_rest();
         }
     }
@@ -459,12 +459,12 @@ fn interrupts_and_kicks_are_asked_for_rarely() {
     );
 }
 
-// --- Sockets that somebody else has made.
+// --- Inherited sockets.
 
 #[test]
 fn an_inherited_socket_that_listens_serves_one_vmm_after_the_other() {
-    let folder = TempDir::with_prefix("vsock-test-").unwrap();
-    let path = folder.path().join("inherited");
+    let directory = TempDir::with_prefix("vsock-test-").unwrap();
+    let path = directory.path().join("inherited");
     let listener = UnixListener::bind(&path).unwrap();
     let daemon = Daemon::start_inheriting(OwnedFd::from(listener));
     for _ in 0..3 {
@@ -481,7 +481,7 @@ fn an_inherited_socket_that_listens_serves_one_vmm_after_the_other() {
 #[test]
 fn an_inherited_connection_is_served_until_it_ends() {
     let (vmm, theirs) = UnixStream::pair().unwrap();
-    // As a launcher with an event loop makes them.
+    // As a launcher with an event loop would create it.
     theirs.set_nonblocking(true).unwrap();
     let mut daemon = Daemon::start_inheriting(OwnedFd::from(theirs));
     let mut guest = SimGuest::start_over(vmm, Setup::default());

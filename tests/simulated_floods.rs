@@ -11,7 +11,7 @@ use common::sim::survivor::SLACK_KIB;
 use common::sim::{Dice, Flow, Op, Packet, Setup, SimGuest, Survivor};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// A packet that could be anything, mostly near to what is right.
+/// A random packet, mostly close to a valid one.
 fn any_packet(dice: &mut Dice) -> Packet {
     let flow = Flow {
         buf_alloc: dice.one_of(&[262_144, 262_144, 0, 1, 5000, u32::MAX]),
@@ -35,7 +35,7 @@ fn any_packet(dice: &mut Dice) -> Packet {
     packet
 }
 
-/// A host program at a random moment of its life.
+/// A host program in a random state.
 fn any_client(daemon: &Survivor, dice: &mut Dice, clients: &mut Vec<UnixStream>) {
     if clients.len() > 8 {
         clients.remove(dice.below(8) as usize);
@@ -94,10 +94,10 @@ fn assert_bounded(limit_kib: u64, packet: impl Fn(u32) -> Packet) {
         let unharmed = from_guest(&daemon, &mut guest, &other);
         guest.auto_repost = with_buffers;
         if !with_buffers {
-            // What the guest has offered already is used up first.
+            // Buffers offered before are used first.
             (0..200).for_each(|port| guest.send(&Flow::new(port, 9).packet(Op::Request)));
         }
-        // Answers that were all kept would be far beyond the limits.
+        // Keeping all answers would exceed the limits by far.
         for number in 0..if with_buffers { 20_000 } else { 150_000 } {
             guest.send(&packet(number));
             while with_buffers && guest.poll_packet().is_some() {}

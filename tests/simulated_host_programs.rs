@@ -1,4 +1,4 @@
-//! Host programs that misbehave: each only hurts itself.
+//! Misbehaving host programs: each hurts only itself.
 
 mod common;
 
@@ -36,7 +36,7 @@ fn thousands_of_silent_clients_at_once_keep_nobody_out() {
             client
         })
         .collect();
-    // The oldest have given way.
+    // The oldest have been evicted.
     clients[..1900].iter().for_each(assert_closed);
     assert!(daemon.open_descriptors() <= before + 1024);
     let growth = daemon.growth_kib();
@@ -127,7 +127,7 @@ fn a_client_that_leaves_with_its_ok_unread() {
 fn a_program_that_resets_with_bytes_unread_ends_its_connection_alone() {
     let (daemon, mut guest) = start();
     let (other, other_flow, _) = from_host(&daemon, &mut guest, PORT + 1);
-    // A few bytes in its socket, and as many as the daemon keeps.
+    // With a few bytes unread, and with all buffers full.
     for full in [false, true] {
         let stream = from_guest(&daemon, &mut guest, &FLOW);
         if full {
@@ -140,7 +140,7 @@ fn a_program_that_resets_with_bytes_unread_ends_its_connection_alone() {
         let packet = recv_other(&mut guest);
         packet.assert_is(Op::Shutdown, &FLOW);
         assert_eq!(packet.flags, 3);
-        // What still comes is dropped, and costs no credit.
+        // What still comes is dropped and uses no credit.
         guest.send(&FLOW.rw(&[1; 1000]));
         guest.send(&FLOW.packet(Op::Rst));
         assert_moves_bytes(&mut guest, &other, &other_flow);
@@ -150,7 +150,7 @@ fn a_program_that_resets_with_bytes_unread_ends_its_connection_alone() {
 }
 
 #[test]
-fn a_program_that_stops_reading_a_full_socket_is_told_to_the_guest_when_it_speaks() {
+fn a_program_that_stops_reading_a_full_socket_is_reported_to_the_guest_when_it_writes() {
     let (daemon, mut guest) = start();
     let mut stream = from_guest(&daemon, &mut guest, &FLOW);
     fill(&mut guest, &FLOW);

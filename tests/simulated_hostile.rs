@@ -1,4 +1,4 @@
-//! A guest, or a VMM, that does what no real one does: the daemon lives, and serves the next.
+//! A hostile guest or VMM: the daemon survives and serves the next one.
 
 mod common;
 
@@ -35,7 +35,7 @@ fn place(guest: &SimGuest, bytes: &[u8]) -> u64 {
     addr
 }
 
-/// Offers chains that are no packets by `offer`: each comes back, nothing is answered, and a good connection goes on.
+/// Offers malformed chains with `offer`: each comes back, nothing is answered, and a connection goes on.
 fn assert_survives(offer: impl Fn(&mut SimGuest)) {
     let (mut daemon, mut guest) = device();
     let stream = from_guest(&daemon, &mut guest, &FLOW);
@@ -52,7 +52,7 @@ fn assert_survives(offer: impl Fn(&mut SimGuest)) {
     assert_serves(&daemon, &mut guest);
 }
 
-// --- Chains that are no packets.
+// --- Malformed chains.
 
 #[test]
 fn a_chain_that_is_a_loop() {
@@ -288,9 +288,9 @@ fn a_malformed_chain_between_good_ones_takes_nothing_along() {
     }
 }
 
-// --- Buffers that hold no packet.
+// --- Unusable RX buffers.
 
-/// A guest whose first RX buffers are of `lengths`, and the others good.
+/// A guest whose first RX buffers have `lengths`; the others are good.
 fn with_bad_rx(lengths: &[&[u32]]) -> (Daemon, SimGuest) {
     let daemon = Daemon::start();
     let mut guest = SimGuest::connect(&daemon, Setup::default());
@@ -307,7 +307,7 @@ fn with_bad_rx(lengths: &[&[u32]]) -> (Daemon, SimGuest) {
     (daemon, guest)
 }
 
-/// Takes `count` buffers back that must be unused.
+/// Takes back `count` buffers that must be unused.
 #[track_caller]
 fn take_unused(guest: &mut SimGuest, count: usize) {
     for _ in 0..count {
@@ -336,7 +336,7 @@ fn rx_buffers_too_short_for_a_packet_come_back_unused() {
 
 #[test]
 fn rx_buffers_for_a_header_alone_do_not_stop_the_bytes() {
-    // What becomes of a buffer of 44 bytes when there is payload is not told: it may carry a header, or come back.
+    // A buffer of 44 bytes when there is payload may carry a header, or come back unused.
     let (daemon, mut guest) = with_bad_rx(&[&[44]]);
     guest.post_rx();
     guest.start_rings();
@@ -407,9 +407,9 @@ fn rx_buffers_the_device_can_not_write() {
     assert_serves(&daemon, &mut guest);
 }
 
-// --- Rings that are broken.
+// --- Broken rings.
 
-/// Stops rings whose indices mean nothing any more.
+/// Stops rings whose indices are meaningless by now.
 fn give_up(guest: &mut SimGuest) {
     for index in 0..2 {
         guest.frontend.vring_base(index);
@@ -452,7 +452,7 @@ fn a_jump_of_the_rx_avail_index_stops_the_ring() {
         let ring = &mut guest.rings[RX];
         ring.set_avail_idx(ring.avail_idx().wrapping_add(5000));
         ring.kick();
-        // The ring may be looked at only when there is something to put in it.
+        // The ring may be read only when there is a packet for it.
         guest.try_send(&FLOW.packet(Op::Request), guest.setup.tx, Indirect::No);
         guest.rings[TX].kick();
     });
@@ -477,7 +477,7 @@ fn heads_beyond_the_ring_do_no_harm() {
         guest.rings[TX].push_avail(head);
         guest.rings[TX].kick();
     }
-    // Whether the ring goes on or stops is not told. The next start works.
+    // The ring may go on or stop. The next start works.
     sleep(Duration::from_millis(50));
     daemon.assert_alive();
     give_up(&mut guest);
@@ -527,7 +527,7 @@ fn rings_outside_the_memory() {
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
 }
 
-// --- Floods, and a device with nothing to do.
+// --- Floods, and an idle device.
 
 #[test]
 fn a_flood_that_must_be_reset_with_no_rx_buffer() {
@@ -627,7 +627,7 @@ fn a_host_that_does_not_read_costs_no_processor() {
     drop(stream);
 }
 
-/// A client that writes until nobody takes any more.
+/// Writes until the stream takes no more.
 fn write_until_full(stream: &UnixStream) {
     stream
         .set_write_timeout(Some(Duration::from_millis(300)))

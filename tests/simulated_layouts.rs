@@ -1,4 +1,4 @@
-//! Bytes through the device, compared one by one, whatever the rings and buffers look like.
+//! Byte-exact transfer through rings and buffers of every layout.
 
 mod common;
 
@@ -37,7 +37,7 @@ fn exchange(mut host: UnixStream, mut guest: GuestStream, seed: u64, len: usize)
     guest.wait_gone();
 }
 
-/// `count` connections at once, half of them begun by either side.
+/// `count` connections at once, half of them opened by either side.
 fn exchange_many(daemon: &Daemon, setup: Setup, count: usize, len: usize) {
     let stack = GuestStack::new(SimGuest::start(daemon, setup));
     stack.listen(PORT);
@@ -65,7 +65,7 @@ fn run(setup: Setup, count: usize, len: usize) {
 const BARE: u64 = 0;
 const BOTH: u64 = feature::EVENT_IDX | feature::INDIRECT_DESC;
 
-/// Every set of ring features, with this much of each.
+/// Every combination of ring features, with this many bytes each.
 fn with_features(setup: Setup, count: usize, len: usize) {
     for features in [
         BARE,

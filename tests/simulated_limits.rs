@@ -1,4 +1,4 @@
-//! What runs out: descriptors, connections, ports, time, and the VMM itself.
+//! Exhausted resources: descriptors, connections, ports, time, and the VMM itself.
 
 mod common;
 
@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::daemon::{Daemon, eventually};
 use common::sim::host::{
     accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, connect, dial, fill,
-    from_guest, listen, read_to_end, recv_bytes,
+    from_guest, from_host, listen, read_to_end, recv_bytes,
 };
 use common::sim::vhost_user::Request;
 use common::sim::{Flow, Op, Setup, SimGuest};
@@ -23,7 +23,7 @@ fn flow(guest_port: u32) -> Flow {
     Flow::new(guest_port, PORT)
 }
 
-/// Lets the daemon have descriptors below `limit` only. Those it has stay.
+/// Limits the daemon's descriptors. Open ones stay open.
 fn limit_descriptors(daemon: &Daemon, limit: usize) {
     daemon.set_limit("nofile", limit);
 }
@@ -54,6 +54,10 @@ fn without_descriptors_clients_wait_and_the_others_go_on() {
     guest.recv().assert_is(Op::Rst, &refused);
 
     drop(clients);
+    // Clients still in the backlog take descriptors once more. One that connects now is served after all of them.
+    let (last, last_flow, _) = from_host(&daemon, &mut guest, PORT);
+    guest.send(&last_flow.packet(Op::Rst));
+    assert_closed(&last);
     assert_serves(&daemon, &mut guest);
 }
 
@@ -125,7 +129,7 @@ fn host_ports_of_clients_avoid_those_the_guest_uses() {
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let first = dial(&daemon, PORT);
     let taken = guest.recv().src_port;
-    // The guest itself takes the next host ports with the same port of its own.
+    // The guest itself takes the next host ports, from the same guest port.
     let listeners: Vec<_> = (1..=3)
         .map(|next| {
             let host_port = if taken + next > 65535 {
@@ -152,7 +156,7 @@ fn host_ports_of_clients_avoid_those_the_guest_uses() {
 }
 
 #[test]
-fn a_kick_that_replaces_another_is_heard() {
+fn a_kick_eventfd_that_replaces_another_is_watched() {
     let daemon = Daemon::start();
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let stream = from_guest(&daemon, &mut guest, &flow(1));
@@ -207,7 +211,7 @@ fn interrupts_that_were_due_before_their_call_came_are_not_lost() {
     let mut stream = from_guest(&daemon, &mut guest, &flow(1));
     guest.stop_rings();
     stream.write_all(b"hello").unwrap();
-    // QEMU resumes a ring so: its call comes last.
+    // Like QEMU, which sets the call eventfd last when it resumes a ring.
     for index in 0..guest.rings.len() as u32 {
         let ring = &mut guest.rings[index as usize];
         ring.renew_eventfds();
@@ -257,7 +261,7 @@ fn a_busy_guest_stops_no_clock() {
         .unwrap();
     let waiting = std::thread::spawn(move || silent.read(&mut [0]).unwrap());
     while !waiting.is_finished() {
-        // Packets that cost the guest no answer.
+        // Packets that are not answered.
         (0..100).for_each(|port| guest.send(&flow(port).packet(Op::Rst)));
     }
     assert_eq!(
@@ -281,7 +285,7 @@ fn a_thousand_vmms_leave_nothing_behind() {
     let (settled, before) = (daemon.at_rest(), daemon.anonymous_kib());
     (0..1000).for_each(|_| visit());
     assert_eq!(daemon.at_rest(), settled, "descriptors and threads");
-    // 2 KiB that each leaves behind would show.
+    // A leak of 2 KiB per VMM would show.
     let grown = daemon.anonymous_kib().saturating_sub(before);
     assert!(grown < 2000, "{grown} KiB");
 }

@@ -1,4 +1,4 @@
-//! Rings and memory that a guest or its VMM misuses: whatever stands in them, the daemon lives and serves the next.
+//! Misused rings and guest memory: whatever they contain, the daemon survives and serves the next VMM.
 
 mod common;
 
@@ -129,7 +129,7 @@ fn gigabytes_in_one_chain_are_past_the_credit() {
         ..Setup::default()
     };
     let mut guest = SimGuest::start(&daemon, setup);
-    // Many descriptors of one and the same memory, which is there, but not so often.
+    // Many descriptors that refer to the same valid memory.
     let piece = parts(guest.memory.end() - (40 << 20), &[40 << 20])[0];
     let send = |guest: &mut SimGuest, len: u32, pieces: usize| {
         let addr = place(
@@ -212,7 +212,7 @@ fn a_header_that_changes_while_it_is_read() {
     for _ in 0..2000 {
         guest.send_chain(&parts(addr, &[HEADER_LEN + 100]), Indirect::No);
         guest.wait_tx_done();
-        // Credit is told on the way.
+        // Credit updates come in between.
         while let Some(packet) = guest.poll_packet() {
             packet.assert_is(Op::CreditUpdate, &FLOW);
         }
@@ -236,9 +236,9 @@ fn a_header_that_changes_while_it_is_read() {
     daemon.assert_unharmed();
 }
 
-// --- Rings in places where none belong.
+// --- Rings at invalid places.
 
-/// Starts a ring at any place in memory. Whether the daemon takes it is not told.
+/// Starts a ring anywhere in memory. The daemon may refuse it.
 fn start_anywhere(guest: &SimGuest, index: usize, addresses: RingAddresses) {
     let ring = &guest.rings[index];
     let frontend = &guest.frontend;
@@ -269,7 +269,7 @@ fn rings_over_each_other_and_over_packets() {
             start_anywhere(&guest, index, RingAddresses { desc, used, avail });
         }
         for _ in 0..50 {
-            // Indices that are near, addresses in the page: what looks like a ring.
+            // Small indices and addresses within the pages: plausible rings.
             for at in (0..8192).step_by(16) {
                 let mut entry = (page + dice.below(8192)).to_le_bytes().to_vec();
                 entry.extend((dice.below(200) as u32).to_le_bytes());
@@ -282,7 +282,7 @@ fn rings_over_each_other_and_over_packets() {
             }
             guest.rings[TX].kick();
             guest.rings[RX].kick();
-            // With the reply, the worker has had its turn or has it right now.
+            // By the reply, the worker has run or is running.
             guest.frontend.features();
         }
     }
@@ -295,7 +295,7 @@ fn a_used_ring_over_the_avail_ring_keeps_nobody_from_serving_the_next() {
     let mut guest = SimGuest::connect(&daemon, Setup::default());
     for index in [RX, TX] {
         let ring = guest.rings[index].addresses();
-        // Each buffer that comes back is offered again by that.
+        // Returning a buffer offers it again.
         start_anywhere(
             &guest,
             index,
@@ -336,7 +336,7 @@ fn a_storm_of_kicks_keeps_nobody_from_being_served() {
     });
     (0..100).for_each(|_| assert_moves_bytes(&mut guest, &stream, &FLOW));
     assert_serves(&daemon, &mut guest);
-    // The VMM is heard too.
+    // The VMM is served too.
     (0..100).for_each(|_| _ = guest.frontend.features());
     stop.store(true, Ordering::Relaxed);
     storm.join().unwrap();
@@ -367,7 +367,7 @@ fn a_size_that_is_none_runs_no_ring() {
     for size in [0, 3, 127, 2048, 65_535, 65_536 + 128, u32::MAX] {
         let guest = SimGuest::connect(&daemon, Setup::default());
         let payload = [TX as u32, size].map(u32::to_le_bytes).concat();
-        // Whether it is refused, or the VMM with it, is not told.
+        // The daemon may refuse it or drop the VMM.
         guest
             .frontend
             .send_message(Request::SetVringNum as u32, 0, &payload, &[]);
@@ -375,18 +375,14 @@ fn a_size_that_is_none_runs_no_ring() {
     daemon.assert_unharmed();
 }
 
-// --- Memory that changes.
+// --- Changing memory.
 
 /// SET_MEM_TABLE with some of the regions.
 fn share(guest: &SimGuest, regions: &[usize]) {
-    let mut payload = [regions.len() as u32, 0].map(u32::to_le_bytes).concat();
     let all = guest.memory.regions();
-    for region in regions.iter().map(|&index| &all[index]) {
-        let words = [region.guest_addr, region.size, region.user_addr, 0];
-        payload.extend(words.map(u64::to_le_bytes).concat());
-    }
-    let fds: Vec<_> = regions.iter().map(|&index| all[index].fd.as_fd()).collect();
-    guest.frontend.set(Request::SetMemTable, &payload, &fds);
+    guest
+        .frontend
+        .share(regions.iter().map(|&index| &all[index]));
 }
 
 #[test]

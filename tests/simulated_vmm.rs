@@ -1,4 +1,4 @@
-//! VMMs that misbehave: each loses its own device, and the daemon serves the next.
+//! Misbehaving VMMs: each loses only its own device, and the daemon serves the next.
 
 mod common;
 
@@ -17,7 +17,7 @@ use common::sim::vhost_user::{F_PROTOCOL_FEATURES, Frontend, Request, protocol};
 use common::sim::{Dice, Op, Setup, SimGuest, Survivor};
 use nix::sys::signal::Signal;
 
-/// Sends a message if somebody is still there to take it.
+/// Sends a message; the daemon may have closed the connection.
 fn send(frontend: &Frontend, head: [u32; 3], payload: &[u8], fds: &[BorrowedFd]) {
     let bytes = [&head.map(u32::to_le_bytes).concat()[..], payload].concat();
     let _ = frontend.try_send_raw(&bytes, fds);
@@ -52,11 +52,11 @@ fn messages_of_every_number_size_and_content() {
                 1 => vec![0xff; size],
                 _ => (0..size).map(|_| dice.any() as u8).collect(),
             };
-            // Flags of the wrong version or of a reply, with and without the wish for one; sizes that lie.
+            // Flags with a wrong version, of a reply, with and without NEED_REPLY; sizes that are wrong.
             let flags = dice.one_of(&[1, 9, 9, 5, 0, 2, u32::MAX]);
-            let told = dice.one_of(&[size as u32, size as u32, 0, 4097, 0x10000, u32::MAX]);
+            let announced = dice.one_of(&[size as u32, size as u32, 0, 4097, 0x10000, u32::MAX]);
             let fds = vec![file.as_fd(); dice.one_of(&[0, 0, 1, 2, 8, 32, 33, 253])];
-            send(&frontend, [number, flags, told], &payload, &fds);
+            send(&frontend, [number, flags, announced], &payload, &fds);
         }
     }
     daemon.assert_unharmed();
@@ -80,7 +80,7 @@ fn garbage_without_an_end() {
         let frontend = frontend(&daemon, 0);
         let mut stream = frontend.stream();
         let mut sent = 0;
-        // It is cut off before it has been listened to for long.
+        // The daemon drops it before it has read much.
         while let Ok(count) = stream.write(&[byte; 4096]) {
             sent += count;
             assert!(sent < 64 << 20, "somebody reads it all");
@@ -190,7 +190,7 @@ fn vmms_that_die_in_mid_transfer() {
         }
         drop(guest);
         writer.join().unwrap();
-        // A reset says the same as an end.
+        // A reset is as good as an end.
         let _ = reader.join().unwrap();
         assert_closed(&waiting);
     }

@@ -1,4 +1,4 @@
-//! contrib/vsock-connect, with a Unix socket of the test in the daemon's place.
+//! contrib/vsock-connect, with a Unix socket of the test in place of the daemon.
 
 mod common;
 
@@ -20,21 +20,21 @@ const MIB: usize = 1 << 20;
 struct Session {
     program: Child,
     daemon: UnixStream,
-    _folder: TempDir,
+    _directory: TempDir,
 }
 
 impl Session {
     /// Starts vsock-connect for port 1234 and takes its connection; nothing is answered yet.
     fn start() -> Self {
-        let folder = TempDir::with_prefix("vsock-connect-").unwrap();
-        let path = folder.path().join("vm.vsock");
+        let directory = TempDir::with_prefix("vsock-connect-").unwrap();
+        let path = directory.path().join("vm.vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let program = vsock_connect(&[path.to_str().unwrap(), "1234"]);
         let daemon = accept(&listener);
         Self {
             program,
             daemon,
-            _folder: folder,
+            _directory: directory,
         }
     }
 
@@ -57,7 +57,7 @@ impl Session {
         (self.daemon, _) = UnixStream::pair().unwrap();
     }
 
-    /// Types `text`.
+    /// Writes `text` to standard input.
     fn write(&mut self, text: &str) {
         let input = self.program.stdin.as_mut().unwrap();
         input.write_all(text.as_bytes()).unwrap();

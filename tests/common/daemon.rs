@@ -1,4 +1,4 @@
-//! The daemon under test, as a process in a temporary folder of its own.
+//! The daemon under test, as a process in a temporary directory of its own.
 
 use std::fmt::Display;
 use std::fs;
@@ -16,17 +16,17 @@ use tempfile::TempDir;
 
 use super::watchdog::Watchdog;
 
-/// The guest's CID in every test that has no reason for another.
+/// The guest's CID, unless a test needs another.
 pub const GUEST_CID: u64 = 4;
 
-/// How long a test waits for what should happen at once. It bounds a failing run; no test passes by it.
+/// How long a test waits for what should happen at once. It only bounds a failing run.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A running daemon. It is killed, by pid, when this is dropped.
+/// A running daemon. Killed by pid on drop.
 pub struct Daemon {
     child: Child,
     watchdog: Watchdog,
-    folder: TempDir,
+    directory: TempDir,
     patience: Duration,
 }
 
@@ -36,41 +36,41 @@ impl Daemon {
         Self::start_with(&[])
     }
 
-    /// Starts a daemon with `options` behind the three that every daemon needs.
+    /// Starts a daemon with `options` after the three mandatory ones.
     pub fn start_with(options: &[&str]) -> Self {
-        let folder = TempDir::with_prefix("vsock-test-").unwrap();
-        let log = fs::File::create(folder.path().join("log")).unwrap();
-        Self::start_in(folder, options, log.into())
+        let directory = TempDir::with_prefix("vsock-test-").unwrap();
+        let log = fs::File::create(directory.path().join("log")).unwrap();
+        Self::start_in(directory, options, log.into())
     }
 
-    /// Starts a daemon that has its vhost-user socket from us, as its descriptor 0.
+    /// Starts a daemon that inherits its vhost-user socket as descriptor 0.
     pub fn start_inheriting(socket: impl Into<Stdio>) -> Self {
-        let folder = TempDir::with_prefix("vsock-test-").unwrap();
-        let log = fs::File::create(folder.path().join("log")).unwrap();
-        let mut command = Self::command(&folder);
+        let directory = TempDir::with_prefix("vsock-test-").unwrap();
+        let log = fs::File::create(directory.path().join("log")).unwrap();
+        let mut command = Self::command(&directory);
         command.arg("--fd=0").stdin(socket);
-        Self::start_by(&mut command, folder, log, PATIENCE)
+        Self::start_by(&mut command, directory, log, PATIENCE)
     }
 
-    /// Starts a daemon whose log goes to `stderr`, in place of where the test can read it.
+    /// Starts a daemon that logs to `stderr` instead of the file behind [`Daemon::log`].
     pub fn start_logging_to(stderr: impl Into<Stdio>, options: &[&str]) -> Self {
-        let folder = TempDir::with_prefix("vsock-test-").unwrap();
-        fs::write(folder.path().join("log"), "").unwrap();
-        Self::start_in(folder, options, stderr.into())
+        let directory = TempDir::with_prefix("vsock-test-").unwrap();
+        fs::write(directory.path().join("log"), "").unwrap();
+        Self::start_in(directory, options, stderr.into())
     }
 
-    fn start_in(folder: TempDir, options: &[&str], stderr: Stdio) -> Self {
-        let mut command = Self::command(&folder);
+    fn start_in(directory: TempDir, options: &[&str], stderr: Stdio) -> Self {
+        let mut command = Self::command(&directory);
         command
             .arg("--socket")
-            .arg(folder.path().join("vhost.socket"))
+            .arg(directory.path().join("vhost.socket"))
             .args(options)
             .stdin(Stdio::null());
-        Self::start_by(&mut command, folder, stderr, PATIENCE)
+        Self::start_by(&mut command, directory, stderr, PATIENCE)
     }
 
-    fn command(folder: &TempDir) -> Command {
-        // Even as root, it is a daemon like any other user's: it may do what its files' modes allow.
+    fn command(directory: &TempDir) -> Command {
+        // File modes apply to the daemon even when the tests run as root.
         let mut command = if geteuid().is_root() {
             let mut command = Command::new("setpriv");
             command.args(["--bounding-set=-dac_override,-dac_read_search"]);
@@ -82,21 +82,21 @@ impl Daemon {
         command
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--uds-path")
-            .arg(folder.path().join("vm.vsock"))
+            .arg(directory.path().join("vm.vsock"))
             .stdout(Stdio::null());
         command
     }
 
-    /// Starts a command that becomes a daemon, or has one run, with its sockets in `folder`. Its start and its end may take
-    /// so long.
+    /// Starts a command that becomes a daemon, or runs one, with its sockets in `directory`. Start and stop may each take
+    /// `patience`.
     pub fn start_by(
         command: &mut Command,
-        folder: TempDir,
+        directory: TempDir,
         stderr: impl Into<Stdio>,
         patience: Duration,
     ) -> Self {
         let child = command
-            // An interrupt from the terminal is for the test, which then ends the daemon.
+            // Ctrl-C must reach only the test, which stops the daemon itself.
             .process_group(0)
             .stderr(stderr)
             .spawn()
@@ -104,7 +104,7 @@ impl Daemon {
         let mut daemon = Self {
             watchdog: Watchdog::start(child.id()),
             child,
-            folder,
+            directory,
             patience,
         };
         daemon.wait_for_sockets();
@@ -113,22 +113,22 @@ impl Daemon {
 
     /// The vhost-user socket, where the VMM connects.
     pub fn vhost_socket(&self) -> PathBuf {
-        self.folder.path().join("vhost.socket")
+        self.directory.path().join("vhost.socket")
     }
 
     /// The socket where host programs connect.
     pub fn uds_path(&self) -> PathBuf {
-        self.folder.path().join("vm.vsock")
+        self.directory.path().join("vm.vsock")
     }
 
     /// The socket where a host program listens for the guest's connections to `port`.
     pub fn host_port_path(&self, port: u32) -> PathBuf {
-        self.folder.path().join(format!("vm.vsock_{port}"))
+        self.directory.path().join(format!("vm.vsock_{port}"))
     }
 
-    /// The folder of this daemon's sockets, for a test's own files.
-    pub fn folder(&self) -> &Path {
-        self.folder.path()
+    /// The directory of the daemon's sockets; tests may put files of their own there.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// The daemon's process id.
@@ -138,31 +138,31 @@ impl Daemon {
 
     /// What the daemon has logged so far.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.folder.path().join("log")).unwrap()
+        fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
 
-    /// How many descriptors the daemon has open. Its sandbox lets nobody but root see them, but from Linux 6.2 on the size
-    /// of their folder is their number.
+    /// Number of open descriptors. The sandboxed daemon's can be listed only by root, but since Linux 6.2 the size of the
+    /// directory is their number.
     pub fn open_descriptors(&self) -> usize {
-        let folder = format!("/proc/{}/fd", self.pid());
-        match fs::read_dir(&folder) {
+        let directory = format!("/proc/{}/fd", self.pid());
+        match fs::read_dir(&directory) {
             Ok(descriptors) => descriptors.count(),
             Err(error) => {
-                let size = fs::metadata(&folder).unwrap().len();
-                assert_ne!(size, 0, "{folder} takes root, or Linux 6.2: {error}");
+                let size = fs::metadata(&directory).unwrap().len();
+                assert_ne!(size, 0, "{directory} takes root, or Linux 6.2: {error}");
                 size as usize
             }
         }
     }
 
-    /// How many descriptors and threads the daemon has when nothing is under way: two looks apart in time agree.
+    /// Number of descriptors and threads once two samples, taken apart in time, agree.
     pub fn at_rest(&self) -> (usize, usize) {
-        let look = || (self.open_descriptors(), self.threads());
-        let mut before = look();
+        let sample = || (self.open_descriptors(), self.threads());
+        let mut before = sample();
         let deadline = Instant::now() + PATIENCE;
         loop {
             sleep(Duration::from_millis(100));
-            let now = look();
+            let now = sample();
             if now == before {
                 return now;
             }
@@ -174,12 +174,12 @@ impl Daemon {
         }
     }
 
-    /// How many threads the daemon has.
+    /// Number of threads.
     pub fn threads(&self) -> usize {
         self.tasks().count()
     }
 
-    /// The daemon's own memory in KiB, without that of guests and of files.
+    /// The daemon's anonymous memory in KiB: neither guest memory nor file mappings.
     pub fn anonymous_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with("RssAnon:"));
@@ -187,7 +187,7 @@ impl Daemon {
         number.unwrap().parse().unwrap()
     }
 
-    /// Sets a soft limit of the daemon's, by the name that prlimit(1) has for it.
+    /// Sets a soft resource limit, by its prlimit(1) name.
     pub fn set_limit(&self, resource: &str, limit: impl Display) {
         let status = Command::new("prlimit")
             .arg(format!("--pid={}", self.pid()))
@@ -197,7 +197,7 @@ impl Daemon {
         assert!(status.success());
     }
 
-    /// Processor time that the daemon's threads have used.
+    /// CPU time used by all threads.
     pub fn cpu_time(&self) -> Duration {
         let spent = self.tasks().map(|task| {
             let line = fs::read_to_string(task.join("schedstat")).unwrap_or_default();
@@ -207,19 +207,27 @@ impl Daemon {
         Duration::from_nanos(spent.sum())
     }
 
-    /// Panics when the daemon uses more than a sliver of processor time while nothing happens.
+    /// Panics if the daemon uses more than 5 % of a CPU while idle.
     #[track_caller]
     pub fn assert_idle(&self) {
-        // What was under way may end.
+        Self::assert_all_idle(&[self]);
+    }
+
+    /// The same for several daemons at once.
+    #[track_caller]
+    pub fn assert_all_idle(daemons: &[&Self]) {
+        // Let pending work finish.
         sleep(Duration::from_millis(300));
-        let before = self.cpu_time();
+        let before: Vec<_> = daemons.iter().map(|daemon| daemon.cpu_time()).collect();
         let while_waiting = Duration::from_millis(1500);
         sleep(while_waiting);
-        let spent = self.cpu_time() - before;
-        assert!(
-            spent < while_waiting / 20,
-            "{spent:?} of processor time in {while_waiting:?}"
-        );
+        for (daemon, before) in daemons.iter().zip(before) {
+            let spent = daemon.cpu_time() - before;
+            assert!(
+                spent < while_waiting / 20,
+                "{spent:?} of processor time in {while_waiting:?}"
+            );
+        }
     }
 
     fn tasks(&self) -> impl Iterator<Item = PathBuf> {
@@ -252,7 +260,7 @@ impl Daemon {
 
     fn wait_for_sockets(&mut self) {
         let deadline = Instant::now() + self.patience;
-        // Without a guest to talk to, clients are closed at once: then all its threads are there.
+        // Without a guest, clients are closed at once. When that happens, all threads are up.
         let is_closed = |mut client: UnixStream| {
             client.set_read_timeout(Some(PATIENCE)).unwrap();
             matches!(client.read(&mut [0]), Ok(0))
@@ -268,7 +276,7 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.watchdog.dismiss();
-        // With what it has started, where it is no daemon itself; once it is waited for, the id may be another's.
+        // The whole group, since the child may be a wrapper. Once waited for, the pid may be reused.
         if let Ok(None) = self.child.try_wait() {
             let _ = killpg(Pid::from_raw(self.pid() as i32), Signal::SIGKILL);
         }
@@ -279,13 +287,13 @@ impl Drop for Daemon {
     }
 }
 
-/// The binary under test: this crate's own, or another that takes the same three options.
+/// The binary under test: this crate's own, or any other with the same three options.
 pub fn binary() -> PathBuf {
     std::env::var_os("VSOCK_TEST_BINARY")
         .map_or_else(|| env!("CARGO_BIN_EXE_vhost-user-vsock").into(), Into::into)
 }
 
-/// Polls `condition` until it holds; panics with `what` when it does not within [`PATIENCE`].
+/// Polls `condition` until it holds; panics with `what` after [`PATIENCE`].
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {

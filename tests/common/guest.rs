@@ -1,7 +1,7 @@
 //! A running guest: its VMM as a process, and shell commands into it, whichever VMM that is.
 //!
-//! In the guest runs `tests/guest/agent.py`, on a serial line whose other end is a socket of this process. So commands do not
-//! depend on the device under test.
+//! The guest runs `tests/guest/agent.py` on a serial line whose other end is a socket of this process, so that commands do
+//! not depend on the device under test.
 
 use std::collections::HashMap;
 use std::fs;
@@ -24,7 +24,7 @@ const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// How long a command in the guest may take; it bounds a failing run.
 const COMMAND_LIMIT: Duration = Duration::from_secs(200);
 
-/// A VMM and the processes it has started. All are killed when this is dropped.
+/// A VMM and the processes it has started. All are killed on drop.
 pub struct Vmm {
     child: Child,
     watchdog: Watchdog,
@@ -32,7 +32,7 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts `program` with what `prepare` adds, as the head of a process group of its own.
+    /// Starts `program`, configured by `prepare`, as leader of its own process group.
     pub fn start(program: &Path, prepare: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(program);
         command.process_group(0);
@@ -50,13 +50,13 @@ impl Vmm {
         if std::mem::replace(&mut self.killed, true) {
             return;
         }
-        // The watchdog first: it must not meet a new owner of the group's id.
+        // The watchdog first: the group's id may be reused afterwards.
         self.watchdog.dismiss();
         let _ = killpg(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
         let _ = self.child.wait();
     }
 
-    /// Lets the VMM do nothing until it is continued, or goes on with it.
+    /// Stops the VMM's processes, or continues them.
     pub fn freeze(&self, frozen: bool) {
         let signal = if frozen {
             Signal::SIGSTOP
@@ -77,19 +77,19 @@ impl Drop for Vmm {
 pub fn installed(program: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap();
     std::env::split_paths(&path)
-        // A user's PATH may lack the folders of root's programs.
+        // A user's PATH may lack the sbin directories.
         .chain(["/usr/sbin".into(), "/sbin".into()])
-        .map(|folder| folder.join(program))
+        .map(|directory| directory.join(program))
         .find(|file| file.exists())
         .unwrap_or_else(|| panic!("no {program} here; run `make test`, which installs it"))
 }
 
-/// The folder of the scripts that run in guests.
+/// The directory of the scripts that run in guests.
 pub fn scripts() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest")
 }
 
-/// What a command in the guest has left.
+/// The result of a command in the guest.
 #[derive(Clone, Debug)]
 pub struct Output {
     /// The exit status; negative for a signal.
@@ -98,7 +98,7 @@ pub struct Output {
     pub stderr: String,
 }
 
-/// The way into a running guest.
+/// Runs commands in a guest.
 pub struct Guest(Arc<Agent>);
 
 struct Agent {
@@ -145,7 +145,7 @@ impl Guest {
         self.spawn(command).wait()
     }
 
-    /// Runs a shell command that must succeed; gives what it wrote.
+    /// Runs a shell command that must succeed; returns its output.
     pub fn run_ok(&self, command: &str) -> String {
         self.spawn(command).wait_ok()
     }
@@ -182,7 +182,7 @@ impl Agent {
                     };
                     heard.outputs.insert(number.parse().unwrap(), output);
                 }
-                // A line that a reboot has cut.
+                // A line cut short by a reboot.
                 _ => {}
             }
             self.changed.notify_all();
@@ -192,7 +192,7 @@ impl Agent {
     }
 
     fn say(&self, message: &str) {
-        // A guest that has ended is noticed by who waits for its answer.
+        // If the guest is gone, the caller finds out by waiting for the answer.
         let _ = writeln!(self.line.lock().unwrap(), "{message}");
     }
 
@@ -229,7 +229,7 @@ impl Agent {
     }
 }
 
-/// A command that runs in the guest. It is killed when this is dropped.
+/// A command running in the guest. Killed on drop.
 pub struct GuestProcess {
     agent: Arc<Agent>,
     number: u64,
@@ -265,7 +265,7 @@ impl GuestProcess {
         })
     }
 
-    /// Waits for the command to succeed; gives what it wrote.
+    /// Waits for the command to succeed; returns its output.
     pub fn wait_ok(self) -> String {
         let command = self.command.clone();
         let output = self.wait();
@@ -280,7 +280,7 @@ impl Drop for GuestProcess {
     }
 }
 
-/// The agent's way to write bytes in a line of text.
+/// Decodes bytes as the agent writes them in a line of text.
 fn to_hex(bytes: &[u8]) -> String {
     if bytes.is_empty() {
         return "-".to_owned();

@@ -1,4 +1,4 @@
-//! The host's end of a test with a real guest: plain Unix sockets, and programs such as nc and socat.
+//! The host side of tests with a real guest: plain Unix sockets, and programs such as nc and socat.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -19,13 +19,13 @@ use super::guest::installed;
 /// How long a stream may stand still; it bounds a failing run.
 const STREAM_LIMIT: Duration = Duration::from_secs(60);
 
-/// A port that no other part of this test program uses.
+/// A port not used elsewhere in this test program.
 pub fn new_port() -> u32 {
     static LAST: AtomicU32 = AtomicU32::new(10_000);
     LAST.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Tries once to connect to the guest's `port`; none when the daemon closes the stream without an OK.
+/// Tries once to connect to the guest's `port`; `None` if the daemon closes the stream without an OK.
 pub fn try_connect(daemon: &Daemon, port: u32) -> Option<UnixStream> {
     let mut stream = UnixStream::connect(daemon.uds_path()).unwrap();
     stream.set_read_timeout(Some(STREAM_LIMIT)).unwrap();
@@ -50,7 +50,7 @@ pub fn connect(daemon: &Daemon, port: u32) -> UnixStream {
     stream.unwrap()
 }
 
-/// Checks the line that tells a client that it is connected.
+/// Checks the OK line.
 pub fn assert_is_ok(line: &str) {
     let port = line
         .strip_prefix("OK ")
@@ -59,7 +59,7 @@ pub fn assert_is_ok(line: &str) {
     assert!(valid, "answer to CONNECT: {line:?}");
 }
 
-/// Reads a line and nothing behind it; what there is when the stream ends earlier.
+/// Reads one line and nothing beyond it; a partial one if the stream ends first.
 fn read_line(stream: &mut UnixStream) -> String {
     let mut line = String::new();
     let mut byte = [0];
@@ -120,7 +120,7 @@ impl Drop for Listener {
     }
 }
 
-/// An echo on every connection of the guest to one port, until this is dropped.
+/// Echoes on every connection of the guest to one port. Stops on drop.
 pub struct EchoServer {
     accepted: Arc<AtomicUsize>,
     _stop: std::sync::mpsc::Sender<()>,
@@ -166,7 +166,7 @@ fn echo(mut stream: UnixStream) -> io::Result<()> {
     }
 }
 
-/// The endless stream of bytes that belongs to a seed; the guest's peer.py computes the same.
+/// An endless byte stream derived from a seed; the guest's peer.py computes the same.
 pub struct Pattern(Vec<u8>);
 
 impl Pattern {
@@ -205,7 +205,7 @@ impl Pattern {
     }
 }
 
-/// A program on the host, with a way to talk to it. It is killed when this is dropped.
+/// A program on the host and its standard streams. Killed on drop.
 pub struct HostProgram {
     child: Child,
     input: Option<ChildStdin>,
@@ -236,7 +236,7 @@ impl HostProgram {
         }
     }
 
-    /// Types `text`. A program that has ended is noticed by its missing answer.
+    /// Writes to standard input. A program that has exited is noticed by its missing answer.
     pub fn write(&mut self, text: &str) {
         let input = self.input.as_mut().unwrap();
         let _ = input.write_all(text.as_bytes());

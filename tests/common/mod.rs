@@ -1,6 +1,6 @@
-//! What the tests share: the daemon as a process, and the guests that use it.
+//! Shared by the tests: the daemon as a process, and the guests that use it.
 
-// Each test file compiles this module for itself and uses a part of it.
+// Every test file compiles this module and uses a part of it.
 #![allow(dead_code)]
 
 pub mod daemon;

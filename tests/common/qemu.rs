@@ -22,7 +22,7 @@ pub enum Kernel {
     V6_12,
 }
 
-/// How QEMU holds the guest's memory, which the daemon maps.
+/// QEMU's backend for the guest memory that the daemon maps.
 #[derive(Clone, Copy, Debug)]
 pub enum Memory {
     /// `memory-backend-file,share=on`
@@ -31,11 +31,11 @@ pub enum Memory {
     Memfd,
 }
 
-/// A running QEMU guest. It is killed when this is dropped.
+/// A running QEMU guest. Killed on drop.
 pub struct Qemu {
     guest: Guest,
     vmm: Vmm,
-    folder: TempDir,
+    directory: TempDir,
     boots: usize,
 }
 
@@ -43,27 +43,27 @@ impl Qemu {
     /// Boots a guest whose vsock device is `daemon`'s.
     pub fn boot(daemon: &Daemon, kernel: Kernel, memory: Memory) -> Self {
         let program = installed("qemu-system-x86_64");
-        let folder = TempDir::with_prefix("qemu-").unwrap();
+        let directory = TempDir::with_prefix("qemu-").unwrap();
         let (agent, line) = UnixStream::pair().unwrap();
-        let console = folder.path().join("console");
+        let console = directory.path().join("console");
         let vmm = Vmm::start(&program, |command| {
             add_machine(command);
             add_kernel(command, kernel);
-            add_memory(command, memory, folder.path());
+            add_memory(command, memory, directory.path());
             add_vsock(command, daemon);
-            add_lines(command, folder.path());
+            add_lines(command, directory.path());
             // Standard input and output are the agent's serial line.
             command
                 .stdin(OwnedFd::from(line.try_clone().unwrap()))
                 .stdout(OwnedFd::from(line))
-                .stderr(File::create(folder.path().join("stderr")).unwrap());
+                .stderr(File::create(directory.path().join("stderr")).unwrap());
         });
         let guest = Guest::new(agent, console);
         guest.wait_for_boot(1);
         Self {
             guest,
             vmm,
-            folder,
+            directory,
             boots: 1,
         }
     }
@@ -78,7 +78,7 @@ impl Qemu {
         self.monitor("stop");
     }
 
-    /// Lets the paused machine go on.
+    /// Resumes the paused machine.
     pub fn cont(&self) {
         self.monitor("cont");
     }
@@ -92,7 +92,7 @@ impl Qemu {
 
     /// Gives QEMU's monitor (QMP) one command.
     fn monitor(&self, command: &str) {
-        let path = self.folder.path().join("qmp");
+        let path = self.directory.path().join("qmp");
         let mut monitor = None;
         eventually("QEMU's monitor", || {
             monitor = UnixStream::connect(&path).ok();
@@ -125,7 +125,7 @@ fn add_machine(command: &mut Command) {
     command
         .args(["-nodefaults", "-display", "none", "-accel", "tcg"])
         .args(["-machine", "q35,memory-backend=mem0"])
-        // Five-level page tables only cost time here.
+        // Five-level page tables only slow TCG down.
         .args(["-cpu", "max,la57=off", "-smp", "2", "-m", "512M"]);
 }
 
@@ -138,27 +138,27 @@ fn add_kernel(command: &mut Command, kernel: Kernel) {
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests"),
         PathBuf::from,
     );
-    let folder = guests.join(format!("linux-{version}"));
+    let directory = guests.join(format!("linux-{version}"));
     let initramfs = guests.join(format!("initramfs-{version}"));
     command
         .arg("-kernel")
-        .arg(find_kernel(&folder))
+        .arg(find_kernel(&directory))
         .arg("-initrd")
-        .arg(build_initramfs(&folder, &initramfs))
+        .arg(build_initramfs(&directory, &initramfs))
         .args([
             "-append",
             "console=ttyS0 loglevel=4 panic=-1 mitigations=off nokaslr",
         ]);
 }
 
-fn find_kernel(folder: &Path) -> PathBuf {
-    let files = fs::read_dir(folder.join("boot")).into_iter().flatten();
+fn find_kernel(directory: &Path) -> PathBuf {
+    let files = fs::read_dir(directory.join("boot")).into_iter().flatten();
     files
         .map(|file| file.unwrap().path())
         .find(|file| file.to_string_lossy().contains("/vmlinuz-"))
         .unwrap_or_else(|| {
-            let folder = folder.display();
-            panic!("no kernel in {folder}; run `make test`, which fetches it")
+            let directory = directory.display();
+            panic!("no kernel in {directory}; run `make test`, which fetches it")
         })
 }
 
@@ -172,11 +172,11 @@ fn build_initramfs(kernel: &Path, initramfs: &Path) -> PathBuf {
     initramfs.to_owned()
 }
 
-fn add_memory(command: &mut Command, memory: Memory, folder: &Path) {
+fn add_memory(command: &mut Command, memory: Memory, directory: &Path) {
     let kind = match memory {
         Memory::File => format!(
             "memory-backend-file,mem-path={}",
-            folder.join("memory").display()
+            directory.join("memory").display()
         ),
         Memory::Memfd => "memory-backend-memfd".to_owned(),
     };
@@ -197,15 +197,15 @@ fn add_vsock(command: &mut Command, daemon: &Daemon) {
 }
 
 /// The console, the agent's serial line and the monitor.
-fn add_lines(command: &mut Command, folder: &Path) {
+fn add_lines(command: &mut Command, directory: &Path) {
     command
         .arg("-serial")
-        .arg(format!("file:{}", folder.join("console").display()))
+        .arg(format!("file:{}", directory.join("console").display()))
         .args(["-chardev", "stdio,id=agent,signal=off"])
         .args(["-serial", "chardev:agent"])
         .arg("-qmp")
         .arg(format!(
             "unix:{},server=on,wait=off",
-            folder.join("qmp").display()
+            directory.join("qmp").display()
         ));
 }

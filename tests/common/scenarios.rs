@@ -1,4 +1,4 @@
-//! What a user does with a guest, proven with any guest: each function is one scenario.
+//! What users do with a guest. Each function is one scenario and works with any guest.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -37,7 +37,7 @@ pub fn guest_listens_with_nc(guest: &Guest, daemon: &Daemon) {
     assert_eq!(listening.wait_ok(), "from the host\n");
 }
 
-/// `nc -U` that has been told `CONNECT port` and has got its OK.
+/// `nc -U` that has sent `CONNECT port` and received its OK.
 fn connect_with_nc(daemon: &Daemon, port: u32) -> HostProgram {
     let mut connected = None;
     eventually("nc to connect", || {
@@ -105,7 +105,7 @@ fn read_text(stream: &mut UnixStream, size: usize) -> String {
     String::from_utf8(bytes).unwrap()
 }
 
-/// A connection on which both ends send a pattern at once and compare every byte they get.
+/// A connection over which both ends send a pattern at once and compare every byte received.
 pub struct Transfer {
     peer: GuestProcess,
     stream: UnixStream,
@@ -163,15 +163,15 @@ impl Transfer {
         assert!(is_at_end(&mut self.stream), "bytes behind the last one");
     }
 
-    /// Waits until the host's ends see that the stream is cut.
+    /// Waits until the host's ends see the stream break.
     pub fn expect_cut(self) {
         assert!(!self.receiver.join().unwrap(), "nothing was cut");
-        // The writer may have been done already.
+        // The writer may have finished already.
         self.sender.join().unwrap();
     }
 }
 
-/// Sends the host's pattern; false when the stream is cut.
+/// Sends the host's pattern; false if the stream breaks.
 fn send_pattern(mut stream: UnixStream, total: usize, write: usize) -> bool {
     let pattern = Pattern::new("host");
     let mut sent = 0;
@@ -185,7 +185,7 @@ fn send_pattern(mut stream: UnixStream, total: usize, write: usize) -> bool {
     true
 }
 
-/// Compares what comes with the guest's pattern; false when the stream is cut.
+/// Compares received bytes with the guest's pattern; false if the stream breaks.
 fn check_pattern(mut stream: UnixStream, total: usize, received: &AtomicUsize) -> bool {
     let pattern = Pattern::new("guest");
     let mut buffer = vec![0; 1 << 18];
@@ -209,7 +209,7 @@ fn is_cut(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)
 }
 
-/// Waits for the stream's end; false when there are bytes before it.
+/// Waits for end of stream; false if there are bytes before it.
 fn is_at_end(stream: &mut UnixStream) -> bool {
     match stream.read(&mut [0]) {
         Ok(size) => size == 0,
@@ -292,7 +292,7 @@ pub fn guest_half_closes(guest: &Guest, daemon: &Daemon) {
     let mut question = String::new();
     stream.read_to_string(&mut question).unwrap();
     assert_eq!(question, "question");
-    // Two pieces with a pause: the way back stays open, it is not only flushed.
+    // Two pieces with a pause: the other direction stays open, it is not just flushed.
     stream.write_all(b"long ").unwrap();
     sleep(Duration::from_millis(300));
     stream.write_all(b"answer").unwrap();
@@ -329,7 +329,7 @@ pub fn host_half_closes(guest: &Guest, daemon: &Daemon) {
     assert!(is_at_end(&mut stream));
 }
 
-/// Connections nobody waits for are refused, not left to a time-out.
+/// Connections that nobody listens for are refused, not left to time out.
 pub fn refusals_are_immediate(guest: &Guest, daemon: &Daemon) {
     let nobody = new_port();
     expect_refusal_in_guest(guest, nobody);
@@ -384,7 +384,7 @@ pub fn thousand_connections_leave_nothing(guest: &Guest, daemon: &Daemon) {
     });
 }
 
-/// A connection that stands idle, to see what ends it.
+/// An idle connection, to see what ends it.
 pub struct Held {
     stream: UnixStream,
     peer: GuestProcess,
@@ -413,13 +413,13 @@ impl Held {
     }
 }
 
-/// The guest and its daemon still do their work.
+/// The guest and its daemon still work.
 pub fn works(guest: &Guest, daemon: &Daemon) {
     transfer(guest, daemon, Opener::Guest, 1 << 20, 65536);
     transfer(guest, daemon, Opener::Host, 1 << 20, 65536);
 }
 
-/// The guest's driver loses its device under an open connection and gets it back; then it is unloaded and loaded.
+/// The guest's driver is unbound under an open connection and bound again; then it is unloaded and loaded.
 pub fn driver_comes_back(guest: &Guest, daemon: &Daemon) {
     const DRIVER: &str = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport";
     let held = Held::open(guest, daemon);

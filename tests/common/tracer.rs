@@ -1,4 +1,4 @@
-//! A daemon under a tracer, which lets it make system calls that it never makes by itself.
+//! A daemon under ptrace, which makes it issue system calls that it never makes itself.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -18,10 +18,10 @@ use tempfile::TempDir;
 
 use super::daemon::{GUEST_CID, PATIENCE, binary, eventually};
 
-/// Says that it is there, waits until it is seized, and becomes the daemon. Its umask keeps nobody out.
+/// Reports that it is running, waits to be seized, and execs the daemon.
 const LAUNCH: &str = "umask 0; echo; read -r go; exec \"$@\" >&2";
 
-/// The variable of the environment that brings a path into the daemon's memory.
+/// The environment variable that puts a path into the daemon's memory.
 const PATH_VARIABLE: &str = "TRACED_PATH=";
 
 const OPTIONS: Options = Options::PTRACE_O_EXITKILL
@@ -34,25 +34,25 @@ const THREADS: [&str; 3] = ["worker-4", "session-4", "log"];
 /// The one that waits for a VMM.
 const SESSION: usize = 1;
 
-/// A daemon with a thread that is traced: its first, or the one that waits for a VMM. Only the thread that has started it may use it. It is killed, by pid, when this
-/// is dropped.
+/// A daemon with a traced thread: its first, or the one that waits for a VMM. Only the thread that started it may use it.
+/// Killed by pid on drop.
 pub struct Traced {
     child: Child,
     /// The traced thread.
     pid: Pid,
-    folder: TempDir,
+    directory: TempDir,
     path: u64,
-    /// The registers behind the call of its own with which it was caught.
+    /// The registers after the system call that it was stopped at.
     caught: Option<user_regs_struct>,
     ended: bool,
 }
 
-/// What came of a system call.
+/// The outcome of a system call.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It returned this.
     Returned(i64),
-    /// It was the last one.
+    /// The daemon was killed for it.
     Killed(Signal),
 }
 
@@ -64,18 +64,18 @@ impl Outcome {
 }
 
 impl Traced {
-    /// Starts a daemon with `options` and with `path` in its memory. It stands still before its first instruction.
+    /// Starts a daemon with `options` and with `path` in its memory, stopped at its first instruction.
     pub fn start(options: &[&str], path: &Path) -> Self {
-        let folder = TempDir::with_prefix("vsock-test-").unwrap();
-        let log = File::create(folder.path().join("log")).unwrap();
+        let directory = TempDir::with_prefix("vsock-test-").unwrap();
+        let log = File::create(directory.path().join("log")).unwrap();
         let mut child = Command::new("/bin/sh")
             .args(["-c", LAUNCH, "sh"])
             .arg(binary())
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--socket")
-            .arg(folder.path().join("vhost.socket"))
+            .arg(directory.path().join("vhost.socket"))
             .arg("--uds-path")
-            .arg(folder.path().join("vm.vsock"))
+            .arg(directory.path().join("vm.vsock"))
             .args(options)
             .env(PATH_VARIABLE.trim_end_matches('='), path)
             .stdin(Stdio::piped())
@@ -93,7 +93,7 @@ impl Traced {
         let mut traced = Self {
             child,
             pid,
-            folder,
+            directory,
             path: 0,
             caught: None,
             ended: false,
@@ -109,7 +109,7 @@ impl Traced {
         traced
     }
 
-    /// Starts a daemon and catches it when it waits for a VMM.
+    /// Starts a daemon and stops it when it waits for a VMM.
     pub fn serving(options: &[&str], path: &Path) -> Self {
         let mut traced = Self::start(options, path);
         traced.follow_session();
@@ -118,7 +118,7 @@ impl Traced {
         });
         ptrace::interrupt(traced.pid).unwrap();
         assert!(matches!(traced.wait(), WaitStatus::PtraceEvent(..)));
-        // It goes on waiting, until a VMM comes.
+        // It goes on to wait for a VMM.
         traced.next_stop();
         ptrace::syscall(traced.pid, None).unwrap();
         drop(UnixStream::connect(traced.vhost_socket()).unwrap());
@@ -159,7 +159,7 @@ impl Traced {
         });
     }
 
-    /// Lets the daemon make a system call. It stands still again behind it.
+    /// Makes the daemon issue a system call, after which it is stopped again.
     pub fn call(&mut self, number: i64, arguments: &[u64]) -> Outcome {
         let caught = self.caught.expect("a daemon that was caught");
         ptrace::setregs(self.pid, registers::calling(caught, number, arguments)).unwrap();
@@ -167,7 +167,7 @@ impl Traced {
         ptrace::syscall(self.pid, None).unwrap();
         assert_eq!(self.wait(), WaitStatus::PtraceSyscall(self.pid));
         let behind = ptrace::getregs(self.pid).unwrap();
-        // A call that the kernel has killed it for seems to end, but no instruction follows.
+        // A call that it is killed for seems to return, but no instruction follows.
         ptrace::step(self.pid, None).unwrap();
         match self.wait() {
             WaitStatus::Stopped(_, Signal::SIGTRAP) => {
@@ -181,7 +181,7 @@ impl Traced {
         }
     }
 
-    /// Lets the daemon go on until it has made the system call `number`. It stands still behind it.
+    /// Continues the daemon up to and including the system call `number`.
     pub fn run_to(&mut self, number: i64) {
         loop {
             self.next_stop();
@@ -193,7 +193,7 @@ impl Traced {
         }
     }
 
-    /// Lets the daemon go on where it was caught, and traces it no more.
+    /// Continues the daemon where it was stopped, and detaches.
     pub fn release(&mut self) {
         ptrace::setregs(self.pid, self.caught.take().unwrap()).unwrap();
         ptrace::detach(self.pid, None).unwrap();
@@ -211,19 +211,19 @@ impl Traced {
 
     /// The vhost-user socket.
     pub fn vhost_socket(&self) -> PathBuf {
-        self.folder.path().join("vhost.socket")
+        self.directory.path().join("vhost.socket")
     }
 
     /// The socket where host programs connect.
     pub fn uds_path(&self) -> PathBuf {
-        self.folder.path().join("vm.vsock")
+        self.directory.path().join("vm.vsock")
     }
 
     fn log(&self) -> String {
-        fs::read_to_string(self.folder.path().join("log")).unwrap()
+        fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
 
-    /// Goes on to the beginning or the end of a system call.
+    /// Continues to the next entry to or exit from a system call.
     fn next_stop(&mut self) {
         ptrace::syscall(self.pid, None).unwrap();
         assert_eq!(

@@ -1,4 +1,4 @@
-//! A guest under User-Mode Linux: a kernel that is an ordinary process and shares the host's root folder, read only.
+//! A guest under User-Mode Linux: a kernel that is an ordinary process and shares the host's root directory, read only.
 
 use std::fs::File;
 use std::ops::Deref;
@@ -16,11 +16,11 @@ use super::uml_proxy;
 /// The virtio device id of a vsock device.
 const VIRTIO_ID_VSOCK: u32 = 19;
 
-/// A running UML guest. It is killed when this is dropped.
+/// A running UML guest. Killed on drop.
 pub struct Uml {
     guest: Guest,
     vmm: Vmm,
-    _folder: TempDir,
+    _directory: TempDir,
 }
 
 impl Uml {
@@ -30,12 +30,12 @@ impl Uml {
         for program in ["socat", "ncat", "nc", "python3", "insmod"] {
             installed(program);
         }
-        let folder = TempDir::with_prefix("uml-").unwrap();
-        let socket = folder.path().join("vhost.socket");
+        let directory = TempDir::with_prefix("uml-").unwrap();
+        let socket = directory.path().join("vhost.socket");
         uml_proxy::start(&socket, &daemon.vhost_socket());
 
         let (agent, line) = UnixStream::pair().unwrap();
-        let console = folder.path().join("console");
+        let console = directory.path().join("console");
         let vmm = Vmm::start(&kernel, |command| {
             command
                 .args(["mem=256M", "rootfstype=hostfs", "rootflags=/", "ro"])
@@ -46,9 +46,9 @@ impl Uml {
                 ))
                 // The console goes to standard output, the agent's serial line is standard input.
                 .args(["con=null", "con0=null,fd:1", "ssl0=fd:0"])
-                .arg(format!("uml_dir={}", folder.path().display()))
+                .arg(format!("uml_dir={}", directory.path().display()))
                 .arg("umid=guest")
-                .env("LD_PRELOAD", build_xstate_shim(folder.path()))
+                .env("LD_PRELOAD", build_xstate_shim(directory.path()))
                 .stdin(OwnedFd::from(line))
                 .stdout(File::create(&console).unwrap())
                 .stderr(Stdio::null());
@@ -58,7 +58,7 @@ impl Uml {
         Self {
             guest,
             vmm,
-            _folder: folder,
+            _directory: directory,
         }
     }
 
@@ -67,7 +67,7 @@ impl Uml {
         self.vmm.kill();
     }
 
-    /// Lets the guest do nothing until it is continued, or goes on with it.
+    /// Stops the guest's processes, or continues them.
     pub fn freeze(&self, frozen: bool) {
         self.vmm.freeze(frozen);
     }
@@ -81,9 +81,9 @@ impl Deref for Uml {
     }
 }
 
-/// UML runs on a processor with AMX only with this preloaded.
-fn build_xstate_shim(folder: &Path) -> PathBuf {
-    let shim = folder.join("uml_xstate.so");
+/// Must be preloaded for UML to run on a CPU with AMX.
+fn build_xstate_shim(directory: &Path) -> PathBuf {
+    let shim = directory.join("uml_xstate.so");
     let built = Command::new(installed("cc"))
         .args(["-O2", "-shared", "-fPIC", "-o"])
         .arg(&shim)

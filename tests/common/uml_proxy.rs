@@ -1,7 +1,8 @@
-//! Between a UML kernel and the daemon: control messages only, with two quirks of UML's vhost-user frontend put right.
+//! A proxy between a UML kernel and the daemon, for control messages only. It works around two quirks of UML's vhost-user
+//! frontend.
 //!
 //! - It pads SET_MEM_TABLE to two regions, whatever their number.
-//! - It makes no device without the protocol feature BACKEND_REQ, which it then does not use for anything a vsock device sends.
+//! - It creates no device without the protocol feature BACKEND_REQ, which a vsock device has no use for.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::Shutdown;
@@ -65,7 +66,7 @@ impl Drop for Message {
 
 enum Route {
     Forward,
-    /// Goes no further. Its descriptors stay open: UML gives its device up when the other end of one is closed.
+    /// Drops the message but keeps its descriptors open: UML gives up its device when the other end of one is closed.
     Keep,
 }
 
@@ -189,7 +190,7 @@ fn send(stream: &UnixStream, message: &Message) -> io::Result<()> {
     } else {
         &rights[..]
     };
-    // A message is far smaller than the socket's buffer: a blocking send takes it whole.
+    // A message is far smaller than the socket buffer: a blocking send takes it whole.
     sendmsg::<()>(
         stream.as_raw_fd(),
         &[IoSlice::new(&bytes)],

@@ -1,10 +1,10 @@
-//! What ends a process group when the test itself can no longer.
+//! Kills a process group if the test process dies.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-/// Kills a process group when this process ends in a way that drops nothing. It stands in a group of its own: an interrupt
-/// from the terminal does not reach it.
+/// Kills a process group if this process ends without running destructors. It is in a group of its own, out of reach of
+/// Ctrl-C.
 pub struct Watchdog(Child);
 
 impl Watchdog {
@@ -21,7 +21,7 @@ impl Watchdog {
         Self(child)
     }
 
-    /// Watches no more. To be called before the group's end: the watchdog must not meet a new owner of its id.
+    /// Stops watching. Call it before the group is killed: its id may be reused afterwards.
     pub fn dismiss(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Builds the root of a QEMU guest: `make-initramfs.sh KERNEL OUTPUT`, where KERNEL is a folder that tests/install-guests.sh has filled.
+# Builds the root of a QEMU guest: `make-initramfs.sh KERNEL OUTPUT`, where KERNEL is a directory that tests/install-guests.sh has filled.
 # In it: busybox, socat, ncat, python3 with the modules that agent.py and peer.py use, and the kernel's vsock modules.
 set -eu
 

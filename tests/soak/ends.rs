@@ -16,7 +16,7 @@ use super::common::sim::packet::NO_SEND;
 use super::course::{Course, Fault, Tally};
 use super::plan::{Ending, Plan, Side, any_size};
 
-/// What an end may send to a peer that has left before it hears so, in bytes.
+/// What an end may send before it learns that its peer has left, in bytes.
 const ENDLESS: usize = 256 << 20;
 
 /// How far apart the bytes of two connections begin in their pattern.

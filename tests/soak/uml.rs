@@ -38,7 +38,7 @@ impl SoakGuest for RealGuest {
     fn begin(&self, daemon: &Daemon, course: &Arc<Course>) -> Self::Parts {
         let ready = Listener::bind(daemon, READY_PORT);
         // The guest sees the host's files; they would be too much for its serial line.
-        let file = daemon.folder().join("plans");
+        let file = daemon.directory().join("plans");
         let plans = course.round.plans.iter();
         let lines = plans.filter(|plan| plan.concerns_guest()).map(line);
         fs::write(&file, lines.collect::<String>()).unwrap();

@@ -18,15 +18,15 @@ pub const RX: usize = 0;
 /// Index of the ring the guest fills.
 pub const TX: usize = 1;
 
-/// The bytes between two descriptors of one packet, so that none can be taken for its neighbour; odd, for odd addresses.
+/// The bytes between two descriptors of one packet, so that an overrun shows. Odd, to get unaligned addresses.
 const GAP: u64 = 13;
 /// The most packets in flight to the device.
 const TX_SLOTS: usize = 64;
 
-/// Everything that `SimGuest::probe` uses is from this port on.
+/// `SimGuest::settle` uses ports from here on.
 const PROBE_PORT: u32 = 0xffff_0000;
 
-/// A simulated guest. Dropping it is the VMM's death.
+/// A simulated guest. Dropping it kills the VMM.
 pub struct SimGuest {
     /// The connection to the daemon.
     pub frontend: Frontend,
@@ -34,7 +34,7 @@ pub struct SimGuest {
     pub memory: Arc<GuestMemory>,
     /// RX, TX and perhaps the event ring.
     pub rings: Vec<Ring>,
-    /// What it was made from.
+    /// Its configuration.
     pub setup: Setup,
     /// The features that were negotiated.
     pub features: u64,
@@ -50,13 +50,13 @@ pub struct SimGuest {
 }
 
 impl SimGuest {
-    /// A guest with its device running, as an answer to a first packet has shown.
+    /// A guest whose device runs and has answered a packet.
     #[track_caller]
     pub fn start(daemon: &Daemon, setup: Setup) -> Self {
         Self::connect(daemon, setup).run()
     }
 
-    /// The same over a socket that is connected already.
+    /// The same over a connected socket.
     pub fn start_over(stream: UnixStream, setup: Setup) -> Self {
         Self::negotiate(Frontend::over(stream), setup).run()
     }
@@ -76,11 +76,12 @@ impl SimGuest {
     fn negotiate(mut frontend: Frontend, setup: Setup) -> Self {
         let (features, protocol) = negotiate(&mut frontend, &setup);
         let memory = Arc::new(GuestMemory::new(&setup.regions, setup.backing));
-        frontend.set_mem_table(&memory);
+        share_memory(&frontend, &setup, &memory);
+        memory.skip_to_region(setup.ring_region);
         let rings = (0..setup.queues)
             .map(|_| Ring::new(memory.clone(), setup.ring_size, features))
             .collect();
-        memory.skip_to_region(usize::from(memory.regions().len() > 1));
+        memory.skip_to_region((setup.ring_region + 1).min(memory.regions().len() - 1));
         let mut guest = Self {
             frontend,
             rings,
@@ -147,12 +148,18 @@ impl SimGuest {
 
     /// Starts one ring, without enabling it.
     pub fn start_ring(&mut self, index: u32) {
+        let base = self.rings[index as usize].device_used_idx();
+        self.start_ring_at(index, base);
+    }
+
+    /// Starts one ring at `base`, without enabling it.
+    pub fn start_ring_at(&mut self, index: u32, base: u16) {
         let ring = &mut self.rings[index as usize];
         ring.renew_eventfds();
         ring.arm();
         let frontend = &self.frontend;
         frontend.set_vring_num(index, ring.size().into());
-        frontend.set_vring_base(index, ring.device_used_idx());
+        frontend.set_vring_base(index, base);
         frontend.set_vring_addr(index, ring.addresses());
         let kick = (Request::SetVringKick, ring.kick_fd.as_fd());
         let call = (Request::SetVringCall, ring.call_fd.as_fd());
@@ -167,7 +174,18 @@ impl SimGuest {
         }
     }
 
-    /// Stops the rings. What the device took it must have returned: the base is the used index.
+    /// Another VMM process takes the guest over, with its memory and rings as they are; no ring is started.
+    pub fn reconnect(&mut self, daemon: &Daemon) {
+        // The one before is gone first: there is one at a time.
+        let stream = self.frontend.stream();
+        stream.shutdown(std::net::Shutdown::Both).unwrap();
+        self.frontend = Frontend::connect(&daemon.vhost_socket());
+        let negotiated = negotiate(&mut self.frontend, &self.setup);
+        assert_eq!(negotiated, (self.features, self.protocol));
+        share_memory(&self.frontend, &self.setup, &self.memory);
+    }
+
+    /// Stops the rings. The device must have returned all that it took: the base is the used index.
     pub fn stop_rings(&mut self) -> Vec<u16> {
         (0..self.rings.len())
             .map(|index| {
@@ -182,7 +200,7 @@ impl SimGuest {
             .collect()
     }
 
-    /// Starts the stopped rings afresh, as a rebooted driver does; RX buffers are posted.
+    /// Restarts the stopped rings from index 0, as a rebooted driver does, with RX buffers posted.
     pub fn restart_fresh(&mut self) {
         self.rings.iter_mut().for_each(Ring::clear);
         self.rx_free
@@ -220,6 +238,14 @@ impl SimGuest {
             };
             self.rx_posted.insert(head, parts);
         }
+        self.rings[RX].kick_if_needed();
+    }
+
+    /// Posts a buffer of these parts, with a kick where the device wants one.
+    pub fn post_rx_buffer(&mut self, parts: Vec<Part>) {
+        let head = self.rings[RX].add(&parts, Indirect::No);
+        self.rx_posted
+            .insert(head.expect("no room in the ring"), parts);
         self.rings[RX].kick_if_needed();
     }
 
@@ -269,7 +295,7 @@ impl SimGuest {
         self.try_recv(PATIENCE).expect("no packet from the daemon")
     }
 
-    /// Takes returned TX buffers back.
+    /// Reclaims returned TX buffers.
     pub fn reclaim_tx(&mut self) {
         while let Some((head, used)) = self.rings[TX].pop_used() {
             assert_eq!(used, 0, "bytes written into buffers that are only read");
@@ -292,7 +318,7 @@ impl SimGuest {
         }
     }
 
-    /// Sends a packet in the set-up's layout and kicks where that is asked for.
+    /// Sends a packet in the configured layout and kicks if the device asked for it.
     #[track_caller]
     pub fn send(&mut self, packet: &Packet) {
         let layout = self.setup.tx;
@@ -355,8 +381,8 @@ impl SimGuest {
         self.rings[TX].kick_if_needed();
     }
 
-    /// Receives until the packets of everything sent before must have come: sends a packet that can only be
-    /// answered with RST, waits for that, twice; returns what came besides.
+    /// Waits until everything sent before has been processed: sends a packet that is always answered with RST and
+    /// waits for that, twice. Returns the other packets received.
     #[track_caller]
     pub fn settle(&mut self) -> Vec<Packet> {
         let mut others = Vec::new();
@@ -383,10 +409,26 @@ fn negotiate(frontend: &mut Frontend, setup: &Setup) -> (u64, u64) {
     let mut accepted_protocol = 0;
     if setup.protocol_features {
         wanted |= F_PROTOCOL_FEATURES;
-        let known = protocol::MQ | protocol::REPLY_ACK | protocol::CONFIG | protocol::RESET_DEVICE;
+        let known = protocol::MQ
+            | protocol::REPLY_ACK
+            | protocol::CONFIG
+            | protocol::RESET_DEVICE
+            | protocol::CONFIGURE_MEM_SLOTS;
         accepted_protocol = frontend.protocol_features() & known;
         frontend.set_protocol_features(accepted_protocol);
     }
     frontend.set_features(offered & wanted);
     (offered & wanted, accepted_protocol)
+}
+
+fn share_memory(frontend: &Frontend, setup: &Setup, memory: &GuestMemory) {
+    let regions = memory.regions();
+    let shared = &regions[..regions.len() - setup.plugged_later];
+    if setup.mem_slots {
+        shared
+            .iter()
+            .for_each(|region| frontend.add_mem_reg(region));
+    } else {
+        frontend.share(shared);
+    }
 }

@@ -1,4 +1,4 @@
-//! The host's programs: plain Unix sockets, with bounded patience.
+//! Host programs: plain Unix sockets, with timeouts.
 
 use std::fs::Permissions;
 use std::io::{Read, Write};
@@ -15,7 +15,7 @@ use crate::common::daemon::{Daemon, PATIENCE};
 /// The host port of [`FLOW`].
 pub const PORT: u32 = 1234;
 
-/// A connection that the guest makes, in tests that need one.
+/// The default connection made by the guest.
 pub const FLOW: Flow = Flow {
     guest_port: 40_000,
     host_port: PORT,
@@ -50,7 +50,7 @@ pub fn dial(daemon: &Daemon, port: u32) -> UnixStream {
     stream
 }
 
-/// Reads the `OK <host port>` line, not a byte more.
+/// Reads the `OK <host port>` line, and not a byte more.
 #[track_caller]
 pub fn read_ok(mut stream: &UnixStream) -> u32 {
     let mut line = Vec::new();
@@ -95,12 +95,12 @@ pub fn read_exactly(mut stream: &UnixStream, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// A host program that listens for the guest's connections to `port`, in place of one that has ended.
+/// A host program that listens for the guest's connections to `port`, replacing a previous one.
 pub fn listen(daemon: &Daemon, port: u32) -> UnixListener {
     let path = daemon.host_port_path(port);
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).unwrap();
-    // A daemon that is another user's connects as one of the group.
+    // A daemon of another user connects as a member of the group.
     std::fs::set_permissions(path, Permissions::from_mode(0o660)).unwrap();
     listener
 }
@@ -179,7 +179,7 @@ pub fn recv_bytes(guest: &mut SimGuest, flow: &Flow, len: usize) -> Vec<u8> {
     got
 }
 
-/// Sends bytes, within credit, until the host program that does not read has stopped the connection.
+/// Sends bytes within credit until the connection stalls, since the host program does not read.
 #[track_caller]
 pub fn fill(guest: &mut SimGuest, flow: &Flow) -> Vec<u8> {
     let mut sent = Vec::new();
@@ -193,7 +193,7 @@ pub fn fill(guest: &mut SimGuest, flow: &Flow) -> Vec<u8> {
         }
         update.assert_is(Op::CreditUpdate, flow);
         if before == Some(update.fwd_cnt) {
-            // An update may come because it is due, and another because it was asked for.
+            // One update may be due by itself, another requested.
             guest
                 .settle()
                 .iter()
@@ -211,7 +211,7 @@ pub fn fill(guest: &mut SimGuest, flow: &Flow) -> Vec<u8> {
     }
 }
 
-/// The next packet that is no CREDIT_UPDATE: those may come at any time.
+/// The next packet other than CREDIT_UPDATE, which may come at any time.
 #[track_caller]
 pub fn recv_other(guest: &mut SimGuest) -> Packet {
     loop {
@@ -222,7 +222,7 @@ pub fn recv_other(guest: &mut SimGuest) -> Packet {
     }
 }
 
-/// Bytes that differ at every place and for every seed.
+/// Pseudo-random bytes for a seed.
 pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(len + 8);

@@ -1,4 +1,4 @@
-//! Guest memory: regions that lie side by side in guest-physical space, each backed by a file of its own.
+//! Guest memory: regions that are adjacent in guest-physical space, each backed by its own file.
 
 #![allow(unsafe_code)]
 
@@ -24,7 +24,7 @@ pub const HUGE_PAGE: u64 = 2 << 20;
 pub enum Backing {
     /// memfd with normal pages.
     Pages,
-    /// memfd with huge pages; normal ones, said so, where none can be had.
+    /// memfd with huge pages; normal ones, with a message, if there are none.
     HugePages,
 }
 
@@ -38,6 +38,15 @@ pub struct Region {
     pub user_addr: u64,
     /// The file behind it, from offset 0.
     pub fd: OwnedFd,
+}
+
+impl Region {
+    /// The region as encoded in vhost-user messages.
+    pub fn describe(&self) -> Vec<u8> {
+        [self.guest_addr, self.size, self.user_addr, 0]
+            .map(u64::to_le_bytes)
+            .concat()
+    }
 }
 
 /// The memory of one simulated guest.
@@ -140,7 +149,7 @@ impl GuestMemory {
         self.pointer(addr, 1) as u64
     }
 
-    /// Takes `len` bytes; never given back.
+    /// Allocates `len` bytes, never freed.
     pub fn alloc(&self, len: u64, align: u64) -> u64 {
         let mut start = 0;
         self.next
@@ -153,7 +162,7 @@ impl GuestMemory {
         start
     }
 
-    /// Takes everything up to the start of region `index`, so that what follows lies behind it.
+    /// Skips to region `index`: later allocations start there or beyond.
     pub fn skip_to_region(&self, index: usize) {
         let start = self.regions[index].guest_addr;
         self.next.fetch_max(start, Ordering::Relaxed);
@@ -181,17 +190,17 @@ impl GuestMemory {
         unsafe { self.pointer(addr, len).write_bytes(byte, len as usize) };
     }
 
-    /// Reads a ring's 16-bit field; what the device wrote before it is seen afterwards.
+    /// Reads a 16-bit ring field with acquire ordering.
     pub fn load_u16(&self, addr: u64) -> u16 {
         u16::from_le(self.atomic(addr).load(Ordering::Acquire))
     }
 
-    /// Writes a ring's 16-bit field, after everything written before it.
+    /// Writes a 16-bit ring field with release ordering.
     pub fn store_u16(&self, addr: u64, value: u16) {
         self.atomic(addr).store(value.to_le(), Ordering::Release);
     }
 
-    /// Keeps what is written before from being overtaken by what is read after.
+    /// Orders earlier writes before later reads.
     pub fn barrier(&self) {
         fence(Ordering::SeqCst);
     }
@@ -219,7 +228,7 @@ impl Drop for GuestMemory {
     }
 }
 
-/// Huge pages added to the machine's pool, taken back at the end.
+/// Huge pages added to the machine's pool, removed on drop.
 struct HugeReservation(u64);
 
 impl HugeReservation {

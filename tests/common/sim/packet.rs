@@ -12,7 +12,7 @@ pub const STREAM: u16 = 1;
 pub const NO_RECEIVE: u32 = 1;
 /// Shutdown flag: the sender will not send.
 pub const NO_SEND: u32 = 2;
-/// The space a guest gives the host when nothing else is asked for: Linux's default.
+/// `buf_alloc` of a guest, in bytes: Linux's default.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
 /// `op` values (virtio 1.2 §5.10.6).
@@ -25,13 +25,13 @@ pub enum Op {
     Response = 2,
     /// Refuses or ends it.
     Rst = 3,
-    /// Says what will no more be done.
+    /// Says what the sender will no longer do.
     Shutdown = 4,
     /// Carries bytes.
     Rw = 5,
-    /// Tells the free space.
+    /// Reports the free buffer space.
     CreditUpdate = 6,
-    /// Asks for it.
+    /// Asks for a CREDIT_UPDATE.
     CreditRequest = 7,
 }
 
@@ -86,12 +86,12 @@ impl Packet {
         bytes
     }
 
-    /// Header and payload, one behind the other.
+    /// Header followed by payload.
     pub fn bytes(&self) -> Vec<u8> {
         [&self.header()[..], &self.payload].concat()
     }
 
-    /// Takes a packet apart; the device's side of the bargain is checked on the way.
+    /// Parses a packet, and checks what a device must guarantee.
     pub fn parse(bytes: &[u8]) -> Self {
         assert!(
             bytes.len() >= HEADER_LEN,
@@ -152,9 +152,9 @@ pub struct Flow {
     pub guest_port: u32,
     /// The host's port.
     pub host_port: u32,
-    /// The space the guest says it has.
+    /// The guest's advertised buffer space.
     pub buf_alloc: u32,
-    /// The bytes the guest says it has consumed.
+    /// The guest's count of consumed bytes.
     pub fwd_cnt: u32,
 }
 

@@ -78,11 +78,11 @@ pub struct Ring {
     avail_idx: u16,
     kicked_idx: u16,
     used_idx: u16,
-    /// The eventfd that tells the device.
+    /// The eventfd that notifies the device.
     pub kick_fd: EventFd,
     /// The eventfd that the device interrupts with.
     pub call_fd: EventFd,
-    /// The eventfd that tells of a broken ring.
+    /// The eventfd that signals a broken ring.
     pub err_fd: EventFd,
     /// Kicks given.
     pub kicks: u64,
@@ -120,7 +120,7 @@ impl Ring {
         ring
     }
 
-    /// Forgets everything: the ring of a driver that begins anew.
+    /// Clears the ring, as a restarting driver does.
     pub fn clear(&mut self) {
         let entries = u64::from(self.size);
         self.memory.fill(self.desc, 16 * entries, 0);
@@ -133,7 +133,7 @@ impl Ring {
         (self.avail_idx, self.kicked_idx, self.used_idx) = (0, 0, 0);
     }
 
-    /// New eventfds, as a VMM makes them for each start: no old kick is left in them.
+    /// New eventfds, as a VMM makes them for each start, without stale kicks.
     pub fn renew_eventfds(&mut self) {
         self.kick_fd = eventfd();
         self.call_fd = eventfd();
@@ -159,12 +159,12 @@ impl Ring {
         self.features & feature != 0
     }
 
-    /// How many descriptors are free.
+    /// Number of free descriptors.
     pub fn free_descriptors(&self) -> usize {
         self.free.len()
     }
 
-    /// How many chains the device has not returned.
+    /// Number of chains that the device has not returned.
     pub fn outstanding(&self) -> usize {
         self.outstanding.len()
     }
@@ -215,7 +215,7 @@ impl Ring {
         self.write_desc_in(table, slot, part.addr, part.len, flags, next.unwrap_or(0));
     }
 
-    /// Writes a descriptor as it is (§2.7.5).
+    /// Writes a raw descriptor (§2.7.5).
     pub fn write_desc(&self, slot: u16, addr: u64, len: u32, flags: u16, next: u16) {
         self.write_desc_in(self.desc, slot, addr, len, flags, next);
     }
@@ -230,12 +230,12 @@ impl Ring {
         self.memory.write(table + 16 * u64::from(slot), &bytes);
     }
 
-    /// Takes descriptors out of the free list, for chains written by hand.
+    /// Takes descriptors off the free list, for handwritten chains.
     pub fn take_slots(&mut self, count: usize) -> Vec<u16> {
         self.free.drain(..count).collect()
     }
 
-    /// Offers a chain written by hand over `slots`; the first is its head.
+    /// Offers a handwritten chain over `slots`, the first of which is its head.
     pub fn offer(&mut self, slots: Vec<u16>) -> u16 {
         let head = slots[0];
         self.chains.insert(head, Chain { slots, capacity: 0 });
@@ -244,7 +244,7 @@ impl Ring {
         head
     }
 
-    /// Puts `head` in the available ring, whatever it is.
+    /// Puts `head` in the available ring, valid or not.
     pub fn push_avail(&mut self, head: u16) {
         let slot = u64::from(self.avail_idx % self.size);
         self.memory
@@ -253,7 +253,7 @@ impl Ring {
         self.memory.store_u16(self.avail + 2, self.avail_idx);
     }
 
-    /// Sets the available index, whatever it is.
+    /// Sets the available index, valid or not.
     pub fn set_avail_idx(&mut self, index: u16) {
         self.avail_idx = index;
         self.memory.store_u16(self.avail + 2, index);
@@ -327,7 +327,7 @@ impl Ring {
             .position(|&head| u32::from(head) == id);
         let place = place.unwrap_or_else(|| panic!("head {id} used but not outstanding"));
         if self.has(feature::IN_ORDER) {
-            // One entry may stand for a batch, named by its last head (§2.7.9): those before are wholly used.
+            // One entry may stand for a batch, named by its last head (§2.7.9); the buffers before it are used in full.
             assert!(place < usize::from(ready), "used out of order");
             for head in self.outstanding.drain(..place) {
                 self.batch.push_back((head, self.chains[&head].capacity));
@@ -356,7 +356,7 @@ impl Ring {
         self.device_has_more()
     }
 
-    /// Waits for a returned buffer, by interrupt alone; false when none came in time.
+    /// Waits for a returned buffer, relying on interrupts; false if none came in time.
     pub fn wait_used(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         loop {
@@ -370,7 +370,7 @@ impl Ring {
         }
     }
 
-    /// Takes the interrupts that are there.
+    /// Consumes pending interrupts.
     pub fn drain_call(&mut self) {
         if let Ok(count) = self.call_fd.read() {
             self.interrupts += count;

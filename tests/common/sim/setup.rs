@@ -1,4 +1,4 @@
-//! What a simulated guest looks like: rings, features, buffers.
+//! The configuration of a simulated guest: rings, features, buffers.
 
 use super::memory::Backing;
 use super::packet::{BUF_ALLOC, HEADER_LEN};
@@ -20,7 +20,7 @@ pub enum HeaderPlace {
 pub struct TxLayout {
     /// Where the header is.
     pub header: HeaderPlace,
-    /// Descriptors in all, where there is payload enough for them.
+    /// Total number of descriptors, if there is enough payload.
     pub descriptors: usize,
 }
 
@@ -45,7 +45,7 @@ impl TxLayout {
             .max(1)
             .min((rest - first_min).max(1));
         if rest > 0 {
-            // Uneven on purpose: the last part takes what remains.
+            // Uneven on purpose: the last part takes the rest.
             let step = (rest - first_min) / parts;
             lengths.extend((0..parts).map(|i| match i {
                 _ if i + 1 == parts => {
@@ -59,7 +59,7 @@ impl TxLayout {
     }
 }
 
-/// A guest to be.
+/// The configuration of a guest.
 #[derive(Clone, Debug)]
 pub struct Setup {
     /// Descriptors per ring.
@@ -84,12 +84,18 @@ pub struct Setup {
     pub call_first: bool,
     /// Whether to negotiate protocol features at all; without them rings are enabled from the start.
     pub protocol_features: bool,
-    /// The space each connection gives the host.
+    /// `buf_alloc` of each connection, in bytes.
     pub buf_alloc: u32,
-    /// Keep no more in flight than our own space, as newer Linux does.
+    /// Keep at most our own `buf_alloc` in flight, as newer Linux does.
     pub cap_in_flight: bool,
-    /// The sizes of the memory regions. The rings are in the first.
+    /// The sizes of the memory regions.
     pub regions: Vec<u64>,
+    /// The region that the rings are in. Buffers are in those behind it, if there are any.
+    pub ring_region: usize,
+    /// How many of the regions, from the end, are not shared at first.
+    pub plugged_later: usize,
+    /// Share each region with ADD_MEM_REG instead of all with SET_MEM_TABLE.
+    pub mem_slots: bool,
     /// What the regions are made of.
     pub backing: Backing,
 }
@@ -111,6 +117,9 @@ impl Default for Setup {
             buf_alloc: BUF_ALLOC,
             cap_in_flight: false,
             regions: vec![2 << 20, 30 << 20],
+            ring_region: 0,
+            plugged_later: 0,
+            mem_slots: false,
             backing: Backing::Pages,
         }
     }

@@ -22,7 +22,7 @@ type Key = (u32, u32);
 enum Phase {
     Asked,
     Open,
-    /// SHUTDOWN 3 sent; the peer owes an RST.
+    /// SHUTDOWN 3 sent; the peer's RST is pending.
     Closing,
     Gone,
 }
@@ -32,7 +32,7 @@ struct Conn {
     phase: Phase,
     received: VecDeque<u8>,
     rx_cnt: u32,
-    told_fwd_cnt: u32,
+    last_sent_fwd_cnt: u32,
     peer_alloc: u32,
     peer_fwd: u32,
     tx_cnt: u32,
@@ -47,7 +47,7 @@ impl Conn {
             phase,
             received: VecDeque::new(),
             rx_cnt: 0,
-            told_fwd_cnt: 0,
+            last_sent_fwd_cnt: 0,
             peer_alloc: 0,
             peer_fwd: 0,
             tx_cnt: 0,
@@ -56,7 +56,7 @@ impl Conn {
         }
     }
 
-    /// What may still be sent, by the peer's word, and by our own cap where the set-up asks for it.
+    /// The credit left: the peer's, capped by our own buffer if configured.
     fn credit(&self, cap: bool) -> u32 {
         let alloc = if cap {
             self.peer_alloc.min(self.flow.buf_alloc)
@@ -66,24 +66,26 @@ impl Conn {
         alloc.saturating_sub(self.tx_cnt.wrapping_sub(self.peer_fwd))
     }
 
-    /// Whether the peer believes that less than half of our space is free, although more is.
-    fn owes_update(&self) -> bool {
+    /// Whether the peer believes that less than half of our buffer is free, although more is.
+    fn update_due(&self) -> bool {
         let unread = self
             .rx_cnt
-            .wrapping_sub(self.told_fwd_cnt)
+            .wrapping_sub(self.last_sent_fwd_cnt)
             .min(self.flow.buf_alloc);
         let (believed, all) = (
             u64::from(self.flow.buf_alloc - unread),
             u64::from(self.flow.buf_alloc),
         );
-        self.phase == Phase::Open && 2 * believed < all && self.flow.fwd_cnt != self.told_fwd_cnt
+        self.phase == Phase::Open
+            && 2 * believed < all
+            && self.flow.fwd_cnt != self.last_sent_fwd_cnt
     }
 }
 
 struct State {
     guest: SimGuest,
     conns: HashMap<Key, Conn>,
-    /// Connections accepted for a port that is listened on.
+    /// Connections waiting in accept, by listening port.
     listeners: HashMap<u32, VecDeque<Key>>,
     control: VecDeque<Packet>,
     next_port: u32,
@@ -112,7 +114,7 @@ pub struct GuestStream {
 }
 
 impl GuestStack {
-    /// Takes over a guest.
+    /// Serves the sockets of `guest`.
     pub fn new(guest: SimGuest) -> Self {
         let state = State {
             guest,
@@ -195,7 +197,7 @@ impl GuestStack {
         }
     }
 
-    /// Works on the guest itself while no packet is taken or sent; `pause` ends the traffic until `resume`.
+    /// Works on the guest itself while no packet is taken or sent.
     pub fn with_guest<T>(&self, work: impl FnOnce(&mut SimGuest) -> T) -> T {
         let result = work(&mut self.shared.lock().guest);
         self.shared.wake();
@@ -222,7 +224,7 @@ impl GuestStack {
     pub fn kill(&self) {
         let mut state = self.shared.lock();
         state.stop = true;
-        // An error says that the daemon was quicker.
+        // An error means that the daemon closed first.
         let _ = state.guest.frontend.stream().shutdown(Shutdown::Both);
         for conn in state.conns.values_mut() {
             conn.aborted |= conn.phase == Phase::Open;
@@ -294,7 +296,7 @@ impl Shared {
         }
     }
 
-    /// The thread: takes packets and returned buffers, as interrupts tell; never looks without one.
+    /// The thread: takes packets and returned buffers, only on interrupts.
     fn serve(&self) {
         loop {
             let mut state = self.state.lock().unwrap();
@@ -410,7 +412,7 @@ impl State {
                 self.confirm_end(key);
             }
             op if op == Op::Rw as u16 => self.take_bytes(key, packet),
-            op if op == Op::CreditRequest as u16 => self.tell_credit(key),
+            op if op == Op::CreditRequest as u16 => self.send_credit_update(key),
             op if op == Op::CreditUpdate as u16 => (),
             op => self.failure = Some(format!("op {op} from the daemon")),
         }
@@ -425,7 +427,7 @@ impl State {
             return;
         }
         conn.rx_cnt = conn.rx_cnt.wrapping_add(packet.len);
-        if conn.rx_cnt.wrapping_sub(conn.told_fwd_cnt) > conn.flow.buf_alloc {
+        if conn.rx_cnt.wrapping_sub(conn.last_sent_fwd_cnt) > conn.flow.buf_alloc {
             self.failure = Some(format!("more than the credit given: {packet:?}"));
         }
         if conn.phase == Phase::Open {
@@ -445,11 +447,11 @@ impl State {
         }
     }
 
-    fn tell_credit(&mut self, key: Key) {
+    fn send_credit_update(&mut self, key: Key) {
         let Some(conn) = self.conns.get_mut(&key) else {
             return;
         };
-        conn.told_fwd_cnt = conn.flow.fwd_cnt;
+        conn.last_sent_fwd_cnt = conn.flow.fwd_cnt;
         self.updates_sent += 1;
         self.control.push_back(conn.flow.packet(Op::CreditUpdate));
     }
@@ -472,7 +474,7 @@ impl State {
             return None;
         }
         conn.tx_cnt = conn.tx_cnt.wrapping_add(len as u32);
-        conn.told_fwd_cnt = conn.flow.fwd_cnt;
+        conn.last_sent_fwd_cnt = conn.flow.fwd_cnt;
         self.guest.rings[TX].kick_if_needed();
         Some(Ok(len))
     }
@@ -488,8 +490,8 @@ impl State {
         }
         let len = conn.received.read(into).unwrap();
         conn.flow.fwd_cnt = conn.flow.fwd_cnt.wrapping_add(len as u32);
-        if conn.owes_update() {
-            self.tell_credit(key);
+        if conn.update_due() {
+            self.send_credit_update(key);
         }
         self.confirm_end(key);
         self.flush_control();
@@ -515,7 +517,7 @@ impl GuestStream {
         let mut state = self.shared.lock();
         let made = state.conns.get_mut(&self.key).and_then(|conn| {
             let packet = make(conn)?;
-            conn.told_fwd_cnt = packet.fwd_cnt;
+            conn.last_sent_fwd_cnt = packet.fwd_cnt;
             Some(packet)
         });
         state.control.extend(made);
@@ -528,7 +530,7 @@ impl GuestStream {
         self.control(|conn| (conn.phase == Phase::Open).then(|| conn.flow.shutdown(flags)));
     }
 
-    /// Closes: SHUTDOWN 3, then the daemon owes an RST.
+    /// Closes: SHUTDOWN 3, which the daemon confirms with RST.
     pub fn close(&self) {
         self.control(|conn| {
             let open = conn.phase == Phase::Open;

@@ -1,4 +1,4 @@
-//! A daemon that is about to be treated badly, and the proof that it did not mind.
+//! A daemon that is about to be abused, and the check that it survived unharmed.
 
 use std::ops::Deref;
 
@@ -7,10 +7,10 @@ use super::host::assert_serves;
 use super::setup::Setup;
 use crate::common::daemon::Daemon;
 
-/// What the allocator may keep of memory that is free again, in KiB.
+/// Freed memory that the allocator may keep, in KiB.
 pub const SLACK_KIB: u64 = 4 << 10;
 
-/// A daemon that has served a guest once, so that it has all that it needs.
+/// A daemon that has served one guest, so that everything allocated once is allocated.
 pub struct Survivor {
     daemon: Daemon,
     descriptors_and_threads: (usize, usize),
@@ -38,14 +38,14 @@ impl Survivor {
         }
     }
 
-    /// By how much the daemon's own memory has grown so far, in KiB.
+    /// Growth of the daemon's anonymous memory so far, in KiB.
     pub fn growth_kib(&self) -> u64 {
         self.daemon
             .anonymous_kib()
             .saturating_sub(self.anonymous_kib)
     }
 
-    /// Panics unless the daemon lives, serves the next VMM, has then as little as in the beginning, and sleeps.
+    /// Panics unless the daemon runs, serves the next VMM, uses no more resources than in the beginning, and is idle.
     #[track_caller]
     pub fn assert_unharmed(mut self) {
         self.daemon.assert_alive();
@@ -71,11 +71,11 @@ impl Deref for Survivor {
     }
 }
 
-/// Numbers without order that are the same in every run.
+/// Reproducible pseudo-random numbers.
 pub struct Dice(u64);
 
 impl Dice {
-    /// Dice that fall in the way of `seed`.
+    /// Dice seeded with `seed`.
     pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }

@@ -1,14 +1,14 @@
 //! The frontend's half of the vhost-user protocol: messages over a Unix socket, descriptors beside them.
 
 use std::io::{IoSlice, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use super::memory::GuestMemory;
+use super::memory::{GuestMemory, Region};
 
 /// How long the daemon may take to answer a message.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -27,6 +27,8 @@ pub mod protocol {
     pub const CONFIG: u64 = 1 << 9;
     /// RESET_DEVICE.
     pub const RESET_DEVICE: u64 = 1 << 13;
+    /// GET_MAX_MEM_SLOTS, ADD_MEM_REG and REM_MEM_REG.
+    pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 }
 
 /// Message types, the ones a vsock frontend uses.
@@ -52,6 +54,9 @@ pub enum Request {
     SetBackendReqFd = 21,
     GetConfig = 24,
     ResetDevice = 34,
+    GetMaxMemSlots = 36,
+    AddMemReg = 37,
+    RemMemReg = 38,
 }
 
 const VERSION: u32 = 1;
@@ -81,7 +86,7 @@ impl Frontend {
         Self::over(UnixStream::connect(socket).unwrap())
     }
 
-    /// Takes a socket that is connected already.
+    /// Uses a connected socket.
     pub fn over(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -96,13 +101,13 @@ impl Frontend {
         &self.stream
     }
 
-    /// Sends bytes as they are, for what no frontend should send.
+    /// Sends raw bytes, for what no frontend should send.
     pub fn send_raw(&self, bytes: &[u8], fds: &[BorrowedFd]) {
         let sent = self.try_send_raw(bytes, fds).unwrap();
         (&self.stream).write_all(&bytes[sent..]).unwrap();
     }
 
-    /// Sends as many of the bytes as are taken at once, if somebody is still there to take them.
+    /// Sends as many bytes as the socket takes at once; fails if the daemon is gone.
     pub fn try_send_raw(&self, bytes: &[u8], fds: &[BorrowedFd]) -> nix::Result<usize> {
         let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let control = [ControlMessage::ScmRights(&raw)];
@@ -120,7 +125,7 @@ impl Frontend {
         )
     }
 
-    /// Sends a message as it is.
+    /// Sends a raw message.
     pub fn send_message(&self, request: u32, flags: u32, payload: &[u8], fds: &[BorrowedFd]) {
         let head = [request, VERSION | flags, payload.len() as u32]
             .map(u32::to_le_bytes)
@@ -148,7 +153,7 @@ impl Frontend {
         assert_eq!(status, 0, "{request:?} was refused");
     }
 
-    /// As `set`, and hands out the ack's status (0 where none was negotiated).
+    /// Like `set`, but returns the ack's status (0 if none was negotiated).
     pub fn set_status(&self, request: Request, payload: &[u8], fds: &[BorrowedFd]) -> u64 {
         let flags = if self.reply_ack { NEED_REPLY } else { 0 };
         self.send_message(request as u32, flags, payload, fds);
@@ -195,17 +200,46 @@ impl Frontend {
         u64_of(&self.get(Request::GetQueueNum, &[]))
     }
 
-    /// SET_MEM_TABLE.
+    /// SET_MEM_TABLE with all of the memory.
     pub fn set_mem_table(&self, memory: &GuestMemory) {
-        use std::os::fd::AsFd;
-        let regions = memory.regions();
+        self.share(memory.regions());
+    }
+
+    /// SET_MEM_TABLE with these regions.
+    pub fn share<'a>(&self, regions: impl IntoIterator<Item = &'a Region>) {
+        let regions: Vec<_> = regions.into_iter().collect();
         let mut payload = [regions.len() as u32, 0].map(u32::to_le_bytes).concat();
-        for region in regions {
-            let words = [region.guest_addr, region.size, region.user_addr, 0];
-            payload.extend(words.map(u64::to_le_bytes).concat());
-        }
+        regions
+            .iter()
+            .for_each(|region| payload.extend(region.describe()));
         let fds: Vec<_> = regions.iter().map(|region| region.fd.as_fd()).collect();
         self.set(Request::SetMemTable, &payload, &fds);
+    }
+
+    /// GET_MAX_MEM_SLOTS.
+    pub fn max_mem_slots(&self) -> u64 {
+        u64_of(&self.get(Request::GetMaxMemSlots, &[]))
+    }
+
+    /// ADD_MEM_REG.
+    pub fn add_mem_reg(&self, region: &Region) {
+        assert_eq!(self.try_add_mem_reg(region), 0, "a region was refused");
+    }
+
+    /// ADD_MEM_REG of a region that may be refused: the ack's status.
+    pub fn try_add_mem_reg(&self, region: &Region) -> u64 {
+        let fds = [region.fd.as_fd()];
+        self.set_status(Request::AddMemReg, &slot(region), &fds)
+    }
+
+    /// REM_MEM_REG.
+    pub fn rem_mem_reg(&self, region: &Region) {
+        assert_eq!(self.try_rem_mem_reg(region), 0, "a region is kept");
+    }
+
+    /// REM_MEM_REG of a region that may not be there: the ack's status.
+    pub fn try_rem_mem_reg(&self, region: &Region) -> u64 {
+        self.set_status(Request::RemMemReg, &slot(region), &[])
     }
 
     /// SET_VRING_NUM.
@@ -248,7 +282,7 @@ impl Frontend {
         self.set(Request::SetVringEnable, &state(index, enable.into()), &[]);
     }
 
-    /// GET_CONFIG; None when the daemon says the range can't be read (an empty reply).
+    /// GET_CONFIG; `None` if the daemon rejects the range (an empty reply).
     pub fn config(&self, offset: u32, len: u32) -> Option<Vec<u8>> {
         let mut payload = [offset, len, 0].map(u32::to_le_bytes).concat();
         payload.resize(12 + len as usize, 0);
@@ -269,6 +303,11 @@ impl Frontend {
 
 fn state(index: u32, num: u32) -> Vec<u8> {
     [index, num].map(u32::to_le_bytes).concat()
+}
+
+/// The payload of ADD_MEM_REG and REM_MEM_REG: padding, and the region.
+fn slot(region: &Region) -> Vec<u8> {
+    [&[0; 8], &region.describe()[..]].concat()
 }
 
 fn u64_of(payload: &[u8]) -> u64 {
