@@ -4,14 +4,14 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::libc::user_regs_struct;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -151,6 +151,30 @@ impl Traced {
                 return;
             }
         }
+    }
+
+    /// Sends the caught daemon `signal`, whose handler it runs before anything else.
+    pub fn signal(&mut self, signal: Signal) {
+        ptrace::setregs(self.pid, self.caught.take().unwrap()).unwrap();
+        kill(self.pid, signal).unwrap();
+        ptrace::syscall(self.pid, None).unwrap();
+        assert_eq!(self.wait(), WaitStatus::Stopped(self.pid, signal));
+        ptrace::syscall(self.pid, signal).unwrap();
+        assert_eq!(self.wait(), WaitStatus::PtraceSyscall(self.pid));
+        // The end of the handler's first system call.
+        self.next_stop();
+    }
+
+    /// Traces the daemon no more and waits for its end.
+    pub fn wait_exit(mut self) -> ExitStatus {
+        ptrace::detach(self.pid, None).unwrap();
+        let mut status = None;
+        eventually("the daemon to end", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        self.ended = true;
+        status.unwrap()
     }
 
     /// Lets the daemon go on where it was caught, and traces it no more.
