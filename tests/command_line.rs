@@ -270,14 +270,13 @@ fn signals_end_it_and_remove_the_sockets() {
 /// A successor that starts meanwhile must not take the file for a dead one and replace it, only to lose its own.
 #[test]
 fn a_stopping_daemon_removes_its_sockets_while_they_listen_and_under_the_lock() {
-    let mut daemon = Traced::serving(&[], Path::new("/"));
+    let mut daemon = Traced::signalled(Signal::SIGTERM);
     let directory = daemon.uds_path().parent().unwrap().to_owned();
     let sockets = [daemon.vhost_socket(), daemon.uds_path()];
     let links = ["vhost.link", "uds.link"].map(|name| directory.join(name));
     for (socket, link) in sockets.iter().zip(&links) {
         fs::hard_link(socket, link).unwrap();
     }
-    daemon.signal(Signal::SIGTERM);
     let lock = fs::File::open(&directory).unwrap();
     for (socket, link) in sockets.iter().zip(&links) {
         daemon.run_to(UNLINK);

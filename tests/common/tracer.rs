@@ -119,6 +119,20 @@ impl Traced {
         traced
     }
 
+    /// Starts a daemon, waits until it serves, and sends it `signal`. Its first thread stands still before it notices.
+    pub fn signalled(signal: Signal) -> Self {
+        let mut traced = Self::start(&[], Path::new("/"));
+        ptrace::cont(traced.pid, None).unwrap();
+        eventually("the daemon to serve", || {
+            traced.log().contains("waiting for a VMM")
+        });
+        ptrace::interrupt(traced.pid).unwrap();
+        assert!(matches!(traced.wait(), WaitStatus::PtraceEvent(..)));
+        // Another thread runs the handler: the kernel gives no signal to one that stands still.
+        kill(traced.pid, signal).unwrap();
+        traced
+    }
+
     /// Lets the daemon make a system call. It stands still again behind it.
     pub fn call(&mut self, number: i64, arguments: &[u64]) -> Outcome {
         let caught = self.caught.expect("a daemon that was caught");
@@ -151,18 +165,6 @@ impl Traced {
                 return;
             }
         }
-    }
-
-    /// Sends the caught daemon `signal`, whose handler it runs before anything else.
-    pub fn signal(&mut self, signal: Signal) {
-        ptrace::setregs(self.pid, self.caught.take().unwrap()).unwrap();
-        kill(self.pid, signal).unwrap();
-        ptrace::syscall(self.pid, None).unwrap();
-        assert_eq!(self.wait(), WaitStatus::Stopped(self.pid, signal));
-        ptrace::syscall(self.pid, signal).unwrap();
-        assert_eq!(self.wait(), WaitStatus::PtraceSyscall(self.pid));
-        // The end of the handler's first system call.
-        self.next_stop();
     }
 
     /// Traces the daemon no more and waits for its end.
