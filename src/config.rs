@@ -294,7 +294,7 @@ impl ProcessConfig {
 
     /// The directories of all sockets.
     pub fn directories(&self) -> impl Iterator<Item = &Path> {
-        self.sockets().map(|(_, path, _, _)| folder(path))
+        self.sockets().map(|(_, path, _, _)| directory_of(path))
     }
 }
 
@@ -343,7 +343,7 @@ impl VmConfig {
 }
 
 /// The folder that a path is in.
-pub fn folder(path: &Path) -> &Path {
+pub fn directory_of(path: &Path) -> &Path {
     let folder = path.parent();
     let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
     folder.unwrap_or(Path::new("."))
@@ -383,7 +383,7 @@ fn check_path(
         path: path.to_owned(),
     };
     let file = path.file_name().ok_or_else(no_file)?;
-    let folder = folder(path);
+    let folder = directory_of(path);
     match folder.canonicalize() {
         Ok(real) if real.is_dir() => Ok(real.join(file)),
         _ => Err(ConfigError::NoFolder {

@@ -1,38 +1,39 @@
-//! How a file of this crate says which system calls it makes, itself or by a library it drives.
+//! How a module lists the system calls that it makes, itself or through a library that it drives.
 //!
-//! Each such file has its list beside its code; [`sandbox`](crate::daemon::sandbox) joins them, and all else ends the daemon.
-//! The calls of the data path have no condition: of those the kernel remembers that they are allowed, and asks no more.
+//! Each module that is used inside the sandbox has such a list beside its code. The server hands all of them to
+//! [`sandbox`](crate::daemon::sandbox); a call that is not listed ends the daemon. The calls of the data path are listed
+//! without conditions on their arguments: the kernel keeps a bitmap of those and does not run the filter for them.
 
 use libc::{c_int, c_long};
 
-/// A system call that may be made. Listed twice, it may be made either way.
+/// A system call that may be made. If it is listed more than once, the conditions of one entry must hold.
 #[derive(Clone, Copy, Debug)]
 pub struct Syscall {
     /// Its number.
     pub number: c_long,
-    /// What its arguments must be, all of it. Without any, the call is free.
+    /// Conditions on its arguments, all of which must hold.
     pub arguments: &'static [Argument],
 }
 
-/// What an argument of a call must be. Only its lower 32 bits count, as in the kernel.
+/// A condition on an argument of a system call. Only the argument's lower 32 bits are compared.
 #[derive(Clone, Copy, Debug)]
 pub enum Argument {
-    /// The argument of this index is this number.
+    /// The argument of this index has this value.
     Is(u8, c_int),
-    /// Of the argument of this index, the bits of the mask are these.
+    /// The argument, masked, has this value.
     Bits {
-        /// Which argument.
+        /// The argument's index.
         index: u8,
-        /// Which of its bits.
+        /// The bits that are compared.
         mask: c_int,
-        /// What they are.
+        /// Their value.
         value: c_int,
     },
-    /// The argument of this index is this process.
-    Ourselves(u8),
+    /// The argument of this index is the id of this process.
+    OwnPid(u8),
 }
 
-/// What `mmap` and `mprotect` must not ask for: no memory ever becomes code.
+/// The condition for `mmap` and `mprotect`: memory does not become executable.
 pub const NOT_EXECUTABLE: &[Argument] = &[Argument::Bits {
     index: 2,
     mask: libc::PROT_EXEC,
@@ -40,7 +41,7 @@ pub const NOT_EXECUTABLE: &[Argument] = &[Argument::Bits {
 }];
 
 impl Syscall {
-    /// A call with whatever arguments.
+    /// A call with any arguments.
     pub const fn any(number: c_long) -> Self {
         Self {
             number,
@@ -48,7 +49,7 @@ impl Syscall {
         }
     }
 
-    /// A call with such arguments only.
+    /// A call whose arguments meet all of these conditions.
     pub const fn only(number: c_long, arguments: &'static [Argument]) -> Self {
         Self { number, arguments }
     }

@@ -10,6 +10,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use common::daemon::{Daemon, binary, eventually};
+use common::tracer::Traced;
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::Pid;
@@ -17,6 +19,12 @@ use tempfile::TempDir;
 
 const USE: Option<i32> = Some(2);
 const FAILURE: Option<i32> = Some(1);
+
+/// The system call with which the standard library removes a file.
+#[cfg(target_arch = "x86_64")]
+const UNLINK: i64 = libc::SYS_unlink;
+#[cfg(not(target_arch = "x86_64"))]
+const UNLINK: i64 = libc::SYS_unlinkat;
 
 fn run(args: &[&str]) -> Output {
     Command::new(binary()).args(args).output().unwrap()
@@ -152,8 +160,8 @@ fn a_file_in_the_way_is_never_touched() {
     let folder = TempDir::new().unwrap();
     let (file, free) = (folder.path().join("file"), folder.path().join("free"));
     fs::write(&file, "precious").unwrap();
-    assert_refused(&start("4", &file, &free, &[]), FAILURE, "no socket");
-    assert_refused(&start("4", &free, &file, &[]), FAILURE, "no socket");
+    assert_refused(&start("4", &file, &free, &[]), FAILURE, "not a socket");
+    assert_refused(&start("4", &free, &file, &[]), FAILURE, "not a socket");
     assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
     assert!(!free.exists(), "what was made before is removed");
 }
@@ -180,7 +188,12 @@ fn a_path_of_another_daemon_is_refused_and_the_other_lives() {
     assert_refused(&start("5", &free, &daemon.uds_path(), &[]), FAILURE, in_use);
     daemon.assert_alive();
     UnixStream::connect(daemon.uds_path()).unwrap();
-    UnixStream::connect(daemon.vhost_socket()).unwrap();
+    drop(UnixStream::connect(daemon.vhost_socket()).unwrap());
+    // VMMs are served in their order: any that came before would be in the log by now.
+    eventually("the VMM to be gone", || {
+        daemon.log().contains("the VMM disconnected")
+    });
+    assert_eq!(daemon.log().matches("a VMM connected").count(), 1);
 }
 
 #[test]
@@ -252,6 +265,27 @@ fn signals_end_it_and_remove_the_sockets() {
         assert!(!daemon.uds_path().exists());
         assert!(!daemon.vhost_socket().exists());
     }
+}
+
+/// A successor that starts meanwhile must not take the file for a dead one and replace it, only to lose its own.
+#[test]
+fn a_stopping_daemon_removes_its_sockets_while_they_listen_and_under_the_lock() {
+    let mut daemon = Traced::signalled(Signal::SIGTERM);
+    let directory = daemon.uds_path().parent().unwrap().to_owned();
+    let sockets = [daemon.vhost_socket(), daemon.uds_path()];
+    let links = ["vhost.link", "uds.link"].map(|name| directory.join(name));
+    for (socket, link) in sockets.iter().zip(&links) {
+        fs::hard_link(socket, link).unwrap();
+    }
+    let lock = fs::File::open(&directory).unwrap();
+    for (socket, link) in sockets.iter().zip(&links) {
+        daemon.run_to(UNLINK);
+        assert!(!socket.exists(), "{}", socket.display());
+        UnixStream::connect(link).expect("the socket to listen");
+        assert!(lock.try_lock().is_err(), "the directory is not locked");
+    }
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    lock.try_lock().unwrap();
 }
 
 #[test]

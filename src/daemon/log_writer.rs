@@ -20,9 +20,10 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::syscalls::Syscall;
 
-/// To write, in a thread that sleeps otherwise.
-pub(crate) const SYSCALLS: &[Syscall] =
-    &[Syscall::any(libc::SYS_write), Syscall::any(libc::SYS_futex)];
+/// The system calls of the thread that writes.
+pub(crate) fn syscalls() -> Vec<Syscall> {
+    vec![Syscall::any(libc::SYS_write), Syscall::any(libc::SYS_futex)]
+}
 
 /// How many lines wait to be written. One more is dropped, and counted.
 pub const MAX_LINES: usize = 1024;

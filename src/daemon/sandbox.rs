@@ -1,9 +1,12 @@
-//! What the daemon gives up before it serves, so that a guest, a VMM or a host program that took it over would have little.
+//! What the daemon gives up before it serves, so that whoever takes it over gains little.
 //!
-//! It has its sockets and descriptors by then. What it still needs of the system is to move bytes between descriptors, to
-//! connect to `<uds-path>_<port>`, to start a thread for each VMM, and to remove its sockets in the end. All else goes:
-//! capabilities, new privileges, core dumps and being traced by others of its user, the file system (Landlock), and every
-//! system call that no file of this crate lists (seccomp).
+//! When the sandbox is entered, all sockets are bound. From then on the daemon only moves bytes between descriptors,
+//! connects to `<uds-path>_<port>`, starts a thread for each VMM, and removes its sockets when it stops. Everything else is
+//! given up: capabilities, new privileges, core dumps, being traced by other processes of its user, the file system
+//! (Landlock), and every system call that is not listed (seccomp).
+//!
+//! This file knows no other part of the daemon. The caller collects the system calls of all modules (their `syscalls`
+//! functions) and hands them over; the list below has only what every Rust program with threads needs.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -25,21 +28,21 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::config::{ProcessConfig, Sandbox, folder};
+use crate::config::{ProcessConfig, Sandbox, directory_of};
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
 
-/// The Landlock of Linux 6.12, which has all that the sandbox asks for but one.
+/// The Landlock version that a complete sandbox takes, that of Linux 6.12.
 const LANDLOCK: ABI = ABI::V6;
 
-/// A later one, with a right for connecting to Unix sockets.
-const LANDLOCK_OF_SOCKETS: ABI = ABI::V9;
+/// A later version, which also restricts connecting to Unix sockets. It is used where the kernel has it.
+const LANDLOCK_UNIX_SOCKETS: ABI = ABI::V9;
 
-/// The signal for the C library's own use, whose handler glibc installs with the first thread.
-const SIGNAL_OF_THREADS: c_int = 33;
+/// A signal for glibc's own use (SIGSETXID), whose handler it installs when the first thread starts.
+const SIGSETXID: c_int = 33;
 
-/// For the language and its libraries, whatever the daemon does: memory, locks, threads, and the end, be it a panic's.
-const SYSCALLS: &[Syscall] = &[
-    // The heap, and the stacks of threads.
+/// What the Rust runtime and the C library need: memory, locks, threads, panics and exits.
+const RUNTIME: &[Syscall] = &[
+    // The heap and the stacks of threads.
     Syscall::any(libc::SYS_brk),
     Syscall::only(libc::SYS_mmap, NOT_EXECUTABLE),
     Syscall::only(libc::SYS_mprotect, NOT_EXECUTABLE),
@@ -48,43 +51,40 @@ const SYSCALLS: &[Syscall] = &[
     Syscall::any(libc::SYS_madvise),
     Syscall::any(libc::SYS_futex),
     Syscall::any(libc::SYS_getrandom),
-    // A thread's start and end. The call for a process is the same, but has not these flags.
-    Syscall::only(libc::SYS_clone, A_THREAD),
+    // A thread's start and end. The flags keep clone from making processes.
+    Syscall::only(libc::SYS_clone, CLONE_THREAD),
     Syscall::any(libc::SYS_rseq),
     Syscall::any(libc::SYS_set_robust_list),
     Syscall::any(libc::SYS_sched_getaffinity),
     Syscall::any(libc::SYS_sigaltstack),
     Syscall::any(libc::SYS_rt_sigprocmask),
-    Syscall::only(
-        libc::SYS_rt_sigaction,
-        &[Argument::Is(0, SIGNAL_OF_THREADS)],
-    ),
+    Syscall::only(libc::SYS_rt_sigaction, &[Argument::Is(0, SIGSETXID)]),
     Syscall::only(libc::SYS_prctl, &[Argument::Is(0, libc::PR_SET_NAME)]),
     Syscall::only(libc::SYS_prctl, &[Argument::Is(0, libc::PR_SET_VMA)]),
     Syscall::any(libc::SYS_exit),
-    // A panic's message, an abort, and the end by a signal of memory, whose handler gives it back to the system.
+    // A panic's message, an abort, and the handlers of SIGSEGV and SIGBUS, which reset the signal and let it kill.
     Syscall::any(libc::SYS_write),
     Syscall::any(libc::SYS_getcwd),
     Syscall::any(libc::SYS_getpid),
     Syscall::any(libc::SYS_gettid),
-    Syscall::only(libc::SYS_tgkill, &[Argument::Ourselves(0)]),
+    Syscall::only(libc::SYS_tgkill, &[Argument::OwnPid(0)]),
     Syscall::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGABRT)]),
     Syscall::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGSEGV)]),
     Syscall::only(libc::SYS_rt_sigaction, &[Argument::Is(0, libc::SIGBUS)]),
     Syscall::any(libc::SYS_exit_group),
-    // A check of the standard library before it closes a descriptor.
+    // Debug builds check that a descriptor is open before they close it.
     #[cfg(debug_assertions)]
     Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_GETFD)]),
 ];
 
-const A_THREAD: &[Argument] = &[Argument::Bits {
+const CLONE_THREAD: &[Argument] = &[Argument::Bits {
     index: 0,
     mask: libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD,
     value: libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD,
 }];
 
-/// Files that the libraries would look at now and then, and do without: how much memory there is, where a panic was. No
-/// file at all can be opened, not even without Landlock.
+/// Calls that fail with EACCES instead of ending the daemon. Libraries open files now and then (how much memory there is,
+/// the symbols of a backtrace) and go on without them.
 const FILES: &[Syscall] = &[
     #[cfg(target_arch = "x86_64")]
     Syscall::any(libc::SYS_open),
@@ -95,17 +95,18 @@ const FILES: &[Syscall] = &[
     Syscall::any(libc::SYS_readlinkat),
 ];
 
-/// The kernel can't look into the arguments of this one. Where it is missing, threads are made by the older `clone`.
-const UNREADABLE: &[Syscall] = &[Syscall::any(libc::SYS_clone3)];
+/// Calls that fail with ENOSYS. clone3 has its flags in memory, where seccomp can't see them; the C library falls back to
+/// clone.
+const CLONE3: &[Syscall] = &[Syscall::any(libc::SYS_clone3)];
 
-/// Why the daemon does not serve.
+/// The system lacks a part of the sandbox, and `--sandbox=strict` asks for all of it.
 #[derive(Debug, Error)]
-#[error("--sandbox=strict: {missing}; --sandbox=auto does without")]
+#[error("--sandbox=strict: {missing}; --sandbox=auto starts without")]
 pub struct SandboxError {
     missing: String,
 }
 
-/// A part of the sandbox that the system doesn't give.
+/// A part of the sandbox that the system does not provide.
 #[derive(Debug, Error)]
 enum Missing {
     #[error("core dumps stay possible: {0}")]
@@ -125,29 +126,33 @@ enum Missing {
     #[error("no Landlock: {0}")]
     Landlock(#[from] RulesetError),
     #[error("no Landlock: {0}")]
-    Folder(#[from] PathFdError),
+    Directory(#[from] PathFdError),
     #[error("no seccomp: {0}")]
     Seccomp(#[from] seccompiler::Error),
     #[error("no seccomp: {0}")]
     Filter(#[from] seccompiler::BackendError),
 }
 
-/// Gives up all that serving does not need, for the calling thread and those that it starts from now on. The sockets
-/// of `config` are there already. Besides the calls that are listed below the caller, its own can be made.
+/// Gives up everything that serving does not need, for the calling thread and those that it starts from now on. The sockets
+/// of `config` must be bound by now. Of the system calls, those of the runtime and those in `syscalls` remain; any other
+/// ends the process.
+///
+/// With [`Sandbox::Auto`], what the system lacks is logged in one line. With [`Sandbox::Strict`], it is an error.
 pub fn enter(config: &ProcessConfig, syscalls: &[Syscall]) -> Result<(), SandboxError> {
     if config.sandbox == Sandbox::Off {
         return Ok(());
     }
-    // The order matters: privileges may be needed to find the folders, and the last part forbids what the others do.
-    let parts = [
+    // The order matters: Landlock may need a capability to open the directories, and seccomp forbids the calls of the
+    // steps before it.
+    let steps = [
         setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(Missing::CoreLimit),
         set_no_new_privs().map_err(Missing::NewPrivileges),
-        leave_files(config),
+        restrict_files(config),
         drop_capabilities().map_err(Missing::Capabilities),
         set_dumpable(false).map_err(Missing::Dumpable),
-        leave_calls(syscalls),
+        restrict_syscalls(syscalls),
     ];
-    let missing = parts.into_iter().filter_map(Result::err);
+    let missing = steps.into_iter().filter_map(Result::err);
     let missing: Vec<String> = missing.map(|missing| missing.to_string()).collect();
     if missing.is_empty() {
         return Ok(());
@@ -160,36 +165,35 @@ pub fn enter(config: &ProcessConfig, syscalls: &[Syscall]) -> Result<(), Sandbox
     Ok(())
 }
 
-/// Drops all capabilities. Even root is then an ordinary user, to whom root's files belong.
+/// Drops all capabilities. Even root is then an ordinary user, who owns root's files.
 fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
-    // Only who may set capabilities may take them off the bounding set. Others can't gain by it: there are no new
-    // privileges.
+    // Dropping from the bounding set takes CAP_SETPCAP. Without it the set is harmless: there are no new privileges.
     if caps::has_cap(None, CapSet::Effective, caps::Capability::CAP_SETPCAP)? {
         caps::clear(None, CapSet::Bounding)?;
     }
     caps::clear(None, CapSet::Ambient)?;
     caps::clear(None, CapSet::Inheritable)?;
-    // And with them the effective ones.
+    // This clears the effective set as well.
     caps::clear(None, CapSet::Permitted)
 }
 
-/// Leaves the file system with Landlock, but for removing the sockets and, where Landlock knows of that, connecting to
-/// host programs. TCP, abstract sockets and signals to others are left as well.
-fn leave_files(config: &ProcessConfig) -> Result<(), Missing> {
+/// Denies access to the file system with Landlock, except for removing the sockets and, on kernels that restrict it,
+/// connecting to host programs. TCP, abstract sockets and signals to other processes are denied as well.
+fn restrict_files(config: &ProcessConfig) -> Result<(), Missing> {
     let mut ruleset = Ruleset::default()
-        .handle_access(AccessFs::from_all(LANDLOCK_OF_SOCKETS))?
+        .handle_access(AccessFs::from_all(LANDLOCK_UNIX_SOCKETS))?
         .handle_access(AccessNet::from_all(LANDLOCK))?
         .scope(Scope::from_all(LANDLOCK))?
         .create()?;
-    let mut allow = |folder: &Path, access: BitFlags<AccessFs>| -> Result<(), Missing> {
-        (&mut ruleset).add_rule(PathBeneath::new(PathFd::new(folder)?, access))?;
+    let mut allow = |directory: &Path, access: BitFlags<AccessFs>| -> Result<(), Missing> {
+        (&mut ruleset).add_rule(PathBeneath::new(PathFd::new(directory)?, access))?;
         Ok(())
     };
-    for folder in config.directories() {
-        allow(folder, AccessFs::RemoveFile.into())?;
+    for directory in config.directories() {
+        allow(directory, AccessFs::RemoveFile.into())?;
     }
     for vm in &config.vms {
-        allow(folder(&vm.uds_path), AccessFs::ResolveUnix.into())?;
+        allow(directory_of(&vm.uds_path), AccessFs::ResolveUnix.into())?;
     }
     let status = ruleset.restrict_self()?;
     match status.landlock {
@@ -202,19 +206,19 @@ fn leave_files(config: &ProcessConfig) -> Result<(), Missing> {
     }
 }
 
-/// Makes every call that is not listed the last one, in all threads.
-fn leave_calls(syscalls: &[Syscall]) -> Result<(), Missing> {
+/// Installs the seccomp filters in all threads: a call that is not listed ends the process.
+fn restrict_syscalls(syscalls: &[Syscall]) -> Result<(), Missing> {
     let refuse = |calls: &[Syscall], error: c_int| {
         let error = SeccompAction::Errno(error as u32);
-        compile(&[calls], error, SeccompAction::Allow)
+        compile(calls, error, SeccompAction::Allow)
     };
-    let known = [SYSCALLS, syscalls, FILES, UNREADABLE];
-    // The strictest of them decides.
+    let listed = [RUNTIME, syscalls, FILES, CLONE3].concat();
+    // Of several filters the strictest decides.
     let filters = [
         refuse(FILES, libc::EACCES)?,
-        refuse(UNREADABLE, libc::ENOSYS)?,
-        // The last one: it allows no other.
-        compile(&known, SeccompAction::Allow, SeccompAction::KillProcess)?,
+        refuse(CLONE3, libc::ENOSYS)?,
+        // Last, since it allows no seccomp call.
+        compile(&listed, SeccompAction::Allow, SeccompAction::KillProcess)?,
     ];
     for filter in filters {
         seccompiler::apply_filter_all_threads(&filter)?;
@@ -224,21 +228,20 @@ fn leave_calls(syscalls: &[Syscall]) -> Result<(), Missing> {
 
 /// A filter that answers each of `calls` with `listed` and all others with `other`.
 fn compile(
-    calls: &[&[Syscall]],
+    calls: &[Syscall],
     listed: SeccompAction,
     other: SeccompAction,
 ) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> = BTreeMap::new();
-    let calls = || calls.iter().copied().flatten();
-    for call in calls() {
+    for call in calls {
         let rules = rules.entry(call.number).or_default();
         if !call.arguments.is_empty() {
             let conditions = call.arguments.iter().map(condition);
             rules.push(SeccompRule::new(conditions.collect::<Result<_, _>>()?)?);
         }
     }
-    // One that is free somewhere is free.
-    for call in calls().filter(|call| call.arguments.is_empty()) {
+    // A call that one module makes with any arguments has no conditions.
+    for call in calls.iter().filter(|call| call.arguments.is_empty()) {
         rules.insert(call.number, Vec::new());
     }
     let arch = env::consts::ARCH.try_into()?;
@@ -250,7 +253,7 @@ fn condition(argument: &Argument) -> Result<SeccompCondition, seccompiler::Backe
     let (index, op, value) = match *argument {
         Argument::Is(index, value) => (index, Eq, value),
         Argument::Bits { index, mask, value } => (index, MaskedEq(mask as u32 as u64), value),
-        Argument::Ourselves(index) => (index, Eq, getpid().as_raw()),
+        Argument::OwnPid(index) => (index, Eq, getpid().as_raw()),
     };
     SeccompCondition::new(index, SeccompCmpArgLen::Dword, op, value as u32 as u64)
 }

@@ -174,8 +174,8 @@ fn syscalls() -> Vec<Syscall> {
     [
         SYSCALLS,
         vm::SYSCALLS,
-        service::SYSCALLS,
-        log_writer::SYSCALLS,
+        &service::syscalls(),
+        &log_writer::syscalls(),
         &metrics::syscalls(),
         &vhu_vsock::syscalls(),
     ]

@@ -1,4 +1,12 @@
-//! What the service manager is told (sd_notify(3)): that the daemon is ready, what it does, and that it stops.
+//! Notifications to the service manager (sd_notify(3)): readiness, a status line, and the stop.
+//!
+//! The protocol is one datagram for each message, to the socket that NOTIFY_SOCKET names. For example:
+//!
+//! ```text
+//! READY=1
+//! STATUS=A VMM is connected, with 3 connections
+//! STOPPING=1
+//! ```
 
 use std::env;
 use std::ffi::OsStr;
@@ -16,24 +24,26 @@ use sd_notify::NotifyState;
 
 use crate::syscalls::Syscall;
 
-/// To send to the socket that is connected before the sandbox, and not too often.
-pub(crate) const SYSCALLS: &[Syscall] = &[
-    Syscall::any(libc::SYS_sendto),
-    Syscall::any(libc::SYS_clock_nanosleep),
-];
+/// The system calls of this file that are made inside the sandbox.
+pub(crate) fn syscalls() -> Vec<Syscall> {
+    vec![
+        Syscall::any(libc::SYS_sendto),
+        Syscall::any(libc::SYS_clock_nanosleep),
+    ]
+}
 
-/// How long a service manager may take to make room for a message.
-const PATIENCE: Duration = Duration::from_millis(200);
+/// How long a message waits for room in the service manager's socket before it is dropped.
+const SEND_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The least time between two status lines.
-const STATUS_PAUSE: Duration = Duration::from_secs(1);
+const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The service manager that has started the daemon, if one has.
+/// The connection to the service manager, if one has started the daemon.
 pub struct ServiceManager(Option<Arc<UnixDatagram>>);
 
 impl ServiceManager {
-    /// The one that the environment names. Its socket is connected now: it can't be reached from within the sandbox. One
-    /// that is not there is told nothing.
+    /// Connects to the socket that NOTIFY_SOCKET names. This comes before the sandbox, which allows no datagram socket. If
+    /// it fails, that is logged and nothing will be sent.
     pub fn from_env() -> Self {
         let path = env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty());
         Self(path.and_then(|path| match connect(&path) {
@@ -45,57 +55,61 @@ impl ServiceManager {
         }))
     }
 
-    /// Says that both sockets listen, and starts a thread that says what the daemon does.
+    /// Sends READY, and starts a thread that sends a status line whenever the status changes.
     pub fn ready(&self) -> io::Result<Status> {
         let Some(socket) = self.0.clone() else {
             return Ok(Status(None));
         };
-        tell(&socket, &NotifyState::Ready);
-        let now = Arc::new(AtomicU64::new(0));
-        let told = now.clone();
+        send(&socket, &NotifyState::Ready);
+        let current = Arc::new(AtomicU64::new(0));
+        let source = current.clone();
         let thread = thread::Builder::new()
             .name("status".into())
-            .spawn(move || {
-                loop {
-                    let line = describe(told.load(Ordering::Relaxed));
-                    tell(&socket, &NotifyState::Status(&line));
-                    thread::sleep(STATUS_PAUSE);
-                    // What came meanwhile does not wait for a next change.
-                    if describe(told.load(Ordering::Relaxed)) == line {
-                        thread::park();
-                    }
-                }
-            })?;
+            .spawn(move || send_changes(&socket, &source))?;
         let thread = thread.thread().clone();
-        Ok(Status(Some(Watched { now, thread })))
+        Ok(Status(Some(Reporter { current, thread })))
     }
 
-    /// Says that the daemon stops.
+    /// Sends STOPPING.
     pub fn stopping(&self) {
         if let Some(socket) = &self.0 {
-            tell(socket, &NotifyState::Stopping);
+            send(socket, &NotifyState::Stopping);
         }
     }
 }
 
-/// What the daemon does at the moment, for a service manager that wants to know.
+/// Where the device reports its status for the service manager.
 #[derive(Clone, Default)]
-pub struct Status(Option<Watched>);
+pub struct Status(Option<Reporter>);
 
 #[derive(Clone)]
-struct Watched {
-    /// Twice the number of connections, and one more with a VMM.
-    now: Arc<AtomicU64>,
+struct Reporter {
+    /// Bit 0: a VMM is connected. The others: the number of connections.
+    current: Arc<AtomicU64>,
+    /// The thread that sends it.
     thread: Thread,
 }
 
 impl Status {
-    /// Takes whether there is a VMM, and the number of connections.
+    /// Reports whether a VMM is connected, and the number of connections.
     pub fn set(&self, has_vmm: bool, connections: usize) {
-        let Some(watched) = &self.0 else { return };
+        let Some(reporter) = &self.0 else { return };
         let new = connections as u64 * 2 + u64::from(has_vmm);
-        if watched.now.swap(new, Ordering::Relaxed) != new {
-            watched.thread.unpark();
+        if reporter.current.swap(new, Ordering::Relaxed) != new {
+            reporter.thread.unpark();
+        }
+    }
+}
+
+/// Sends a line for each change, but not more often than every [`STATUS_INTERVAL`]. It never returns.
+fn send_changes(socket: &UnixDatagram, current: &AtomicU64) {
+    loop {
+        let line = describe(current.load(Ordering::Relaxed));
+        send(socket, &NotifyState::Status(&line));
+        thread::sleep(STATUS_INTERVAL);
+        // A change during the sleep is sent without another one to wake this thread.
+        if describe(current.load(Ordering::Relaxed)) == line {
+            thread::park();
         }
     }
 }
@@ -107,7 +121,7 @@ fn connect(path: &OsStr) -> io::Result<UnixDatagram> {
     };
     let socket = UnixDatagram::unbound()?;
     socket.connect_addr(&address)?;
-    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(SEND_TIMEOUT))?;
     Ok(socket)
 }
 
@@ -119,8 +133,8 @@ fn describe(status: u64) -> String {
     }
 }
 
-fn tell(socket: &UnixDatagram, state: &NotifyState<'_>) {
+fn send(socket: &UnixDatagram, state: &NotifyState<'_>) {
     if let Err(error) = socket.send(state.to_string().as_bytes()) {
-        debug!("the service manager was not told: {error}");
+        debug!("the service manager was not notified: {error}");
     }
 }

@@ -1,130 +1,151 @@
-//! A listening Unix socket, and the file that is its name.
+//! Listening Unix sockets: those that the daemon binds, with the files that are their names, and inherited ones.
+//!
+//! A socket file outlives the process that bound it, so a daemon that starts must tell a dead file, which it replaces, from
+//! that of a running daemon, which it leaves alone. Two daemons that start at once, or one that stops while its successor
+//! starts, could each take the other's file for dead. The rules against this:
+//!
+//! - Whoever makes, replaces or removes a socket file holds the lock (`flock`) of its directory meanwhile.
+//! - A file is removed while its socket still listens. A file that nobody is bound to is therefore always a dead one.
+//!
+//! The sandbox lets the daemon open nothing, so the directory is opened when the socket is bound and kept open for its
+//! removal.
 
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libc::{O_NOFOLLOW, O_PATH, c_int};
-use nix::fcntl::{AtFlags, Flock, FlockArg};
+use nix::errno::Errno;
+use nix::fcntl::AtFlags;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt,
-    sendmsg, socket, sockopt,
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
 };
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::fchownat;
-use rustix::cmsg_space;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use thiserror::Error;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::config::{SocketAccess, folder};
+use crate::config::{SocketAccess, directory_of};
 use crate::syscalls::{Argument, Syscall};
 
-/// To connect to a host program; to accept; to share a listening socket; to remove a socket's file if it is ours.
-pub(crate) const SYSCALLS: &[Syscall] = &[
-    Syscall::only(
-        libc::SYS_socket,
-        &[
-            Argument::Is(0, libc::AF_UNIX),
-            Argument::Is(
-                1,
-                libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
-            ),
-        ],
-    ),
-    Syscall::any(libc::SYS_connect),
-    Syscall::any(libc::SYS_accept4),
-    Syscall::only(libc::SYS_ioctl, &[Argument::Is(1, libc::FIONBIO as c_int)]),
-    Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
-    Syscall::any(libc::SYS_close),
-    Syscall::any(libc::SYS_statx),
-    #[cfg(target_arch = "x86_64")]
-    Syscall::any(libc::SYS_unlink),
-    Syscall::only(libc::SYS_unlinkat, &[Argument::Is(2, 0)]),
-];
+/// How long a daemon that starts waits for the lock of a directory. Daemons hold it for an instant; another program may
+/// hold it for as long as it likes, and then the daemon goes on without.
+const LOCK_AT_START: Duration = Duration::from_secs(1);
 
-/// Why a socket could not be made.
+/// How long a daemon that stops waits for it, for each socket. A stop must take less than a second.
+const LOCK_AT_STOP: Duration = Duration::from_millis(100);
+
+/// The pause between two tries to lock a directory.
+const LOCK_RETRY: Duration = Duration::from_millis(5);
+
+/// The system calls of this file that are made inside the sandbox.
+pub(crate) fn syscalls() -> Vec<Syscall> {
+    vec![
+        // To accept, and to duplicate a listening socket.
+        Syscall::any(libc::SYS_accept4),
+        Syscall::only(libc::SYS_ioctl, &[Argument::Is(1, libc::FIONBIO as c_int)]),
+        Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
+        Syscall::any(libc::SYS_close),
+        // To remove a socket's file.
+        Syscall::only(
+            libc::SYS_flock,
+            &[Argument::Is(1, libc::LOCK_EX | libc::LOCK_NB)],
+        ),
+        Syscall::only(libc::SYS_flock, &[Argument::Is(1, libc::LOCK_UN)]),
+        Syscall::any(libc::SYS_clock_nanosleep),
+        Syscall::any(libc::SYS_statx),
+        #[cfg(target_arch = "x86_64")]
+        Syscall::any(libc::SYS_unlink),
+        Syscall::only(libc::SYS_unlinkat, &[Argument::Is(2, 0)]),
+    ]
+}
+
+/// Why there is no listening socket.
 #[derive(Debug, Error)]
 pub enum ListenerError {
-    /// Somebody answers there.
+    /// A running process has a socket bound to the path.
     #[error("{0}: another daemon listens there, stop it or choose another path")]
     InUse(PathBuf),
-    /// There is a file that is no socket. It is never touched.
-    #[error("{0}: a file that is no socket is in the way, move it or choose another path")]
-    NoSocket(PathBuf),
-    /// The system refused.
+    /// The path is that of a file which is not a socket. Such a file is never removed.
+    #[error("{0}: a file that is not a socket is in the way, move it or choose another path")]
+    NotASocket(PathBuf),
+    /// The system refused to bind the socket.
     #[error("{0}: can't listen there: {1}")]
     Io(PathBuf, io::Error),
-    /// What was inherited is no socket that listens.
+    /// The inherited descriptor is not a socket that can be used.
     #[error("descriptor {0}: {1}")]
     Inherited(RawFd, io::Error),
-    /// The system does not let these connect to it.
+    /// The system refused to set the socket's mode or group.
     #[error("{0}: can't set its mode and group: {1}")]
     Access(PathBuf, io::Error),
 }
 
-/// A listening socket. If its file was made with it, it is removed with it.
+/// A listening, non-blocking Unix socket. The file of one that was bound here is removed when this is dropped.
 #[derive(Debug)]
 pub struct SocketFile {
-    listener: UnixListener,
-    /// Goes with it.
+    /// Above `listener`, and so dropped before it: the file is removed while the socket still listens.
     _file: Option<OwnFile>,
+    listener: UnixListener,
 }
 
-/// The file of a socket of ours.
+/// The file of a socket that was bound here.
 #[derive(Debug)]
 struct OwnFile {
     path: PathBuf,
-    /// Device and inode of the file, so that another's is not removed.
+    /// Device and inode, to recognize a file that has taken its place. The bound socket keeps the inode from being reused.
     identity: (u64, u64),
+    directory: Directory,
 }
 
-/// Makes every socket file from now on its owner's alone, until it is said who else may connect: nobody slips in between.
-/// This holds for all threads of the process at once, and so it is set before there are any, and never back.
+/// Makes new socket files accessible to their owner only, so that nobody connects before a socket has its final mode. The
+/// umask belongs to the whole process: this is called before other threads run, and it is not set back.
 pub fn tighten_umask() {
     umask(Mode::from_bits_truncate(0o177));
 }
 
 impl SocketFile {
-    /// Listens at `path`, for those who are given access. A socket file there that nobody listens at any more is replaced.
+    /// Listens at `path`, with the mode and group of `access`. A socket file that nobody is bound to any more is replaced.
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Self, ListenerError> {
         let failed = |error: io::Error| ListenerError::Io(path.to_owned(), error);
-        // Two daemons that start at once both see the same stale file: one after the other.
-        let _turn = lock_folder(path);
+        let directory = Directory::containing(path);
+        let locked = directory.lock(LOCK_AT_START);
         clear(path)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        // The file itself, even if another takes its place at the path.
         let mut options = OpenOptions::new();
-        // The file itself, whatever stands at the path later.
-        let file = options.read(true).custom_flags(O_PATH | O_NOFOLLOW);
-        let file = file.open(path).map_err(failed)?;
+        let options = options.read(true).custom_flags(O_PATH | O_NOFOLLOW);
+        let file = options.open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
+        drop(locked);
         let own = OwnFile {
             path: path.to_owned(),
             identity: (metadata.dev(), metadata.ino()),
+            directory,
         };
         let socket = Self {
-            listener,
             _file: Some(own),
+            listener,
         };
         give_access(&file, access)
             .map_err(|error| ListenerError::Access(path.to_owned(), error))?;
         Ok(socket)
     }
 
-    /// A listening socket whose file is somebody else's, or that has none.
+    /// A listening socket that somebody else has made. Its file, if it has one, is left alone.
     pub fn foreign(listener: UnixListener) -> Self {
         Self {
-            listener,
             _file: None,
+            listener,
         }
     }
 
-    /// The listening socket once more.
+    /// A duplicate of the listening socket.
     pub fn listener(&self) -> io::Result<UnixListener> {
         self.listener.try_clone()
     }
@@ -136,16 +157,16 @@ impl AsFd for SocketFile {
     }
 }
 
-/// A Unix socket that whoever started the daemon has made.
+/// A Unix stream socket that the process inherited from whoever started it.
 pub enum Inherited {
-    /// It listens.
+    /// A listening socket, which does not block from now on.
     Listener(UnixListener),
-    /// Somebody is at its other end.
+    /// A connected socket.
     Stream(UnixStream),
 }
 
 impl Inherited {
-    /// The socket with this number.
+    /// A duplicate of descriptor number `fd`.
     pub fn take(fd: RawFd) -> Result<Self, ListenerError> {
         let failed = |error: io::Error| ListenerError::Inherited(fd, error);
         let socket = duplicate(fd).map_err(failed)?;
@@ -153,11 +174,13 @@ impl Inherited {
         let listens = getsockopt(&socket, sockopt::AcceptConn);
         let listens = listens.map_err(|error| failed(error.into()))?;
         let stream = UnixStream::from(socket);
-        // They fail where it is no Unix socket, and where nobody is at its other end.
+        // The addresses of other families are an error, and so is that of a missing peer.
         stream.local_addr().map_err(failed)?;
         if kind != SockType::Stream {
             Err(failed(io::Error::other("not a stream socket")))
         } else if listens {
+            // Another process may accept from the same socket: after poll, a blocking accept could wait for good.
+            stream.set_nonblocking(true).map_err(failed)?;
             Ok(Self::Listener(OwnedFd::from(stream).into()))
         } else {
             stream.peer_addr().map_err(failed)?;
@@ -165,39 +188,32 @@ impl Inherited {
         }
     }
 
-    /// The socket with this number, if it listens.
+    /// A duplicate of descriptor number `fd`, which must be a listening socket.
     pub fn take_listener(fd: RawFd) -> Result<UnixListener, ListenerError> {
         match Self::take(fd)? {
             Self::Listener(listener) => Ok(listener),
             Self::Stream(_) => {
-                let error = io::Error::other("not a socket that listens");
+                let error = io::Error::other("not a listening socket");
                 Err(ListenerError::Inherited(fd, error))
             }
         }
     }
 }
 
-/// A descriptor of this process by its number. We send it to ourselves: that fails, and harms nobody, where the number is
-/// none.
+/// Duplicates a descriptor that is known by its number only. The number may be wrong, so it can't become an `OwnedFd` or a
+/// `BorrowedFd`; the kernel checks it when it is sent over a socket.
 fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     let (from, to) = UnixStream::pair()?;
-    let rights = [ControlMessage::ScmRights(&[fd])];
-    let slices = [IoSlice::new(&[0])];
-    sendmsg::<UnixAddr>(from.as_raw_fd(), &slices, &rights, MsgFlags::empty(), None)?;
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
-    let mut received = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    recvmsg(&to, &mut [IoSliceMut::new(&mut [0])], &mut received, flags)?;
-    let mut descriptors = received.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
-        _ => None,
-    });
-    let missing = || io::Error::other("it did not come through");
-    descriptors.next().ok_or_else(missing)
+    from.send_with_fd(&[0][..], fd)?;
+    let (_, received) = to.recv_with_fd(&mut [0])?;
+    let received = received.ok_or_else(|| io::Error::other("it can't be duplicated"))?;
+    // The received one is inherited by child processes; duplicates are not.
+    received.try_clone().map(OwnedFd::from)
 }
 
 impl Drop for OwnFile {
     fn drop(&mut self) {
+        let _locked = self.directory.lock(LOCK_AT_STOP);
         let is_ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
         if is_ours && let Err(error) = fs::remove_file(&self.path) {
@@ -206,8 +222,9 @@ impl Drop for OwnFile {
     }
 }
 
-/// Lets who shall connect to the socket of this file. The group comes first: the mode is not meant for another.
+/// Sets the mode and the group of a socket's file.
 fn give_access(file: &File, access: SocketAccess) -> io::Result<()> {
+    // The group first: the mode is not meant for the previous one.
     if let Some(group) = access.group {
         fchownat(file, "", None, Some(group.0), AtFlags::AT_EMPTY_PATH)?;
     }
@@ -215,34 +232,70 @@ fn give_access(file: &File, access: SocketAccess) -> io::Result<()> {
     if file.metadata()?.mode() & 0o777 == mode {
         return Ok(());
     }
-    // A file that is only known by its place takes no mode by its descriptor, other than so.
+    // fchmod refuses O_PATH descriptors.
     let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
     fs::set_permissions(itself, Permissions::from_mode(mode))
 }
 
-/// Waits for the folder of `path` to be nobody else's, until the answer is dropped. Somebody who is no daemon may hold it
-/// for long: after a second it goes without.
-fn lock_folder(path: &Path) -> Option<Flock<File>> {
-    let mut folder = File::open(folder(path)).ok()?;
-    for _ in 0..100 {
-        match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Some(lock),
-            Err((unlocked, _)) => folder = unlocked,
-        }
-        thread::sleep(Duration::from_millis(10));
+/// The directory of a socket's file, open for its lock. Without permission to read it there is no lock.
+#[derive(Debug)]
+struct Directory(Option<File>);
+
+impl Directory {
+    fn containing(path: &Path) -> Self {
+        Self(File::open(directory_of(path)).ok())
     }
-    None
+
+    /// Locks the directory until the result is dropped; `None` if another process holds the lock for all of `patience`.
+    fn lock(&self, patience: Duration) -> Option<DirectoryLock<'_>> {
+        let directory = self.0.as_ref()?;
+        let deadline = Instant::now() + patience;
+        while directory.try_lock().is_err() {
+            if Instant::now() >= deadline {
+                return None;
+            }
+            thread::sleep(LOCK_RETRY);
+        }
+        Some(DirectoryLock(directory))
+    }
 }
 
-/// Makes room at `path`, where nothing may be but a dead socket.
+struct DirectoryLock<'d>(&'d File);
+
+impl Drop for DirectoryLock<'_> {
+    fn drop(&mut self) {
+        // It can't fail while the lock is held, and closing the directory unlocks it as well.
+        let _ = self.0.unlock();
+    }
+}
+
+/// Removes a dead socket file at `path`. It is an error if anything else is there.
 fn clear(path: &Path) -> Result<(), ListenerError> {
     let failed = |error: io::Error| ListenerError::Io(path.to_owned(), error);
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(failed(error)),
-        Ok(file) if !file.file_type().is_socket() => Err(ListenerError::NoSocket(path.to_owned())),
-        Ok(_) if answers(path).map_err(failed)? => Err(ListenerError::InUse(path.to_owned())),
-        Ok(_) => fs::remove_file(path).map_err(failed),
+        Ok(file) if !file.file_type().is_socket() => {
+            Err(ListenerError::NotASocket(path.to_owned()))
+        }
+        Ok(_) if is_bound(path).map_err(failed)? => Err(ListenerError::InUse(path.to_owned())),
+        Ok(_) => match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
+            _ => Ok(()),
+        },
+    }
+}
+
+/// Whether a process has a socket bound to `path`. A stream listener does not notice the question: the kernel compares the
+/// socket types before it connects anything (unix(7), EPROTOTYPE).
+fn is_bound(path: &Path) -> io::Result<bool> {
+    let probe = UnixDatagram::unbound()?;
+    match probe.connect(path).map_err(Errno::try_from) {
+        // EPERM: a datagram socket that takes messages from its own peer only.
+        Ok(()) | Err(Ok(Errno::EPROTOTYPE | Errno::EPERM)) => Ok(true),
+        Err(Ok(Errno::ECONNREFUSED | Errno::ENOENT)) => Ok(false),
+        Err(Ok(error)) => Err(error.into()),
+        Err(Err(error)) => Err(error),
     }
 }
 
@@ -254,62 +307,94 @@ pub fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-/// Whether somebody listens at `path`. A full backlog is somebody too.
-fn answers(path: &Path) -> io::Result<bool> {
-    match connect_at_once(path) {
-        Ok(_) => Ok(true),
-        Err(error) => match error.kind() {
-            io::ErrorKind::WouldBlock => Ok(true),
-            io::ErrorKind::ConnectionRefused => Ok(false),
-            _ => Err(error),
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use tempfile::TempDir;
 
+    fn bind(path: &Path) -> Result<SocketFile, ListenerError> {
+        SocketFile::bind(path, SocketAccess::default())
+    }
+
     #[test]
     fn a_dead_socket_is_replaced_and_a_living_one_is_not() {
-        let folder = TempDir::new().unwrap();
-        let path = folder.path().join("socket");
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("socket");
         drop(UnixListener::bind(&path).unwrap());
-        let socket = SocketFile::bind(&path, SocketAccess::default()).unwrap();
-        assert!(matches!(
-            SocketFile::bind(&path, SocketAccess::default()),
-            Err(ListenerError::InUse(_))
-        ));
+        let socket = bind(&path).unwrap();
+        assert!(matches!(bind(&path), Err(ListenerError::InUse(_))));
         drop(socket);
         assert!(!path.exists());
     }
 
     #[test]
+    fn a_listener_does_not_notice_that_its_path_was_tried() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("socket");
+        let socket = bind(&path).unwrap();
+        assert!(matches!(bind(&path), Err(ListenerError::InUse(_))));
+        let accepted = socket.listener().unwrap().accept();
+        assert_eq!(accepted.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn sockets_of_other_types_and_ones_that_do_not_listen_yet_are_in_use() {
+        let directory = TempDir::new().unwrap();
+        let path = |name| directory.path().join(name);
+        let _datagram = UnixDatagram::bind(path("datagram")).unwrap();
+        let connected = UnixDatagram::bind(path("connected")).unwrap();
+        connected.connect(path("datagram")).unwrap();
+        let bound = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::empty(),
+            None,
+        )
+        .unwrap();
+        let address = UnixAddr::new(&path("bound")).unwrap();
+        nix::sys::socket::bind(bound.as_raw_fd(), &address).unwrap();
+        for name in ["datagram", "connected", "bound"] {
+            let refused = bind(&path(name));
+            assert!(matches!(refused, Err(ListenerError::InUse(_))), "{name}");
+        }
+    }
+
+    #[test]
     fn a_file_in_the_way_is_never_touched() {
-        let folder = TempDir::new().unwrap();
-        let path = folder.path().join("socket");
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("socket");
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(
-            SocketFile::bind(&path, SocketAccess::default()),
-            Err(ListenerError::NoSocket(_))
-        ));
+        assert!(matches!(bind(&path), Err(ListenerError::NotASocket(_))));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
     }
 
     #[test]
-    fn a_folder_that_somebody_holds_does_not_keep_it_waiting_forever() {
-        let folder = TempDir::new().unwrap();
-        let held = File::open(folder.path()).unwrap();
-        let _held = Flock::lock(held, FlockArg::LockExclusive).unwrap();
-        SocketFile::bind(&folder.path().join("socket"), SocketAccess::default()).unwrap();
+    fn a_directory_that_another_process_has_locked_delays_it_for_a_bounded_time() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("socket");
+        let held = File::open(directory.path()).unwrap();
+        held.lock().unwrap();
+        let socket = bind(&path).unwrap();
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn the_directory_is_not_locked_while_a_socket_is_served() {
+        let directory = TempDir::new().unwrap();
+        let socket = bind(&directory.path().join("socket")).unwrap();
+        let other = File::open(directory.path()).unwrap();
+        other.try_lock().unwrap();
+        other.unlock().unwrap();
+        drop(socket);
+        other.try_lock().unwrap();
     }
 
     #[test]
     fn only_its_own_file_is_removed() {
-        let folder = TempDir::new().unwrap();
-        let path = folder.path().join("socket");
-        let socket = SocketFile::bind(&path, SocketAccess::default()).unwrap();
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("socket");
+        let socket = bind(&path).unwrap();
         fs::remove_file(&path).unwrap();
         fs::write(&path, "somebody else's").unwrap();
         drop(socket);
@@ -317,17 +402,31 @@ mod tests {
     }
 
     #[test]
-    fn a_full_backlog_is_somebody() {
-        let folder = TempDir::new().unwrap();
-        let path = folder.path().join("socket");
+    fn a_full_backlog_is_in_use() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();
         let mut waiting = Vec::new();
         while let Ok(stream) = connect_at_once(&path) {
             waiting.push(stream);
         }
-        assert!(matches!(
-            SocketFile::bind(&path, SocketAccess::default()),
-            Err(ListenerError::InUse(_))
-        ));
+        assert!(matches!(bind(&path), Err(ListenerError::InUse(_))));
+    }
+
+    #[test]
+    fn an_inherited_listener_does_not_block() {
+        let directory = TempDir::new().unwrap();
+        let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
+        let inherited = Inherited::take_listener(listener.as_raw_fd()).unwrap();
+        let accepted = inherited.accept();
+        assert_eq!(accepted.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn an_inherited_descriptor_is_not_passed_to_child_processes() {
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let duplicate = duplicate(stream.as_raw_fd()).unwrap();
+        let flags = nix::fcntl::fcntl(&duplicate, nix::fcntl::FcntlArg::F_GETFD).unwrap();
+        assert_eq!(flags, libc::FD_CLOEXEC);
     }
 }

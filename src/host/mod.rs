@@ -15,5 +15,5 @@ pub mod socket;
 use crate::syscalls::Syscall;
 
 pub(crate) fn syscalls() -> Vec<Syscall> {
-    [listener::SYSCALLS, socket::SYSCALLS].concat()
+    [&listener::syscalls(), socket::SYSCALLS].concat()
 }

@@ -4,14 +4,14 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::libc::user_regs_struct;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -159,6 +159,20 @@ impl Traced {
         });
     }
 
+    /// Starts a daemon, waits until it serves, and sends it `signal`. Its first thread stands still before it notices.
+    pub fn signalled(signal: Signal) -> Self {
+        let mut traced = Self::start(&[], Path::new("/"));
+        ptrace::cont(traced.pid, None).unwrap();
+        eventually("the daemon to serve", || {
+            traced.log().contains("waiting for a VMM")
+        });
+        ptrace::interrupt(traced.pid).unwrap();
+        assert!(matches!(traced.wait(), WaitStatus::PtraceEvent(..)));
+        // Another thread runs the handler: the kernel gives no signal to one that stands still.
+        kill(traced.pid, signal).unwrap();
+        traced
+    }
+
     /// Makes the daemon issue a system call, after which it is stopped again.
     pub fn call(&mut self, number: i64, arguments: &[u64]) -> Outcome {
         let caught = self.caught.expect("a daemon that was caught");
@@ -191,6 +205,18 @@ impl Traced {
                 return;
             }
         }
+    }
+
+    /// Traces the daemon no more and waits for its end.
+    pub fn wait_exit(mut self) -> ExitStatus {
+        ptrace::detach(self.pid, None).unwrap();
+        let mut status = None;
+        eventually("the daemon to end", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        self.ended = true;
+        status.unwrap()
     }
 
     /// Continues the daemon where it was stopped, and detaches.
