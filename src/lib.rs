@@ -1,57 +1,99 @@
-//! `vhost-user-vsock`: a virtio-vsock device for one virtual machine, as a vhost-user daemon.
+//! A virtio-vsock device for virtual machines, as a vhost-user daemon.
 //!
-//! A VMM connects to the daemon's vhost-user socket and shares the guest's memory with it. A connection of the guest's to
-//! the host becomes a Unix stream socket to a host program, and the other way round.
+//! A VMM connects to a Unix socket of the daemon's and shares its guest's memory with it (vhost-user). A program in the guest
+//! then reaches host programs over AF_VSOCK, and host programs reach it over plain Unix sockets. There is no kernel module and
+//! no privilege on the host.
+//!
+//! # Embedding
+//!
+//! [`VmConfig`] describes a VM, and [`Vm::start`] serves it until it is dropped:
+//!
+//! ```no_run
+//! use vhost_user_vsock::{Cid, Vm, VmConfig};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let config = VmConfig::new(Cid::try_from(4u32)?, "/tmp/vhost4.socket", "/tmp/vm4.vsock");
+//! let vm = Vm::start(&config)?;
+//! std::thread::park();
+//! vm.stop();
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Everything else is for the binary, and may change with any version.
 //!
 //! # Which file owns what
 //!
-//! Names are the specifications'. A file knows those below it and not those above, with two exceptions: the table of
-//! connections connects as `listener` does, and the device reports to `service`.
+//! Names are the specifications'. A file knows those below it and none above.
 //!
 //! ```text
-//! main                      logging, signals, exit code              log_writer: the log's way to stderr
-//!   server                  the sockets, one VMM after the other     listener: a socket and its file
-//!     sandbox               what the daemon gives up before it serves    service: what the service manager is told
-//!     vhu_vsock             the device as the vhost-user library sees it vring: the library's rings, mended
-//!       vhost_user_vsock_thread   the worker: rings, epoll, timer        look: whether to look before sleep
-//!         thread_backend    the table of connections, resets, limits     handshake: the CONNECT line
-//!           vsock_conn      one connection: states, both directions      credit, txbuf, rxqueue, rxops
-//!             packet        packets in guest memory; all unsafe code     header: the 44 bytes and their names
-//! cli, config               what the daemon is told, and the mistakes in it
-//! relay                     the way of a VMM whose connection was inherited to the library
-//! stats                     what is counted, and what there is to tell of a connection
-//! stats_socket              tells it, as the text that metrics makes of it; stats_table shows that to a person
-//! calls                     how a file lists the system calls that it makes
+//! main, cli                      arguments, signals, exit code
+//! config (+ config/)             what a process and its VMs are told to do
+//! daemon/                        server (a process), vm (one VM), service, sandbox, log_writer
+//! vhu_vsock (+ session, memory)  the device, and the session of a VMM
+//! vhost_user_vsock_thread        the worker: epoll, rings, timer   (+ acceptor, busy_poll, epoll, ring)
+//! thread_backend                 the table of connections          (+ one file for each concern of it)
+//! vsock_conn                     one connection: its states        (+ credit, shutdown, stream_mover)
+//! rxqueue, rxops, txbuf          what is pending for the guest, and bytes that wait for the host
+//! host/                          the host's side: sockets, listeners, the CONNECT line, routes
+//! metrics/                       counters, and the texts that show them
+//! packet (+ header, chain, iov)  packets in guest memory; iov is the only unsafe code
+//! syscalls                       how a file lists the system calls that it makes
 //! ```
 //!
 //! # How a byte travels
 //!
-//! *From the guest.* The driver puts a packet into the TX ring and kicks. The worker takes a batch of chains off the ring
-//! and [`packet`] makes headers and slices of guest memory of them. [`thread_backend`] gives consecutive packets of one
-//! connection to [`vsock_conn`], which sends them with one `sendmsg`, straight out of guest memory. What the host program
-//! does not take goes to [`txbuf`]. Then the worker returns the chains and interrupts the guest, once.
+//! *From the guest.* The driver puts a packet into the TX ring and kicks. The worker takes a batch of chains off the ring,
+//! and `packet` makes headers and slices of guest memory of them. `thread_backend` gives consecutive packets of one
+//! connection to `vsock_conn`, which sends them with one `sendmsg`, straight from guest memory. What the host program does
+//! not take goes to `txbuf`. Then the worker returns the chains and interrupts the guest, once.
 //!
-//! *To the guest.* The socket becomes readable, its connection joins the queue of those that owe the guest something. The
-//! worker takes as many buffers off the RX ring as that connection may fill now, `readv` fills them all at once, each
-//! gets its header, the filled ones are returned, and the others go back to the ring.
+//! *To the guest.* The socket becomes readable, and its connection joins the queue of those with something pending. The
+//! worker takes as many buffers off the RX ring as that connection may fill now, one `recvmsg` fills them, each gets its
+//! header, the filled ones are returned, and the others go back to the ring.
 
 // Nothing that a guest, a host program or a VMM sends may end the daemon.
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-#![warn(unreachable_pub)]
+#![cfg_attr(feature = "fuzzing", warn(unreachable_pub))]
 
+/// Declares the modules that are not for embedders. The fuzz targets see them with the feature `fuzzing`.
+macro_rules! internal {
+    ($($module:ident)*) => {
+        $(
+            #[cfg(feature = "fuzzing")]
+            #[doc(hidden)]
+            pub mod $module;
+            #[cfg(not(feature = "fuzzing"))]
+            mod $module;
+        )*
+    };
+}
+
+internal! {
+    host
+    packet
+    rxops
+    rxqueue
+    syscalls
+    thread_backend
+    txbuf
+    vhost_user_vsock_thread
+    vhu_vsock
+    vsock_conn
+}
+
+// For the binary and for what is built from its command line.
+#[doc(hidden)]
 pub mod cli;
+#[doc(hidden)]
 pub mod config;
+#[doc(hidden)]
 pub mod daemon;
-pub mod host;
+#[doc(hidden)]
 pub mod metrics;
-pub mod packet;
-pub mod rxops;
-pub mod rxqueue;
-pub mod syscalls;
 #[cfg(test)]
 mod testing;
-pub mod thread_backend;
-pub mod txbuf;
-pub mod vhost_user_vsock_thread;
-pub mod vhu_vsock;
-pub mod vsock_conn;
+
+pub use config::{ConfigError, Socket, SocketAccess, SocketGroup, SocketMode, VmConfig};
+pub use daemon::vm::{Vm, VmError};
+pub use packet::header::{Cid, InvalidCid};

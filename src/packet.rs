@@ -224,14 +224,9 @@ pub struct Payload<'b> {
 }
 
 impl Payload<'_> {
-    /// Its length in bytes.
-    pub fn len(&self) -> usize {
+    /// How many bytes it has.
+    pub fn bytes(&self) -> usize {
         self.slices.bytes(self.range.clone())
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Sends it to a socket without waiting, and returns how many bytes the socket took. An error means that not even the

@@ -29,11 +29,6 @@ impl RxQueue {
             .into_iter()
             .find(|op| self.0 & op.bit() != 0)
     }
-
-    /// Whether nothing is pending.
-    pub fn is_empty(&self) -> bool {
-        self.0 == 0
-    }
 }
 
 #[cfg(test)]
@@ -51,7 +46,6 @@ mod tests {
             assert_eq!(queue.peek(), Some(op));
             queue.remove(op);
         }
-        assert!(queue.is_empty());
         assert_eq!(queue.peek(), None);
     }
 }

@@ -33,11 +33,9 @@ use log::{debug, trace};
 use thiserror::Error;
 
 use clients::{Client, Clients};
-pub use clients::{HANDSHAKE_TIMEOUT, MAX_CLIENTS};
 use connections::Connections;
 use deadlines::Deadlines;
 use event_source::{EventSource, Token};
-pub use resets::MAX_RESETS;
 use resets::Resets;
 use slot_list::SlotList;
 

@@ -120,6 +120,10 @@ pub enum Dialing {
     /// The end of a connect(2) that has not waited.
     Connect,
     /// The answer to our CONNECT line.
+    #[cfg_attr(
+        not(any(test, feature = "fuzzing")),
+        expect(dead_code, reason = "for routes to other daemons' guests")
+    )]
     Answer(Line),
 }
 
@@ -458,7 +462,7 @@ impl VsockConnection {
 
     /// Sends payload to the host program, and buffers what it does not take yet.
     fn deliver(&mut self, payload: &Payload<'_>) -> Verdict {
-        let len = payload.len();
+        let len = payload.bytes();
         self.credit.count_received(len);
         if self.shutdown.host_receives() {
             match self.mover.deliver(payload) {

@@ -19,6 +19,10 @@ use super::socket::{HostSocket, ReceiveError};
 /// The most bytes that a request line may have, its newline included.
 pub const MAX_REQUEST: usize = 32;
 /// The most bytes that an answer may have, its newline included: a port has at most ten digits.
+#[cfg_attr(
+    not(any(test, feature = "fuzzing")),
+    expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
+)]
 pub const MAX_ANSWER: usize = "OK 4294967295\n".len();
 
 /// What is known of a line after some of its bytes.
@@ -63,6 +67,10 @@ pub fn read(socket: &HostSocket, line: &mut Line) -> Progress {
 }
 
 /// The request for a port of the guest's.
+#[cfg_attr(
+    not(any(test, feature = "fuzzing")),
+    expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
+)]
 pub fn request(port: u32) -> String {
     format!("CONNECT {port}\n")
 }
@@ -101,6 +109,10 @@ impl Line {
     }
 
     /// A server's answer, of at most [`MAX_ANSWER`] bytes.
+    #[cfg_attr(
+        not(any(test, feature = "fuzzing")),
+        expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
+    )]
     pub fn answer() -> Self {
         Self::new(b"OK", MAX_ANSWER)
     }

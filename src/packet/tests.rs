@@ -187,7 +187,7 @@ proptest! {
         let packets = batch.packets();
         prop_assert_eq!(packets[0].header(), &rw(payload.len()));
         let whole = batch.payload(packets);
-        prop_assert_eq!(whole.len(), payload.len());
+        prop_assert_eq!(whole.bytes(), payload.len());
         let mut copied = vec![0; payload.len() / 2];
         let skipped = payload.len() - copied.len();
         whole.copy_to(skipped, &mut copied);
@@ -230,7 +230,7 @@ proptest! {
         let found: Vec<u32> = batch.packets().iter().map(|packet| packet.header().len).collect();
         prop_assert_eq!(found, lengths);
         let whole = batch.payload(batch.packets());
-        let mut copied = vec![0; whole.len()];
+        let mut copied = vec![0; whole.bytes()];
         whole.copy_to(0, &mut copied);
         prop_assert_eq!(copied, sent);
     }

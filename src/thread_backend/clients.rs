@@ -9,10 +9,10 @@ use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
 
 /// How long a host program has to write its CONNECT line. A person may type it by hand.
-pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How many host programs may have connected without a CONNECT line. One more evicts the oldest.
-pub const MAX_CLIENTS: usize = 1024;
+const MAX_CLIENTS: usize = 1024;
 
 /// A client and its line as far as it has come.
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use crate::host::socket::HostSocket;
 use crate::packet::header::VsockHeader;
 
 /// How many resets may wait. One more is dropped: a guest that provokes so many and takes none has lost its own.
-pub const MAX_RESETS: usize = 1024;
+pub(super) const MAX_RESETS: usize = 1024;
 
 /// The RSTs, in order. Where one ends a connection, its host socket is closed only after the guest has got the RST: when the
 /// host program sees the end, the guest's ports must be free.

@@ -2,6 +2,7 @@ use std::os::unix::net::UnixListener;
 
 use tempfile::TempDir;
 
+use super::resets::MAX_RESETS;
 use super::*;
 use crate::testing::{self, memory, tx_batch};
 

@@ -8,6 +8,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
+use log::debug;
+
 use crate::host::socket::{HostSocket, ReceiveError, SendError};
 use crate::packet::{Payload, RxBatch};
 use crate::txbuf::LocalTxBuf;
@@ -119,14 +121,17 @@ impl StreamMover {
 
     /// Sends bytes from the guest, and buffers what the socket does not take.
     pub(super) fn deliver(&mut self, payload: &Payload<'_>) -> Delivered {
-        let len = payload.len();
+        let len = payload.bytes();
         let mut sent = 0;
         if self.writable && self.tx_buf.is_empty() {
             match self.socket.send(payload) {
                 Ok(count) => sent = count,
                 Err(SendError::Full) => {}
                 Err(SendError::Closed) => return Delivered::Closed,
-                Err(SendError::Failed(_)) => return Delivered::Failed,
+                Err(SendError::Failed(error)) => {
+                    debug!("can't send to the host program: {error}");
+                    return Delivered::Failed;
+                }
             }
             self.writable = sent == len;
         }
@@ -159,7 +164,10 @@ impl StreamMover {
                     return Flushed::Part;
                 }
                 Err(SendError::Closed) => return Flushed::Closed,
-                Err(SendError::Failed(_)) => return Flushed::Failed,
+                Err(SendError::Failed(error)) => {
+                    debug!("can't send to the host program: {error}");
+                    return Flushed::Failed;
+                }
             }
         }
         Flushed::All
@@ -176,9 +184,15 @@ impl StreamMover {
         let received = match self.socket.receive(batch) {
             Ok(received) => received,
             Err(error) => {
-                if matches!(error, ReceiveError::Empty) {
-                    self.readable = false;
-                    self.until_empty = false;
+                match &error {
+                    ReceiveError::Empty => {
+                        self.readable = false;
+                        self.until_empty = false;
+                    }
+                    ReceiveError::Failed(error) => {
+                        debug!("can't receive from the host program: {error}");
+                    }
+                    ReceiveError::Reset | ReceiveError::GuestMemory => {}
                 }
                 return Err(error);
             }
