@@ -128,7 +128,6 @@ impl Traced {
         });
         ptrace::interrupt(traced.pid).unwrap();
         assert!(matches!(traced.wait(), WaitStatus::PtraceEvent(..)));
-        // Another thread runs the handler: the kernel gives no signal to one that stands still.
         kill(traced.pid, signal).unwrap();
         traced
     }
@@ -209,15 +208,17 @@ impl Traced {
         fs::read_to_string(self.folder.path().join("log")).unwrap()
     }
 
-    /// Goes on to the beginning or the end of a system call.
+    /// Goes on to the beginning or the end of a system call. A signal on the way is delivered.
     fn next_stop(&mut self) {
-        ptrace::syscall(self.pid, None).unwrap();
-        assert_eq!(
-            self.wait(),
-            WaitStatus::PtraceSyscall(self.pid),
-            "{}",
-            self.log()
-        );
+        let mut signal = None;
+        loop {
+            ptrace::syscall(self.pid, signal).unwrap();
+            match self.wait() {
+                WaitStatus::PtraceSyscall(_) => return,
+                WaitStatus::Stopped(_, caught) => signal = Some(caught),
+                other => panic!("{other:?}\n{}", self.log()),
+            }
+        }
     }
 
     fn wait(&mut self) -> WaitStatus {
