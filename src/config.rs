@@ -1,30 +1,31 @@
-//! What the daemon is told to do, and the mistakes in it.
+//! The configuration of a process and its VMs, and the check for mistakes in it.
+//!
+//! The command line makes a [`ProcessConfig`]; an embedder makes a [`VmConfig`] with [`VmConfig::new`] and changes what
+//! should differ from the defaults. Nothing here touches a socket or changes a file.
+
+mod access;
+mod paths;
 
 use std::fmt;
 use std::os::fd::RawFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use nix::unistd::{Gid, Group};
 use thiserror::Error;
 
+pub use self::access::{AccessError, SocketAccess, SocketGroup, SocketMode};
+use self::paths::SocketPath;
+pub use self::paths::{PathError, directory_of};
 use crate::packet::header::{Cid, InvalidCid};
 
-/// The longest path that a Unix socket address holds, in bytes, its closing NUL not counted.
-const MAX_SOCKET_PATH: usize = 107;
-
-/// What stands behind the uds path for the highest port that a guest can connect to.
-const LONGEST_PORT: &str = "_4294967295";
-
-/// The largest buffer per connection, in bytes.
+/// The largest buffer of a connection, in bytes.
 const MAX_TX_BUFFER: u32 = 1 << 30;
 
-/// The largest ring (virtio 1.2, 2.7).
+/// The largest ring, in entries (virtio 1.2, 2.7).
 const MAX_QUEUE_SIZE: u16 = 32768;
 
-/// The longest look before sleep.
+/// The longest busy poll.
 const MAX_BUSY_POLL: Duration = Duration::from_millis(10);
 
 /// The configuration of a process: its VMs, and what they share.
@@ -32,7 +33,7 @@ const MAX_BUSY_POLL: Duration = Duration::from_millis(10);
 pub struct ProcessConfig {
     /// The VMs that the process serves.
     pub vms: Vec<VmConfig>,
-    /// Path of the statistics socket.
+    /// Path of the statistics socket. The default is none.
     pub stats_path: Option<PathBuf>,
     /// Who may connect to the statistics socket.
     pub access: SocketAccess,
@@ -47,28 +48,28 @@ pub struct VmConfig {
     pub guest_cid: Cid,
     /// The vhost-user socket, for the VMM.
     pub socket: Socket,
-    /// The socket for host programs, and the beginning of the paths where they listen themselves.
+    /// Path of the socket for host programs, and with `_<port>` behind it the path where they listen.
     pub uds_path: PathBuf,
-    /// The descriptor of the socket for host programs, where somebody has made it already.
+    /// The listening socket for host programs, if it is inherited instead of bound at `uds_path`.
     pub uds_fd: Option<RawFd>,
-    /// The buffer of each connection for bytes that the guest sends, in bytes.
+    /// How many bytes from the guest each connection buffers for its host program, from 1 to 2^30.
     pub tx_buffer_size: u32,
-    /// The largest ring that is offered to the guest, in entries.
+    /// The largest ring that is offered to the guest, in entries: a power of two from 2 to 32768.
     pub queue_size: u16,
-    /// How many connections there may be at once.
+    /// The most connections at once, at least 1.
     pub max_connections: usize,
-    /// How long to look for more work before the worker sleeps.
+    /// How long the worker polls for more work before it sleeps, at most 10 ms. Zero turns busy polling off.
     pub busy_poll: Duration,
-    /// Who may connect to the sockets that the daemon makes.
+    /// Who may connect to the sockets of this VM.
     pub access: SocketAccess,
 }
 
 /// Where a listening socket comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Socket {
-    /// The daemon makes it at this path, and removes it in the end.
+    /// The daemon binds it at this path, and removes it when it stops.
     Path(PathBuf),
-    /// It is there already, as this descriptor.
+    /// The process has inherited it as this descriptor.
     Inherited(RawFd),
 }
 
@@ -81,21 +82,31 @@ impl fmt::Display for Socket {
     }
 }
 
-/// What the daemon gives up before it serves. [`sandbox`](crate::daemon::sandbox) says what that is.
+/// How much of the [sandbox](crate::daemon::sandbox) there must be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Sandbox {
-    /// All that the kernel lets it give up.
+    /// As much as the kernel provides.
     #[default]
     Auto,
-    /// All of it, or it does not serve.
+    /// All of it, or the daemon does not start.
     Strict,
     /// Nothing.
     Off,
 }
 
 impl Sandbox {
-    /// The names of all of them, as they are written.
+    /// The names of all of them, as the command line has them.
     pub const NAMES: [&str; 3] = ["auto", "strict", "off"];
+}
+
+impl fmt::Display for Sandbox {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Strict => "strict",
+            Self::Off => "off",
+        })
+    }
 }
 
 impl FromStr for Sandbox {
@@ -111,210 +122,119 @@ impl FromStr for Sandbox {
     }
 }
 
-/// The permissions of a socket's file. To connect takes the one to write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SocketMode(pub u32);
-
-impl SocketMode {
-    /// The owner alone.
-    pub const OWNER: Self = Self(0o600);
-    /// The owner and the group.
-    pub const GROUP: Self = Self(0o660);
-}
-
-impl FromStr for SocketMode {
-    type Err = ConfigError;
-
-    /// Reads octal digits.
-    fn from_str(digits: &str) -> Result<Self, ConfigError> {
-        let is_octal = digits.bytes().all(|digit| (b'0'..b'8').contains(&digit));
-        let mode = u32::from_str_radix(digits, 8).ok();
-        let mode = mode.filter(|mode| is_octal && *mode <= 0o777);
-        mode.map(Self).ok_or(ConfigError::SocketMode)
-    }
-}
-
-/// The group of a socket's file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SocketGroup(pub Gid);
-
-impl FromStr for SocketGroup {
-    type Err = ConfigError;
-
-    /// Looks for a group of this name, and takes a number that is no name as it is.
-    fn from_str(name: &str) -> Result<Self, ConfigError> {
-        let group = Group::from_name(name).map_err(ConfigError::Groups)?;
-        // The highest number stands for none.
-        let number = || name.parse().ok().filter(|number| *number != u32::MAX);
-        let gid = group.map(|group| group.gid);
-        let gid = gid.or_else(|| number().map(Gid::from_raw));
-        gid.map(Self).ok_or(ConfigError::SocketGroup)
-    }
-}
-
-/// Who may connect to a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SocketAccess {
-    /// The permissions of its file.
-    pub mode: SocketMode,
-    /// The group of its file, where it is not the daemon's.
-    pub group: Option<SocketGroup>,
-}
-
-impl SocketAccess {
-    /// What was asked for, and what goes with it. Who names a group wants it to connect.
-    pub fn new(mode: Option<SocketMode>, group: Option<SocketGroup>) -> Self {
-        let usual = match group {
-            Some(_) => SocketMode::GROUP,
-            None => SocketMode::OWNER,
-        };
-        Self {
-            mode: mode.unwrap_or(usual),
-            group,
-        }
-    }
-}
-
-impl Default for SocketAccess {
-    fn default() -> Self {
-        Self::new(None, None)
-    }
-}
-
-/// A mistake in a [`Config`].
+/// A mistake in a configuration. Each message says which option is wrong and what to do about it.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ConfigError {
-    /// The CID is reserved (virtio 1.2, 5.10.4), or does not fit 32 bits.
-    #[error("--guest-cid: {0}")]
+    /// The CID can't be that of a guest.
+    #[error("--guest-cid={number}: {0}", number = .0.0)]
     Cid(#[from] InvalidCid),
-    /// The path does not fit a Unix socket address.
-    #[error(
-        "{option} {path}: {len} bytes are too long for a Unix socket, the limit is {limit}{why}"
-    )]
-    PathTooLong {
-        /// The option that gave the path.
-        option: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// Its length in bytes.
-        len: usize,
-        /// How many bytes it may have.
-        limit: usize,
-        /// Where the limit comes from.
-        why: &'static str,
-    },
-    /// The path names no file.
-    #[error("{option} {path}: this is not the path of a file")]
-    NoFile {
-        /// The option that gave the path.
-        option: &'static str,
-        /// The path.
-        path: PathBuf,
-    },
-    /// The folder that would hold the socket is not there.
-    #[error("{option} {path}: the folder {folder} does not exist, make it first")]
-    NoFolder {
-        /// The option that gave the path.
-        option: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// The folder.
-        folder: PathBuf,
-    },
-    /// Two sockets would be the same file.
-    #[error("{0} {1}: this is the path of another socket, each needs its own")]
-    SamePath(&'static str, PathBuf),
-    /// The guest could connect to it.
-    #[error("{0} {1}: this is where the guest's connections to a port go, choose another name")]
-    SocketIsPort(&'static str, PathBuf),
-    /// No connection could work with this buffer.
+    /// Two VMs have the same CID.
+    #[error("--guest-cid={0}: another VM has this CID, each needs its own")]
+    DuplicateCid(Cid),
+    /// The path of a socket is wrong.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// The buffer is too small or too large.
     #[error("--tx-buffer-size={0}: a buffer has from 1 to {MAX_TX_BUFFER} bytes")]
     TxBufferSize(u32),
-    /// Rings have other sizes (virtio 1.2, 2.7).
+    /// A ring can't have this size (virtio 1.2, 2.7).
     #[error("--queue-size={0}: a ring has a power of two from 2 to {MAX_QUEUE_SIZE} entries")]
     QueueSize(u16),
-    /// Without a connection there is nothing to serve.
+    /// No connection would be possible.
     #[error("--max-connections=0: at least one connection must be possible")]
     MaxConnections,
-    /// A look is meant to be short.
-    #[error("--busy-poll={0}: look for at most {max} microseconds", max = MAX_BUSY_POLL.as_micros())]
+    /// The busy poll is too long. The number is in microseconds.
+    #[error("--busy-poll={0}: poll for at most {max} microseconds", max = MAX_BUSY_POLL.as_micros())]
     BusyPoll(u128),
-    /// There is no such sandbox.
+    /// The name is not that of a [`Sandbox`].
     #[error("it is one of {}", Sandbox::NAMES.join(", "))]
     Sandbox,
-    /// These are no permissions.
-    #[error("permissions are octal digits, from 0 to 777")]
-    SocketMode,
-    /// There is no such group.
-    #[error("there is no group of this name, and it is no number of one")]
-    SocketGroup,
-    /// The daemon serves one VM.
-    #[error("{0} times --vm: each VM has a daemon of its own")]
-    Vms(usize),
-    /// The service manager has made something else than was expected.
+    /// There is no VM to serve.
+    #[error("no VM is given: say --guest-cid, --socket and --uds-path, or --vm")]
+    NoVm,
+    /// The command line has more VMs than a process serves today.
+    #[error("{0} times --vm: a process serves one VM, start another for each")]
+    TooManyVms(usize),
+    /// The sockets of the service manager (`LISTEN_FDS`) are not the ones that the daemon can use.
     #[error("the sockets of the service manager: {0}")]
     Activation(String),
-    /// Nobody knows whether there is.
-    #[error("the groups can't be read: {0}")]
-    Groups(nix::Error),
 }
 
 impl ProcessConfig {
-    /// Looks for mistakes, and changes nothing.
+    /// A process that serves these VMs, without a statistics socket and with the default sandbox.
+    pub fn new(vms: Vec<VmConfig>) -> Self {
+        Self {
+            vms,
+            stats_path: None,
+            access: SocketAccess::default(),
+            sandbox: Sandbox::default(),
+        }
+    }
+
+    /// Checks each VM alone and against the others. The directories of the sockets must exist.
+    ///
+    /// # Errors
+    /// The first mistake that is found.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let mut taken = Vec::new();
-        for vm in &self.vms {
+        if self.vms.is_empty() {
+            return Err(ConfigError::NoVm);
+        }
+        for (index, vm) in self.vms.iter().enumerate() {
             vm.check()?;
-        }
-        for (option, path, suffix, why) in self.sockets() {
-            let real = check_path(option, path, suffix, why)?;
-            if taken.contains(&real) {
-                return Err(ConfigError::SamePath(option, path.to_owned()));
-            }
-            taken.push(real);
-        }
-        for vm in &self.vms {
-            let uds_path = check_path("--uds-path", &vm.uds_path, LONGEST_PORT, "")?;
-            for (option, path, suffix, why) in self.sockets() {
-                let real = check_path(option, path, suffix, why)?;
-                if is_port_of(&real, &uds_path) {
-                    return Err(ConfigError::SocketIsPort(option, path.to_owned()));
-                }
+            let cid = vm.guest_cid;
+            if self.vms[..index].iter().any(|other| other.guest_cid == cid) {
+                return Err(ConfigError::DuplicateCid(cid));
             }
         }
-        Ok(())
+        let paths: Vec<SocketPath<'_>> = self.paths().collect();
+        Ok(paths::check(&paths)?)
     }
 
-    /// The paths of all sockets that the process makes, with the options that name them.
-    fn sockets(&self) -> impl Iterator<Item = (&'static str, &Path, &'static str, &'static str)> {
-        let stats = self.stats_path.as_deref();
-        let stats = stats.map(|path| ("--stats-path", path, "", ""));
-        self.vms.iter().flat_map(VmConfig::sockets).chain(stats)
-    }
-
-    /// The directories of all sockets.
+    /// The directories in which the process makes and removes sockets.
     pub fn directories(&self) -> impl Iterator<Item = &Path> {
-        self.sockets().map(|(_, path, _, _)| directory_of(path))
+        self.paths().map(|socket| directory_of(socket.path))
+    }
+
+    fn paths(&self) -> impl Iterator<Item = SocketPath<'_>> {
+        let stats = self.stats_path.as_deref().map(|path| SocketPath {
+            option: "--stats-path",
+            path,
+            is_uds_path: false,
+        });
+        self.vms.iter().flat_map(VmConfig::paths).chain(stats)
     }
 }
 
 impl VmConfig {
-    /// The device of the guest `cid` with a VMM's socket and a host programs' socket at these paths, and the defaults.
+    /// The default of [`tx_buffer_size`](Self::tx_buffer_size).
+    pub const DEFAULT_TX_BUFFER_SIZE: u32 = 256 * 1024;
+    /// The default of [`queue_size`](Self::queue_size).
+    pub const DEFAULT_QUEUE_SIZE: u16 = 1024;
+    /// The default of [`max_connections`](Self::max_connections).
+    pub const DEFAULT_MAX_CONNECTIONS: usize = 1024;
+    /// The default of [`busy_poll`](Self::busy_poll).
+    pub const DEFAULT_BUSY_POLL: Duration = Duration::from_micros(100);
+
+    /// The device of the guest `cid`, with the default for everything else. A VMM connects to `socket`, host programs
+    /// connect to `uds_path`; both are bound.
     pub fn new(cid: Cid, socket: impl Into<PathBuf>, uds_path: impl Into<PathBuf>) -> Self {
         Self {
             guest_cid: cid,
             socket: Socket::Path(socket.into()),
             uds_path: uds_path.into(),
             uds_fd: None,
-            tx_buffer_size: 262_144,
-            queue_size: 1024,
-            max_connections: 1024,
-            busy_poll: Duration::from_micros(100),
+            tx_buffer_size: Self::DEFAULT_TX_BUFFER_SIZE,
+            queue_size: Self::DEFAULT_QUEUE_SIZE,
+            max_connections: Self::DEFAULT_MAX_CONNECTIONS,
+            busy_poll: Self::DEFAULT_BUSY_POLL,
             access: SocketAccess::default(),
         }
     }
 
+    /// Checks all but the paths.
     fn check(&self) -> Result<(), ConfigError> {
+        // A `Cid` may also be the host's, or one that a packet carried.
+        Cid::try_from(self.guest_cid.get())?;
         if !(1..=MAX_TX_BUFFER).contains(&self.tx_buffer_size) {
             return Err(ConfigError::TxBufferSize(self.tx_buffer_size));
         }
@@ -330,204 +250,141 @@ impl VmConfig {
         Ok(())
     }
 
-    /// The sockets that are made for it: option, path, what must fit behind it, and why.
-    fn sockets(&self) -> impl Iterator<Item = (&'static str, &Path, &'static str, &'static str)> {
+    fn paths(&self) -> impl Iterator<Item = SocketPath<'_>> {
         let socket = match &self.socket {
-            Socket::Path(path) => Some(("--socket", path.as_path(), "", "")),
+            Socket::Path(path) => Some(SocketPath {
+                option: "--socket",
+                path,
+                is_uds_path: false,
+            }),
             Socket::Inherited(_) => None,
         };
-        let why = " so that the longest port fits behind it";
-        let uds = ("--uds-path", self.uds_path.as_path(), LONGEST_PORT, why);
+        let uds = SocketPath {
+            option: "--uds-path",
+            path: &self.uds_path,
+            is_uds_path: true,
+        };
         [uds].into_iter().chain(socket)
-    }
-}
-
-/// The folder that a path is in.
-pub fn directory_of(path: &Path) -> &Path {
-    let folder = path.parent();
-    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
-    folder.unwrap_or(Path::new("."))
-}
-
-/// Whether a path is that of a host program which listens for a port of the guest's.
-fn is_port_of(path: &Path, uds_path: &Path) -> bool {
-    let path = path.as_os_str().as_bytes();
-    let port = path.strip_prefix(uds_path.as_os_str().as_bytes());
-    let digits = port.and_then(|port| port.strip_prefix(b"_"));
-    digits.is_some_and(|digits| !digits.is_empty() && digits.iter().all(u8::is_ascii_digit))
-}
-
-/// Checks the path of a socket, and answers how its folder and file are really named.
-fn check_path(
-    option: &'static str,
-    path: &Path,
-    suffix: &str,
-    why: &'static str,
-) -> Result<PathBuf, ConfigError> {
-    let (len, limit) = (
-        path.as_os_str().as_bytes().len(),
-        MAX_SOCKET_PATH - suffix.len(),
-    );
-    if len > limit {
-        let path = path.to_owned();
-        return Err(ConfigError::PathTooLong {
-            option,
-            path,
-            len,
-            limit,
-            why,
-        });
-    }
-    let no_file = || ConfigError::NoFile {
-        option,
-        path: path.to_owned(),
-    };
-    let file = path.file_name().ok_or_else(no_file)?;
-    let folder = directory_of(path);
-    match folder.canonicalize() {
-        Ok(real) if real.is_dir() => Ok(real.join(file)),
-        _ => Err(ConfigError::NoFolder {
-            option,
-            path: path.to_owned(),
-            folder: folder.to_owned(),
-        }),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing;
 
-    fn config() -> VmConfig {
-        testing::config(Path::new("/tmp"))
+    fn vm(cid: u32) -> VmConfig {
+        let path = |name| format!("/tmp/{name}{cid}");
+        VmConfig::new(Cid::try_from(cid).unwrap(), path("vhost"), path("uds"))
     }
 
-    fn process(vm: VmConfig) -> ProcessConfig {
-        ProcessConfig {
-            vms: vec![vm],
-            stats_path: None,
-            access: SocketAccess::default(),
-            sandbox: Sandbox::Off,
+    fn check(vms: impl Into<Vec<VmConfig>>) -> Result<(), String> {
+        let checked = ProcessConfig::new(vms.into()).check();
+        checked.map_err(|error| error.to_string())
+    }
+
+    #[track_caller]
+    fn assert_refused(vms: impl Into<Vec<VmConfig>>, message: &str) {
+        let error = check(vms).unwrap_err();
+        assert!(error.contains(message), "{error} should say {message}");
+    }
+
+    fn changed(change: impl FnOnce(&mut VmConfig)) -> [VmConfig; 1] {
+        let mut vm = vm(4);
+        change(&mut vm);
+        [vm]
+    }
+
+    #[test]
+    fn the_defaults_are_right() {
+        assert_eq!(check([vm(4)]), Ok(()));
+        assert_eq!(check([vm(4), vm(5), vm(6)]), Ok(()));
+    }
+
+    #[test]
+    fn a_process_without_a_vm_is_refused() {
+        assert_refused([], "no VM is given");
+    }
+
+    #[test]
+    fn cids_that_are_no_guests_are_refused() {
+        let message = "--guest-cid=2: ";
+        assert_refused(changed(|vm| vm.guest_cid = Cid::HOST), message);
+        let raw = Cid::from_raw(1 << 32);
+        assert_refused(changed(|vm| vm.guest_cid = raw), "3 to 4294967294");
+    }
+
+    #[test]
+    fn sizes_out_of_range_are_refused() {
+        assert_refused(changed(|vm| vm.tx_buffer_size = 0), "--tx-buffer-size=0");
+        assert_refused(changed(|vm| vm.tx_buffer_size = MAX_TX_BUFFER + 1), "bytes");
+        assert_refused(changed(|vm| vm.queue_size = 100), "power of two");
+        assert_refused(changed(|vm| vm.queue_size = 1), "power of two");
+        assert_refused(changed(|vm| vm.max_connections = 0), "at least one");
+        let second = Duration::from_secs(1);
+        assert_refused(changed(|vm| vm.busy_poll = second), "10000 microseconds");
+    }
+
+    #[test]
+    fn each_vm_is_checked() {
+        let mut vms = [vm(4), vm(5)];
+        vms[1].queue_size = 3;
+        assert_refused(vms, "--queue-size=3");
+    }
+
+    #[test]
+    fn two_vms_need_two_cids() {
+        let mut vms = [vm(4), vm(5)];
+        vms[1].guest_cid = vms[0].guest_cid;
+        assert_refused(vms, "--guest-cid=4: another VM has this CID");
+    }
+
+    #[test]
+    fn two_vms_share_no_path() {
+        let mut vms = [vm(4), vm(5)];
+        vms[1].uds_path = "/tmp/vhost4".into();
+        assert_refused(vms, "--uds-path /tmp/vhost4: ");
+        let mut vms = [vm(4), vm(5)];
+        vms[1].socket = Socket::Path("/tmp/./vhost4".into());
+        assert_refused(vms, "--socket /tmp/./vhost4: ");
+    }
+
+    #[test]
+    fn a_guest_reaches_no_socket_of_another_vm_as_a_port() {
+        let mut vms = [vm(4), vm(5)];
+        vms[0].uds_path = "/tmp/vm".into();
+        vms[1].uds_path = "/tmp/vm_4".into();
+        let message = "--uds-path /tmp/vm_4: a guest's connections to a port of --uds-path /tmp/vm";
+        assert_refused(vms.clone(), message);
+        vms.reverse();
+        assert_refused(vms, message);
+    }
+
+    #[test]
+    fn the_statistics_socket_has_a_path_of_its_own() {
+        for (path, message) in [("/tmp/./uds4", "its own"), ("/tmp/uds4_80", "to a port")] {
+            let config = ProcessConfig {
+                stats_path: Some(path.into()),
+                ..ProcessConfig::new(vec![vm(4)])
+            };
+            let error = config.check().unwrap_err().to_string();
+            assert!(error.starts_with("--stats-path"), "{error}");
+            assert!(error.contains(message), "{error}");
         }
     }
 
-    fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
-        let mut config = config();
-        change(&mut config);
-        process(config).check().unwrap_err().to_string()
-    }
-
     #[test]
-    fn the_example_of_the_readme_is_right() {
-        assert_eq!(process(config()).check(), Ok(()));
-    }
-
-    #[test]
-    fn paths_must_fit_with_the_longest_port() {
-        let path = |len: usize| PathBuf::from(format!("/tmp/{}", "x".repeat(len - 5)));
-        assert!(
-            refused(|config| config.socket = Socket::Path(path(108)))
-                .contains("108 bytes are too long")
+    fn an_inherited_socket_has_no_path() {
+        assert_eq!(
+            check(changed(|vm| vm.socket = Socket::Inherited(3))),
+            Ok(())
         );
-        assert!(refused(|config| config.uds_path = path(97)).contains("the limit is 96"));
-        let config = VmConfig {
-            socket: Socket::Path(path(107)),
-            uds_path: path(96),
-            ..config()
-        };
-        assert_eq!(process(config).check(), Ok(()));
-    }
-
-    #[test]
-    fn the_same_file_by_two_names_is_refused() {
-        let message = refused(|config| config.uds_path = "/tmp/./vhost".into());
-        assert!(message.contains("its own"), "{message}");
-        let mut process = process(config());
-        process.stats_path = Some("/tmp/./uds".into());
-        let message = process.check().unwrap_err().to_string();
-        assert!(message.starts_with("--stats-path"), "{message}");
-    }
-
-    #[test]
-    fn the_guest_must_not_reach_the_vhost_user_socket() {
-        assert!(
-            refused(|config| config.socket = Socket::Path("/tmp/uds_1".into())).contains("port")
-        );
-        let config = VmConfig {
-            socket: Socket::Path("/tmp/uds_vhost".into()),
-            ..config()
-        };
-        assert_eq!(process(config).check(), Ok(()));
-    }
-
-    #[test]
-    fn a_missing_folder_is_named() {
-        let message =
-            refused(|config| config.socket = Socket::Path("/nowhere/at/all.socket".into()));
-        assert!(
-            message.contains("the folder /nowhere/at does not exist"),
-            "{message}"
-        );
-        assert!(
-            refused(|config| config.socket = Socket::Path("/".into()))
-                .contains("not the path of a file")
-        );
-    }
-
-    #[test]
-    fn sizes_that_cannot_work_are_refused() {
-        assert!(refused(|config| config.tx_buffer_size = 0).contains("--tx-buffer-size=0"));
-        assert!(refused(|config| config.tx_buffer_size = MAX_TX_BUFFER + 1).contains("bytes"));
-        assert!(refused(|config| config.queue_size = 100).contains("power of two"));
-        assert!(refused(|config| config.queue_size = 1).contains("power of two"));
-        assert!(refused(|config| config.max_connections = 0).contains("at least one"));
-        assert!(refused(|config| config.busy_poll = Duration::from_secs(1)).contains("10000"));
     }
 
     #[test]
     fn every_sandbox_has_a_name() {
         let read = Sandbox::NAMES.map(|name| name.parse::<Sandbox>().unwrap());
         assert_eq!(read, [Sandbox::Auto, Sandbox::Strict, Sandbox::Off]);
+        assert_eq!(read.map(|sandbox| sandbox.to_string()), Sandbox::NAMES);
         assert_eq!("on".parse::<Sandbox>(), Err(ConfigError::Sandbox));
-    }
-
-    #[test]
-    fn modes_are_octal() {
-        for (digits, mode) in [("600", 0o600), ("0660", 0o660), ("0", 0), ("777", 0o777)] {
-            assert_eq!(digits.parse(), Ok(SocketMode(mode)), "{digits}");
-        }
-        for digits in [
-            "",
-            "1000",
-            "0o600",
-            "+600",
-            "-1",
-            "8",
-            "rw-",
-            "77777777777777",
-        ] {
-            let mode = digits.parse::<SocketMode>();
-            assert_eq!(mode, Err(ConfigError::SocketMode), "{digits}");
-        }
-    }
-
-    #[test]
-    fn a_group_has_a_name_or_a_number() {
-        assert_eq!("root".parse(), Ok(SocketGroup(Gid::from_raw(0))));
-        assert_eq!("54321".parse(), Ok(SocketGroup(Gid::from_raw(54321))));
-        for group in ["", "no such group", "-1", "4294967295", "4294967296"] {
-            let read = group.parse::<SocketGroup>();
-            assert_eq!(read, Err(ConfigError::SocketGroup), "{group}");
-        }
-    }
-
-    #[test]
-    fn a_named_group_may_connect() {
-        let group = Some(SocketGroup(Gid::from_raw(5)));
-        assert_eq!(SocketAccess::new(None, None).mode, SocketMode::OWNER);
-        assert_eq!(SocketAccess::new(None, group).mode, SocketMode::GROUP);
-        let given = Some(SocketMode(0o640));
-        assert_eq!(SocketAccess::new(given, group).mode, SocketMode(0o640));
     }
 }

@@ -391,7 +391,7 @@ fn the_other_daemons_form_and_qemus_name_are_understood() {
         assert!(daemon.wait().unwrap().success());
     }
     let two = run(&["--vm", &vm, "--vm", &vm]);
-    assert_refused(&two, USE, "2 times --vm: each VM has a daemon of its own");
+    assert_refused(&two, USE, "2 times --vm: a process serves one VM");
     assert_refused(&run(&["--vm", "guest-cid=4"]), USE, "socket= is missing");
 }
 

@@ -341,8 +341,11 @@ fn serve_vmm(vmm: UnixStream, device: &Arc<VhostUserVsockBackend>, stop: &Stop) 
     device.begin_session();
     let mut session = Session::begin(vmm, device.clone());
     let end = loop {
-        if let Err(error) = session.handle_request() {
-            break error;
+        match session.handle_request() {
+            Ok(()) => {}
+            // The VMM was told so, and goes on without.
+            Err(VhostUserError::ReqHandlerError(error)) => warn!("refused the VMM: {error}"),
+            Err(error) => break error,
         }
     };
     stop.set_vmm(None);

@@ -19,10 +19,6 @@ use super::socket::{HostSocket, ReceiveError};
 /// The most bytes that a request line may have, its newline included.
 pub const MAX_REQUEST: usize = 32;
 /// The most bytes that an answer may have, its newline included: a port has at most ten digits.
-#[cfg_attr(
-    not(any(test, feature = "fuzzing")),
-    expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
-)]
 pub const MAX_ANSWER: usize = "OK 4294967295\n".len();
 
 /// What is known of a line after some of its bytes.

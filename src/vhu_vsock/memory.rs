@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 
-use thiserror::Error;
+use vhost::vhost_user::Error;
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
@@ -18,7 +18,7 @@ use vm_memory::{
 pub(super) const MAX_SLOTS: u64 = 509;
 
 /// Why a region, or an address in one, can't be used.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub(super) enum MemoryError {
     #[error("can't map a region: {0}")]
     Map(#[from] MmapRegionError),
@@ -34,9 +34,10 @@ pub(super) enum MemoryError {
     Address(u64),
 }
 
-impl From<MemoryError> for vhost::vhost_user::Error {
-    fn from(error: MemoryError) -> Self {
-        Self::ReqHandlerError(io::Error::other(error))
+impl MemoryError {
+    /// A refusal, after which the session goes on.
+    pub(super) fn into_refusal(self) -> Error {
+        Error::ReqHandlerError(io::Error::other(self))
     }
 }
 

@@ -37,7 +37,7 @@ use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::VhostUserVsockBackend;
-use super::memory::{MAX_SLOTS, MemoryTable};
+use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
 use crate::vhost_user_vsock_thread::{GuestMemoryHandle, VsockVring};
 
 /// A session, and the requests that it gets.
@@ -85,7 +85,7 @@ impl Session {
         }
         self.device
             .update_memory(self.shared_memory.clone())
-            .map_err(Error::ReqHandlerError)
+            .map_err(|_| Error::BackendInternalError)
     }
 
     /// Sets a ring up, between two turns. One that runs goes on with what has changed.
@@ -102,6 +102,12 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// An error after which the VMM and we have different ideas of the device: it ends the session.
+fn fatal(error: MemoryError) -> Error {
+    log::warn!("the VMM asks for what can't be: {error}");
+    Error::InvalidParam
 }
 
 fn unsupported<T>() -> Result<T> {
@@ -170,7 +176,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        self.memory.replace(regions, files)?;
+        self.memory.replace(regions, files).map_err(fatal)?;
         self.publish_memory()?;
         Ok(None)
     }
@@ -185,13 +191,17 @@ impl VhostUserBackendReqHandlerMut for Session {
         file: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        self.memory.add(region, file)?;
+        self.memory
+            .add(region, file)
+            .map_err(MemoryError::into_refusal)?;
         self.publish_memory()?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        self.memory.remove(region)?;
+        self.memory
+            .remove(region)
+            .map_err(MemoryError::into_refusal)?;
         self.publish_memory()
     }
 
@@ -223,9 +233,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         _log: u64,
     ) -> Result<()> {
         let index = self.ring(index)?;
-        let descriptor = self.memory.translate(descriptor)?;
-        let available = self.memory.translate(available)?;
-        let used = self.memory.translate(used)?;
+        let descriptor = self.memory.translate(descriptor).map_err(fatal)?;
+        let available = self.memory.translate(available).map_err(fatal)?;
+        let used = self.memory.translate(used).map_err(fatal)?;
         self.set_up_ring(index, |vring| {
             vring
                 .set_queue_info(descriptor.0, available.0, used.0)
@@ -246,7 +256,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let ring = self.ring(index)?;
         self.device
             .stop_vring(index)
-            .map_err(Error::ReqHandlerError)?;
+            .map_err(|_| Error::BackendInternalError)?;
         let base = self.device.vrings()[ring].queue_next_avail();
         Ok(VhostUserVringState::new(index, base.into()))
     }
@@ -294,7 +304,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_config(&mut self, offset: u32, bytes: &[u8], _: VhostUserConfigFlags) -> Result<()> {
         let set = self.device.set_config(offset, bytes);
-        set.map_err(Error::ReqHandlerError)
+        set.map_err(|_| Error::BackendInternalError)
     }
 
     fn set_backend_req_fd(&mut self, requests: Backend) {

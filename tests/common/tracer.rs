@@ -168,7 +168,6 @@ impl Traced {
         });
         ptrace::interrupt(traced.pid).unwrap();
         assert!(matches!(traced.wait(), WaitStatus::PtraceEvent(..)));
-        // Another thread runs the handler: the kernel gives no signal to one that stands still.
         kill(traced.pid, signal).unwrap();
         traced
     }
@@ -249,15 +248,17 @@ impl Traced {
         fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
 
-    /// Continues to the next entry to or exit from a system call.
+    /// Continues to the next entry to or exit from a system call. A signal on the way is delivered.
     fn next_stop(&mut self) {
-        ptrace::syscall(self.pid, None).unwrap();
-        assert_eq!(
-            self.wait(),
-            WaitStatus::PtraceSyscall(self.pid),
-            "{}",
-            self.log()
-        );
+        let mut signal = None;
+        loop {
+            ptrace::syscall(self.pid, signal).unwrap();
+            match self.wait() {
+                WaitStatus::PtraceSyscall(_) => return,
+                WaitStatus::Stopped(_, caught) => signal = Some(caught),
+                other => panic!("{other:?}\n{}", self.log()),
+            }
+        }
     }
 
     fn wait(&mut self) -> WaitStatus {

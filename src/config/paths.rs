@@ -1,0 +1,248 @@
+//! The paths of the sockets, and what can be wrong with them.
+//!
+//! Host programs listen for a guest at `<uds-path>_<port>`, so the UDS path is a prefix as well as a path: what the guest
+//! can name must not lead to a socket that is meant for somebody else.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+/// The longest path of a Unix socket, in bytes, without its closing NUL (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+
+/// What follows the UDS path for the highest port that a guest can connect to.
+const LONGEST_PORT: &str = "_4294967295";
+
+/// A mistake in the path of a socket. `option` is the option of the command line that has the path.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum PathError {
+    /// The path does not fit a Unix socket address.
+    #[error(
+        "{option} {path}: its {len} bytes are too long for a Unix socket, the limit is {limit}"
+    )]
+    TooLong {
+        /// The option.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: usize,
+        /// The longest that it may be, in bytes. That of a UDS path leaves room for a port.
+        limit: usize,
+    },
+    /// The path names no file.
+    #[error("{option} {path}: this is not the path of a file")]
+    NotAFile {
+        /// The option.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// The directory of the socket does not exist.
+    #[error("{option} {path}: the directory {directory} does not exist, make it first")]
+    NoDirectory {
+        /// The option.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// Two sockets have the same path.
+    #[error("{option} {path}: another socket has this path, each needs its own")]
+    Duplicate {
+        /// The option.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// A guest can connect to the socket, since the path is that of one of its ports.
+    #[error(
+        "{option} {path}: a guest's connections to a port of --uds-path {uds_path} go there, choose another name"
+    )]
+    IsPort {
+        /// The option.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The UDS path of the guest.
+        uds_path: PathBuf,
+    },
+}
+
+/// A path of the configuration.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SocketPath<'c> {
+    /// The option of the command line that has it.
+    pub(super) option: &'static str,
+    pub(super) path: &'c Path,
+    /// Host programs listen at this path with a port behind it.
+    pub(super) is_uds_path: bool,
+}
+
+impl SocketPath<'_> {
+    /// Checks the path alone. The result is the same path without symbolic links or dots in its directory.
+    fn resolve(self) -> Result<PathBuf, PathError> {
+        let (option, path) = (self.option, self.path);
+        let len = path.as_os_str().len();
+        let limit = match self.is_uds_path {
+            true => MAX_SOCKET_PATH - LONGEST_PORT.len(),
+            false => MAX_SOCKET_PATH,
+        };
+        let path = path.to_owned();
+        if len > limit {
+            return Err(PathError::TooLong {
+                option,
+                path,
+                len,
+                limit,
+            });
+        }
+        let Some(file) = self.path.file_name() else {
+            return Err(PathError::NotAFile { option, path });
+        };
+        let directory = directory_of(self.path);
+        match directory.canonicalize() {
+            Ok(real) if real.is_dir() => Ok(real.join(file)),
+            _ => Err(PathError::NoDirectory {
+                option,
+                path,
+                directory: directory.to_owned(),
+            }),
+        }
+    }
+}
+
+/// Checks all paths of a process, each alone and against the others.
+pub(super) fn check(paths: &[SocketPath<'_>]) -> Result<(), PathError> {
+    let mut checked: Vec<(SocketPath<'_>, PathBuf)> = Vec::new();
+    for &socket in paths {
+        let (option, path) = (socket.option, socket.path);
+        let real = socket.resolve()?;
+        if checked.iter().any(|(_, other)| *other == real) {
+            let path = path.to_owned();
+            return Err(PathError::Duplicate { option, path });
+        }
+        checked.push((socket, real));
+    }
+    for (socket, real) in &checked {
+        let uds_paths = checked.iter().filter(|(uds, _)| uds.is_uds_path);
+        let mut uds_paths = uds_paths.filter(|(_, prefix)| is_port_of(real, prefix));
+        if let Some((uds, _)) = uds_paths.next() {
+            return Err(PathError::IsPort {
+                option: socket.option,
+                path: socket.path.to_owned(),
+                uds_path: uds.path.to_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The directory that holds the file of this path.
+pub fn directory_of(path: &Path) -> &Path {
+    let parent = path.parent();
+    let parent = parent.filter(|parent| !parent.as_os_str().is_empty());
+    parent.unwrap_or(Path::new("."))
+}
+
+/// Whether host programs listen at `path` for the guest of `uds_path`.
+fn is_port_of(path: &Path, uds_path: &Path) -> bool {
+    let path = path.as_os_str().as_bytes();
+    let suffix = path.strip_prefix(uds_path.as_os_str().as_bytes());
+    let digits = suffix.and_then(|suffix| suffix.strip_prefix(b"_"));
+    let digits = digits.and_then(|digits| str::from_utf8(digits).ok());
+    // The daemon writes ports without a sign and without leading zeros.
+    digits.is_some_and(|digits| {
+        let port = digits.parse::<u32>();
+        port.is_ok_and(|port| port.to_string() == digits)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn socket(path: &Path) -> SocketPath<'_> {
+        SocketPath {
+            option: "--socket",
+            path,
+            is_uds_path: false,
+        }
+    }
+
+    fn uds(path: &Path) -> SocketPath<'_> {
+        SocketPath {
+            option: "--uds-path",
+            path,
+            is_uds_path: true,
+        }
+    }
+
+    #[test]
+    fn a_path_fits_a_socket_address_and_a_uds_path_fits_with_a_port() {
+        let path = |len: usize| PathBuf::from(format!("/tmp/{}", "x".repeat(len - 5)));
+        for (len, accepted) in [(107, true), (108, false)] {
+            assert_eq!(socket(&path(len)).resolve().is_ok(), accepted, "{len}");
+        }
+        for (len, accepted) in [(96, true), (97, false)] {
+            assert_eq!(uds(&path(len)).resolve().is_ok(), accepted, "{len}");
+        }
+        let message = uds(&path(97)).resolve().unwrap_err().to_string();
+        assert!(message.contains("97 bytes"), "{message}");
+        assert!(message.contains("the limit is 96"), "{message}");
+    }
+
+    #[test]
+    fn a_path_without_a_file_or_a_directory_is_refused() {
+        let message = |path| socket(Path::new(path)).resolve().unwrap_err().to_string();
+        let missing = message("/nowhere/at/all.socket");
+        assert!(missing.contains("the directory /nowhere/at does not exist"));
+        let not_a_directory = message("/dev/null/socket");
+        assert!(not_a_directory.contains("the directory /dev/null"));
+        assert!(message("/").contains("not the path of a file"));
+        assert!(message("/tmp/..").contains("not the path of a file"));
+    }
+
+    #[test]
+    fn the_same_file_by_two_names_is_refused() {
+        let paths = ["/tmp/vhost", "/tmp/./vhost"].map(Path::new);
+        let error = check(&paths.map(socket)).unwrap_err();
+        assert!(error.to_string().starts_with("--socket /tmp/./vhost: "));
+        assert!(matches!(error, PathError::Duplicate { .. }));
+    }
+
+    #[test]
+    fn a_path_that_the_guest_can_name_is_refused_in_either_order() {
+        for name in ["/tmp/uds_0", "/tmp/uds_1234", "/tmp/./uds_4294967295"] {
+            let (prefix, path) = (uds(Path::new("/tmp/uds")), socket(Path::new(name)));
+            for paths in [[prefix, path], [path, prefix]] {
+                let error = check(&paths).unwrap_err();
+                assert!(matches!(error, PathError::IsPort { .. }), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_path_that_only_looks_like_that_of_a_port_is_accepted() {
+        for name in [
+            "/tmp/uds_",
+            "/tmp/uds_vhost",
+            "/tmp/uds1",
+            "/tmp/uds_01",
+            "/tmp/uds_+1",
+            "/tmp/uds_4294967296",
+            "/tmp/uds_1_2",
+        ] {
+            let paths = [uds(Path::new("/tmp/uds")), socket(Path::new(name))];
+            assert_eq!(check(&paths), Ok(()), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_directory_is_in_the_current_one() {
+        assert_eq!(directory_of(Path::new("socket")), Path::new("."));
+        assert_eq!(directory_of(Path::new("/run/socket")), Path::new("/run"));
+    }
+}
