@@ -84,7 +84,7 @@ fn races(nonblocking: bool) -> Vec<Race> {
             vmm,
         }
     };
-    (0..8).map(race).collect()
+    (0..12).map(race).collect()
 }
 
 #[track_caller]

@@ -145,7 +145,7 @@ fn a_close_behind_data_is_confirmed_before_the_host_sees_it() {
 #[test]
 fn a_close_behind_a_flush_is_confirmed_before_the_host_sees_it() {
     let (daemon, mut guest) = device();
-    for round in 0..ROUNDS / 10 {
+    for round in 0..ROUNDS / 2 {
         let flow = Flow::new(round, PORT);
         let stream = from_guest(&daemon, &mut guest, &flow);
         let sent = fill(&mut guest, &flow);
