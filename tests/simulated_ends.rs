@@ -1,5 +1,5 @@
-//! The end of a connection, seen from both sides at once: which side learns of it first, and that a failure is not taken for
-//! a clean end.
+//! The end of a connection, seen from both sides: which side learns of it first, and that a failure is not taken for a
+//! clean end.
 
 mod common;
 
@@ -20,8 +20,8 @@ use common::sim::{Flow, Op, Packet, Setup, SimGuest, Survivor};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::ftruncate;
 
-// --- The guest's RST goes out before the host's socket is closed. Otherwise a guest program that binds the same port as soon
-// --- as its peer has seen the end gets EADDRINUSE.
+// --- The guest's RST goes out before the host's socket is closed. Otherwise a guest program that binds the same port as
+// --- soon as its peer has seen the end gets EADDRINUSE.
 
 /// Connections per test: a wrong order may show only now and then.
 const ROUNDS: u32 = 300;
@@ -145,7 +145,7 @@ fn a_close_behind_data_is_confirmed_before_the_host_sees_it() {
 #[test]
 fn a_close_behind_a_flush_is_confirmed_before_the_host_sees_it() {
     let (daemon, mut guest) = device();
-    for round in 0..ROUNDS / 10 {
+    for round in 0..ROUNDS / 2 {
         let flow = Flow::new(round, PORT);
         let stream = from_guest(&daemon, &mut guest, &flow);
         let sent = fill(&mut guest, &flow);

@@ -1,5 +1,5 @@
-//! Memory shared region by region (CONFIGURE_MEM_SLOTS: GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG), as VMMs do for memory
-//! hotplug and for more than the eight regions of SET_MEM_TABLE.
+//! Memory shared region by region (CONFIGURE_MEM_SLOTS: GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG), for memory hotplug and
+//! for more than the eight regions of SET_MEM_TABLE.
 
 mod common;
 

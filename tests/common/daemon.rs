@@ -87,8 +87,8 @@ impl Daemon {
         command
     }
 
-    /// Starts a command that becomes a daemon, or runs one, with its sockets in `directory`. Start and stop may each take
-    /// `patience`.
+    /// Starts a command that becomes a daemon, or runs one, with its sockets in `directory`. Start and stop may each
+    /// take `patience`.
     pub fn start_by(
         command: &mut Command,
         directory: TempDir,
@@ -141,8 +141,8 @@ impl Daemon {
         fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
 
-    /// Number of open descriptors. The sandboxed daemon's can be listed only by root, but since Linux 6.2 the size of the
-    /// directory is their number.
+    /// Number of open descriptors. The sandboxed daemon's can be listed only by root, but since Linux 6.2 the size of
+    /// the directory is their number.
     pub fn open_descriptors(&self) -> usize {
         let directory = format!("/proc/{}/fd", self.pid());
         match fs::read_dir(&directory) {

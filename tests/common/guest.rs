@@ -1,7 +1,7 @@
 //! A running guest: its VMM as a process, and shell commands into it, whichever VMM that is.
 //!
-//! The guest runs `tests/guest/agent.py` on a serial line whose other end is a socket of this process, so that commands do
-//! not depend on the device under test.
+//! The guest runs `tests/guest/agent.py` on a serial line whose other end is a socket of this process, so that commands
+//! do not depend on the device under test.
 
 use std::collections::HashMap;
 use std::fs;

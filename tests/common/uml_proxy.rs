@@ -1,5 +1,5 @@
-//! A proxy between a UML kernel and the daemon, for control messages only. It works around two quirks of UML's vhost-user
-//! frontend.
+//! A proxy between a UML kernel and the daemon, for control messages only. It works around two quirks of UML's
+//! vhost-user frontend.
 //!
 //! - It pads SET_MEM_TABLE to two regions, whatever their number.
 //! - It creates no device without the protocol feature BACKEND_REQ, which a vsock device has no use for.

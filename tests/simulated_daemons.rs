@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
 use tempfile::TempDir;
 
-// --- A shared listening socket. A daemon that loses the race for a VMM, or the listener itself, sleeps and can be stopped.
+// --- A shared listener. A daemon that loses the race for a VMM, or the listener itself, sleeps and stops on SIGTERM.
 
 /// A listener held by the test and shared by daemons.
 struct Shared {
@@ -67,8 +67,8 @@ struct Race {
     vmm: Frontend,
 }
 
-/// Several races, since not in each of them a daemon wakes up for a VMM that another one has accepted. They run one test at
-/// a time, which makes that likelier.
+/// Several races: not in each of them does a daemon wake up for a VMM that another one has accepted. Tests hold them one at
+/// a time, on idle CPUs, which makes that likelier.
 fn races(nonblocking: bool) -> Vec<Race> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock();
@@ -84,7 +84,7 @@ fn races(nonblocking: bool) -> Vec<Race> {
             vmm,
         }
     };
-    (0..8).map(race).collect()
+    (0..12).map(race).collect()
 }
 
 #[track_caller]
