@@ -18,6 +18,7 @@ mod busy_poll;
 mod epoll;
 mod log_limit;
 mod ring;
+mod rings;
 #[cfg(test)]
 mod tests;
 
@@ -28,7 +29,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
-use vhost_user_backend::{VringMutex, VringState, VringT};
+use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -47,9 +48,8 @@ use epoll::SocketRegistry;
 pub use epoll::{Epoll, EventBuffer, Wait};
 use log_limit::LogLimit;
 pub use ring::GuestMemoryHandle;
-use ring::{
-    Ring, RingState, VmmEvent, has_entries, needs_interrupt, return_buffer, rewind_to_used,
-};
+use ring::{has_entries, needs_interrupt, return_buffer};
+use rings::{Rings, Start};
 
 /// To set the timer, to wake the worker, and to give way to others while polling.
 const SYSCALLS: &[Syscall] = &[
@@ -110,11 +110,9 @@ pub struct VhostUserVsockThread {
     /// The guest's driver has started the device.
     started: bool,
     notify_on_empty: bool,
-    memory: Option<GuestMemoryHandle>,
-    rings: [Ring; NUM_RINGS],
+    rings: Rings,
     busy_poll: BusyPoll,
     malformed_log: LogLimit,
-    broken_log: LogLimit,
     tx_storage: TxStorage,
     rx_storage: RxStorage,
     heads: Vec<u16>,
@@ -139,7 +137,6 @@ impl VhostUserVsockThread {
         let registry = Box::new(SocketRegistry(epoll.clone()));
         Ok(Self {
             backend: VsockThreadBackend::new(config, registry),
-            epoll,
             events: EventBuffer::default(),
             acceptor,
             timer,
@@ -148,11 +145,10 @@ impl VhostUserVsockThread {
             has_vmm: false,
             started: false,
             notify_on_empty: false,
-            memory: None,
-            rings: Default::default(),
+            rings: Rings::new(epoll.clone()),
+            epoll,
             busy_poll: BusyPoll::new(config.busy_poll),
             malformed_log: LogLimit::default(),
-            broken_log: LogLimit::default(),
             tx_storage: TxStorage::default(),
             rx_storage: RxStorage::default(),
             heads: Vec::with_capacity(MAX_TX_PACKETS),
@@ -198,20 +194,14 @@ impl VhostUserVsockThread {
     pub fn disconnect(&mut self) {
         self.has_vmm = false;
         self.reset();
-        self.rings = Default::default();
+        self.rings.clear();
         self.backend.disconnect();
-        self.memory = None;
         self.notify_on_empty = false;
     }
 
     /// The VMM has given the guest this memory. No turn goes on in what was there before.
     pub fn set_memory(&mut self, memory: GuestMemoryHandle) {
-        self.memory = Some(memory);
-        for ring in &mut self.rings {
-            if ring.state == RingState::Running {
-                ring.state = RingState::Unchecked;
-            }
-        }
+        self.rings.set_memory(memory);
     }
 
     /// Whether the driver wants to be notified of a TX ring that runs empty (VIRTIO_F_NOTIFY_ON_EMPTY).
@@ -219,74 +209,44 @@ impl VhostUserVsockThread {
         self.notify_on_empty = notify_on_empty;
     }
 
-    /// Takes the eventfd for kicks in place of the one before. It is never read: each kick is an event of its own.
+    /// Takes the eventfd for a ring's kicks.
     pub fn set_kick(&mut self, index: usize, kick: Option<File>) {
-        if let Some(old) = std::mem::replace(&mut self.rings[index].kick, kick) {
-            self.epoll.remove(&old);
-        }
-        if let Some(new) = &self.rings[index].kick
-            && let Err(error) = self.epoll.add_input(new, EventSource::Kick(index as u32))
-        {
-            warn!("ring {index}: can't watch its kicks: {error}");
-        }
+        self.rings.set_kick(index, kick);
     }
 
-    /// Takes the eventfd for interrupts. It is signalled once: the ring may have run without it before.
+    /// Takes the eventfd for a ring's interrupts.
     pub fn set_call(&mut self, index: usize, call: Option<File>) {
-        self.rings[index].call = call.map(VmmEvent::new);
-        self.rings[index].interrupt();
+        self.rings.set_call(index, call);
     }
 
-    /// Takes the eventfd for errors.
+    /// Takes the eventfd for a ring's errors.
     pub fn set_err(&mut self, index: usize, err: Option<File>) {
-        self.rings[index].err = err.map(VmmEvent::new);
-    }
-
-    /// The VMM starts a ring, or changes one that runs. A ring that does not go on where it was left belongs to a driver that
-    /// has started afresh, and knows of no connection.
-    pub fn start_ring(&mut self, index: usize, queue: &mut Queue) {
-        queue.set_ready(true);
-        let memory = self.memory.as_ref().map(GuestMemoryHandle::memory);
-        let position = match memory {
-            Some(memory) => rewind_to_used(queue, &*memory),
-            None => Err(QueueError::QueueNotReady),
-        };
-        let ring = &mut self.rings[index];
-        ring.state = RingState::Unchecked;
-        ring.kicks_enabled = true;
-        match position {
-            Ok(position) => {
-                let left_at = ring.position.replace(position);
-                if left_at.is_some_and(|left_at| left_at != position) {
-                    debug!("ring {index} starts afresh, closing all connections");
-                    self.started = false;
-                    self.backend.reset();
-                }
-            }
-            Err(error) => self.stop_broken(index, &error),
-        }
-        self.wake();
+        self.rings.set_err(index, err);
     }
 
     /// Whether the VMM has started a ring and not stopped it since.
     pub fn is_started(&self, index: usize) -> bool {
-        self.rings[index].state != RingState::Stopped
+        self.rings.is_started(index)
+    }
+
+    /// The VMM starts a ring, or changes one that runs. It goes on at its used index.
+    pub fn start_ring(&mut self, index: usize, queue: &mut Queue) {
+        if self.rings.start(index, queue) == Start::Afresh {
+            debug!("ring {index} starts afresh, closing all connections");
+            self.started = false;
+            self.backend.reset();
+        }
+        self.wake();
     }
 
     /// The VMM stops a ring. Connections wait until it goes on.
     pub fn stop_ring(&mut self, index: usize) {
-        self.set_kick(index, None);
-        self.rings[index].state = RingState::Stopped;
-        self.rings[index].call = None;
+        self.rings.stop(index);
     }
 
     /// The device starts anew: no connection survives.
     pub fn reset(&mut self) {
-        for index in 0..NUM_RINGS {
-            self.set_kick(index, None);
-            self.rings[index].state = RingState::Stopped;
-            self.rings[index].position = None;
-        }
+        self.rings.reset();
         self.started = false;
         self.backend.reset();
     }
@@ -311,13 +271,13 @@ impl VhostUserVsockThread {
     /// Does what there is to do, and returns whether to wait before the next turn.
     pub fn turn(&mut self, vrings: &[VsockVring]) -> Wait {
         self.busy_poll.woke();
-        let memory = self.memory.as_ref().map(GuestMemoryHandle::memory);
+        let memory = self.rings.memory().map(GuestMemoryHandle::memory);
         let (mut rx, mut tx) = (vrings[RX_RING].get_mut(), vrings[TX_RING].get_mut());
         let mut queues = memory.as_deref().map(|memory| Queues {
             memory,
             queues: [
-                self.check_ring(RX_RING, &mut rx, memory),
-                self.check_ring(TX_RING, &mut tx, memory),
+                self.rings.check(RX_RING, &mut rx, memory),
+                self.rings.check(TX_RING, &mut tx, memory),
             ],
         });
         let wait = self.rounds(queues.as_mut());
@@ -423,37 +383,6 @@ impl VhostUserVsockThread {
 
 // The rings.
 impl VhostUserVsockThread {
-    /// The queue of a ring that can be worked on. One that was started since is checked first.
-    fn check_ring<'q>(
-        &mut self,
-        index: usize,
-        vring: &'q mut VringState<GuestMemoryHandle>,
-        memory: &GuestMemoryMmap,
-    ) -> Option<&'q mut Queue> {
-        if !vring.is_enabled() {
-            return None;
-        }
-        let queue = vring.get_queue_mut();
-        match self.rings[index].state {
-            RingState::Stopped | RingState::Broken => return None,
-            RingState::Running => {}
-            RingState::Unchecked if queue.is_valid(memory) => {
-                self.rings[index].state = RingState::Running;
-            }
-            RingState::Unchecked => {
-                self.stop_broken(index, &QueueError::QueueNotReady);
-                return None;
-            }
-        }
-        Some(queue)
-    }
-
-    fn stop_broken(&mut self, index: usize, error: &QueueError) {
-        self.rings[index].set_broken();
-        self.broken_log
-            .log(|| warn!("ring {index} stops until it is started again: {error}"));
-    }
-
     /// Works on a ring if it can be worked on, and stops it where it turns out to be broken. False when there was nothing to
     /// do.
     fn with_queue(
@@ -466,10 +395,10 @@ impl VhostUserVsockThread {
             return false;
         };
         let result = work(self, queue, queues.memory);
-        self.rings[index].position = Some(queue.next_avail());
+        self.rings.set_position(index, queue.next_avail());
         result.unwrap_or_else(|error| {
             queues.queues[index] = None;
-            self.stop_broken(index, &error);
+            self.rings.stop_broken(index, &error);
             false
         })
     }
@@ -495,7 +424,7 @@ impl VhostUserVsockThread {
         if !has_entries(queue, memory)? {
             return Ok(false);
         }
-        self.disable_kicks(TX_RING, queue, memory)?;
+        self.rings.disable_kicks(TX_RING, queue, memory)?;
         let ring_size = queue.size();
         let mut chains = TxChains::new(memory, std::mem::take(&mut self.tx_storage));
         self.heads.clear();
@@ -529,7 +458,7 @@ impl VhostUserVsockThread {
         if self.backend.rx_size().is_none() {
             return Ok(false);
         }
-        self.disable_kicks(RX_RING, queue, memory)?;
+        self.rings.disable_kicks(RX_RING, queue, memory)?;
         let mut batch = RxBatch::new(memory, std::mem::take(&mut self.rx_storage));
         let worked = self.fill_batches(queue, memory, &mut batch);
         self.rx_storage = batch.into_storage();
@@ -649,19 +578,7 @@ impl VhostUserVsockThread {
         let wanted = needs_interrupt(queue, memory)?;
         if wanted || (self.notify_on_empty && !has_entries(queue, memory)?) {
             self.backend.counters().interrupts += 1;
-            self.rings[index].interrupt();
-        }
-        Ok(())
-    }
-
-    fn disable_kicks(
-        &mut self,
-        index: usize,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-    ) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.rings[index].kicks_enabled) {
-            queue.disable_notification(memory)?;
+            self.rings.interrupt(index);
         }
         Ok(())
     }
@@ -670,8 +587,7 @@ impl VhostUserVsockThread {
     fn enable_kicks(&mut self, queues: &mut Queues<'_>) -> bool {
         let enable = |index: usize| {
             move |worker: &mut Self, queue: &mut Queue, memory: &GuestMemoryMmap| {
-                worker.rings[index].kicks_enabled = true;
-                queue.enable_notification(memory)
+                worker.rings.enable_kicks(index, queue, memory)
             }
         };
         let has_packets = self.with_queue(queues, TX_RING, enable(TX_RING));

@@ -32,6 +32,9 @@
 //! the connection goes on. It knows no ring, no epoll and no other connection.
 
 pub mod credit;
+mod dialing;
+mod key;
+mod readiness;
 mod shutdown;
 mod stream_mover;
 #[cfg(test)]
@@ -42,14 +45,18 @@ use std::net::Shutdown as Direction;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use crate::host::connect_line::{self, Line, Progress};
+use crate::host::connect_line;
 use crate::host::socket::{HostSocket, ReceiveError};
 use crate::metrics::counters::{CloseReason, ConnectionStats, Side};
-use crate::packet::header::{Cid, GuestPort, Op, PeerAddr, ShutdownFlags, VsockHeader};
+use crate::packet::header::{Cid, Op, ShutdownFlags, VsockHeader};
 use crate::packet::{Payload, RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
 use credit::Credit;
+use dialing::Answer;
+pub use dialing::Dialing;
+pub use key::ConnKey;
+pub use readiness::Readiness;
 use shutdown::Shutdown;
 use stream_mover::{Delivered, Flushed, StreamMover};
 
@@ -58,49 +65,6 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the guest has to confirm SHUTDOWN with its RST. Linux gives its peer as long.
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
-
-/// What names a connection: the addresses of its two ends, without the guest's CID, which is always the same. Who began it
-/// does not matter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ConnKey {
-    /// The guest's port.
-    pub guest: GuestPort,
-    /// The other end.
-    pub peer: PeerAddr,
-}
-
-impl ConnKey {
-    /// The connection that a packet belongs to.
-    pub fn of(header: &VsockHeader) -> Self {
-        Self {
-            guest: header.guest_port,
-            peer: header.peer,
-        }
-    }
-}
-
-/// What an event says about a socket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Readiness {
-    /// There are bytes, or the end of the stream.
-    pub readable: bool,
-    /// A short receive does not mean that the socket is drained: EPOLLRDHUP or EPOLLPRI was set.
-    pub until_empty: bool,
-    /// There is room.
-    pub writable: bool,
-    /// Both directions are over.
-    pub hung_up: bool,
-}
-
-impl Readiness {
-    /// Room, and nothing else.
-    const WRITABLE: Self = Self {
-        readable: false,
-        until_empty: false,
-        writable: true,
-        hung_up: false,
-    };
-}
 
 /// Whether a connection goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,19 +76,6 @@ pub enum Verdict {
     Close(CloseReason),
     /// It is over, and the guest gets an RST.
     Reset(CloseReason),
-}
-
-/// What a guest's REQUEST waits for.
-#[derive(Clone, Debug)]
-pub enum Dialing {
-    /// The end of a connect(2) that has not waited.
-    Connect,
-    /// The answer to our CONNECT line.
-    #[cfg_attr(
-        not(any(test, feature = "fuzzing")),
-        expect(dead_code, reason = "for routes to other daemons' guests")
-    )]
-    Answer(Line),
 }
 
 /// Where a connection is in its life.
@@ -491,22 +442,13 @@ impl VsockConnection {
 
     /// Looks whether the peer has answered.
     fn continue_dialing(&mut self) -> Verdict {
-        let socket = self.mover.socket();
-        let answered = match &mut self.state {
-            State::Dialing(Dialing::Connect) => match socket.connect_result() {
-                Ok(()) => Progress::Complete {
-                    port: self.key.peer.port.0,
-                    consumed: 0,
-                },
-                Err(_) => Progress::Invalid,
-            },
-            State::Dialing(Dialing::Answer(line)) => connect_line::read(socket, line),
-            _ => return Verdict::Open,
+        let State::Dialing(dialing) = &mut self.state else {
+            return Verdict::Open;
         };
-        match answered {
-            Progress::Incomplete => return Verdict::Open,
-            Progress::Invalid => return Verdict::Reset(CloseReason::Refused),
-            Progress::Complete { .. } => self.accept(),
+        match dialing.poll(self.mover.socket()) {
+            Answer::None => return Verdict::Open,
+            Answer::Refused => return Verdict::Reset(CloseReason::Refused),
+            Answer::Accepted => self.accept(),
         }
         self.update_pending();
         Verdict::Open

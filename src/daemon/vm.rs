@@ -92,7 +92,7 @@ impl Threads {
     pub(super) fn wait(&self, other: BorrowedFd<'_>) -> io::Result<()> {
         while self.running.load(Ordering::SeqCst) > 0 {
             let ready = wait_readable(&[other, self.ended.as_fd()], PollTimeout::NONE)?;
-            if ready[0] {
+            if !ready[0].is_empty() {
                 break;
             }
             let _ = self.ended.read();
@@ -305,21 +305,27 @@ impl Stop {
 fn serve_vmms(listener: &UnixListener, device: &Arc<VhostUserVsockBackend>, stop: &Stop) {
     let mut is_short = false;
     while !stop.is_requested() {
-        let waited = wait_readable(&[listener.as_fd(), stop.event.as_fd()], PollTimeout::NONE);
+        let fds = [listener.as_fd(), stop.event.as_fd()];
+        let waited = wait_readable(&fds, PollTimeout::NONE);
         if stop.is_requested() {
             return;
         }
+        let is_shut_down = matches!(waited, Ok([events, _]) if events.contains(PollFlags::POLLHUP));
         match waited.and_then(|_| listener.accept()) {
             Ok((vmm, _)) => {
                 is_short = false;
                 serve_vmm(vmm, device, stop);
+            }
+            Err(error) if is_shut_down => {
+                warn!("can't serve a VMM: the listener was shut down: {error}");
+                let _ = wait_readable(&[stop.event.as_fd()], PollTimeout::NONE);
             }
             Err(error) => match error.kind() {
                 // Somebody else who has the listener was faster, or the VMM has left already.
                 io::ErrorKind::WouldBlock
                 | io::ErrorKind::ConnectionAborted
                 | io::ErrorKind::Interrupted => {}
-                // Nothing left to accept with, or a listener that somebody has shut down: it may pass.
+                // Nothing left to accept with, whatever it is: it may pass.
                 _ => {
                     if !std::mem::replace(&mut is_short, true) {
                         warn!("can't serve a VMM: {error}");
@@ -360,15 +366,15 @@ fn serve_vmm(vmm: UnixStream, device: &Arc<VhostUserVsockBackend>, stop: &Stop) 
     }
 }
 
-/// Waits until one of the descriptors is readable, or the time is over. Says which are.
+/// Waits until something happens to one of the descriptors, or the time is over. Returns what.
 fn wait_readable<const N: usize>(
     fds: &[BorrowedFd<'_>; N],
     timeout: PollTimeout,
-) -> io::Result<[bool; N]> {
+) -> io::Result<[PollFlags; N]> {
     let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
     loop {
         match poll(&mut fds, timeout) {
-            Ok(_) => return Ok(fds.map(|fd| fd.any().unwrap_or(true))),
+            Ok(_) => return Ok(fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty()))),
             Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
         }

@@ -2,6 +2,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use super::*;
+use crate::packet::header::{GuestPort, PeerAddr};
 use crate::testing::{memory, received, rx_batch, tx_batch};
 
 const KEY: ConnKey = ConnKey {

@@ -1,0 +1,198 @@
+//! The rings of the device, and the memory they lie in.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use log::warn;
+use vhost_user_backend::VringState;
+use virtio_queue::{Error as QueueError, Queue, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+
+use super::NUM_RINGS;
+use super::epoll::Epoll;
+use super::log_limit::LogLimit;
+use super::ring::{GuestMemoryHandle, Ring, RingState, VmmEvent, rewind_to_used};
+use crate::thread_backend::event_source::EventSource;
+
+/// How a ring goes on when the VMM starts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    /// Where it was left, or it is the first start.
+    Resumed,
+    /// Elsewhere: it belongs to a driver that has started afresh, and knows of no connection.
+    Afresh,
+}
+
+/// All rings.
+#[derive(Debug)]
+pub(super) struct Rings {
+    epoll: Arc<Epoll>,
+    rings: [Ring; NUM_RINGS],
+    memory: Option<GuestMemoryHandle>,
+    broken_log: LogLimit,
+}
+
+impl Rings {
+    /// Rings without memory, which nobody has started. Their kicks are watched with `epoll`.
+    pub(super) fn new(epoll: Arc<Epoll>) -> Self {
+        Self {
+            epoll,
+            rings: Default::default(),
+            memory: None,
+            broken_log: LogLimit::default(),
+        }
+    }
+
+    pub(super) fn memory(&self) -> Option<&GuestMemoryHandle> {
+        self.memory.as_ref()
+    }
+
+    /// The memory has changed: what runs in it is to be checked again.
+    pub(super) fn set_memory(&mut self, memory: GuestMemoryHandle) {
+        self.memory = Some(memory);
+        for ring in &mut self.rings {
+            if ring.state == RingState::Running {
+                ring.state = RingState::Unchecked;
+            }
+        }
+    }
+
+    /// Takes the eventfd for kicks in place of the one before. It is never read: each kick is an event of its own.
+    pub(super) fn set_kick(&mut self, index: usize, kick: Option<File>) {
+        if let Some(old) = std::mem::replace(&mut self.rings[index].kick, kick) {
+            self.epoll.remove(&old);
+        }
+        if let Some(new) = &self.rings[index].kick
+            && let Err(error) = self.epoll.add_input(new, EventSource::Kick(index as u32))
+        {
+            warn!("ring {index}: can't watch its kicks: {error}");
+        }
+    }
+
+    /// Takes the eventfd for interrupts. It is signalled once: the ring may have run without it before.
+    pub(super) fn set_call(&mut self, index: usize, call: Option<File>) {
+        self.rings[index].call = call.map(VmmEvent::new);
+        self.rings[index].interrupt();
+    }
+
+    /// Takes the eventfd for errors.
+    pub(super) fn set_err(&mut self, index: usize, err: Option<File>) {
+        self.rings[index].err = err.map(VmmEvent::new);
+    }
+
+    pub(super) fn is_started(&self, index: usize) -> bool {
+        self.rings[index].state != RingState::Stopped
+    }
+
+    /// The VMM starts a ring, or changes one that runs.
+    pub(super) fn start(&mut self, index: usize, queue: &mut Queue) -> Start {
+        queue.set_ready(true);
+        let memory = self.memory.as_ref().map(GuestMemoryHandle::memory);
+        let position = match memory {
+            Some(memory) => rewind_to_used(queue, &memory),
+            None => Err(QueueError::QueueNotReady),
+        };
+        let ring = &mut self.rings[index];
+        ring.state = RingState::Unchecked;
+        ring.kicks_enabled = true;
+        let left_at = match position {
+            Ok(position) => ring.position.replace(position).map(|left| left != position),
+            Err(error) => {
+                self.stop_broken(index, &error);
+                None
+            }
+        };
+        match left_at {
+            Some(true) => Start::Afresh,
+            Some(false) | None => Start::Resumed,
+        }
+    }
+
+    /// The VMM stops a ring, which may go on later.
+    pub(super) fn stop(&mut self, index: usize) {
+        self.set_kick(index, None);
+        self.rings[index].state = RingState::Stopped;
+        self.rings[index].call = None;
+    }
+
+    /// No ring goes on where it was left.
+    pub(super) fn reset(&mut self) {
+        for index in 0..NUM_RINGS {
+            self.set_kick(index, None);
+            self.rings[index].state = RingState::Stopped;
+            self.rings[index].position = None;
+        }
+    }
+
+    /// Forgets everything of a VMM.
+    pub(super) fn clear(&mut self) {
+        self.reset();
+        self.rings = Default::default();
+        self.memory = None;
+    }
+
+    /// The queue of a ring that can be worked on. One that was started since is checked first.
+    pub(super) fn check<'q>(
+        &mut self,
+        index: usize,
+        vring: &'q mut VringState<GuestMemoryHandle>,
+        memory: &GuestMemoryMmap,
+    ) -> Option<&'q mut Queue> {
+        if !vring.is_enabled() {
+            return None;
+        }
+        let queue = vring.get_queue_mut();
+        match self.rings[index].state {
+            RingState::Stopped | RingState::Broken => return None,
+            RingState::Running => {}
+            RingState::Unchecked if queue.is_valid(memory) => {
+                self.rings[index].state = RingState::Running;
+            }
+            RingState::Unchecked => {
+                self.stop_broken(index, &QueueError::QueueNotReady);
+                return None;
+            }
+        }
+        Some(queue)
+    }
+
+    /// A ring is unusable until it is started again. The VMM is told, and the log.
+    pub(super) fn stop_broken(&mut self, index: usize, error: &QueueError) {
+        self.rings[index].set_broken();
+        self.broken_log
+            .log(|| warn!("ring {index} stops until it is started again: {error}"));
+    }
+
+    /// The worker has left a ring at this entry of the avail ring.
+    pub(super) fn set_position(&mut self, index: usize, position: u16) {
+        self.rings[index].position = Some(position);
+    }
+
+    pub(super) fn interrupt(&self, index: usize) {
+        self.rings[index].interrupt();
+    }
+
+    /// Asks the driver to kick. True when there is something in the ring already.
+    pub(super) fn enable_kicks(
+        &mut self,
+        index: usize,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, QueueError> {
+        self.rings[index].kicks_enabled = true;
+        queue.enable_notification(memory)
+    }
+
+    /// Asks the driver not to kick, if it was asked to.
+    pub(super) fn disable_kicks(
+        &mut self,
+        index: usize,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), QueueError> {
+        if std::mem::take(&mut self.rings[index].kicks_enabled) {
+            queue.disable_notification(memory)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,42 @@
+//! A guest's REQUEST that the peer has not answered yet.
+
+use crate::host::connect_line::{self, Line, Progress};
+use crate::host::socket::HostSocket;
+
+/// What a guest's REQUEST waits for.
+#[derive(Clone, Debug)]
+pub enum Dialing {
+    /// The end of a connect(2) that has not waited.
+    Connect,
+    /// The answer to our CONNECT line.
+    #[cfg_attr(
+        not(any(test, feature = "fuzzing")),
+        expect(dead_code, reason = "for routes to other daemons' guests")
+    )]
+    Answer(Line),
+}
+
+/// What the peer has answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    None,
+    Accepted,
+    Refused,
+}
+
+impl Dialing {
+    /// Looks whether the peer behind `socket` has answered.
+    pub(super) fn poll(&mut self, socket: &HostSocket) -> Answer {
+        match self {
+            Self::Connect => match socket.connect_result() {
+                Ok(()) => Answer::Accepted,
+                Err(_) => Answer::Refused,
+            },
+            Self::Answer(line) => match connect_line::read(socket, line) {
+                Progress::Incomplete => Answer::None,
+                Progress::Complete { .. } => Answer::Accepted,
+                Progress::Invalid => Answer::Refused,
+            },
+        }
+    }
+}

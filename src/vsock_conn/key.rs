@@ -1,0 +1,23 @@
+//! What names a connection.
+
+use crate::packet::header::{GuestPort, PeerAddr, VsockHeader};
+
+/// What names a connection: the addresses of its two ends, without the guest's CID, which is always the same. Who began it
+/// does not matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConnKey {
+    /// The guest's port.
+    pub guest: GuestPort,
+    /// The other end.
+    pub peer: PeerAddr,
+}
+
+impl ConnKey {
+    /// The connection that a packet belongs to.
+    pub fn of(header: &VsockHeader) -> Self {
+        Self {
+            guest: header.guest_port,
+            peer: header.peer,
+        }
+    }
+}
