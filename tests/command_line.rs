@@ -2,12 +2,15 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::fs;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use common::daemon::{Daemon, binary, eventually};
 use common::tracer::Traced;
@@ -228,7 +231,7 @@ fn of_daemons_that_start_at_once_one_lives() {
                     .arg("--guest-cid=4")
                     .args(["--socket", socket.to_str().unwrap()])
                     .args(["--uds-path", uds.to_str().unwrap()])
-                    .stderr(std::process::Stdio::null())
+                    .stderr(Stdio::null())
                     .spawn()
                     .unwrap()
             })
@@ -344,6 +347,50 @@ fn a_full_disk_under_the_log_stops_nothing() {
     kill(Pid::from_raw(daemon.id() as i32), Signal::SIGTERM).unwrap();
     assert_eq!(daemon.wait().unwrap().code(), Some(0));
     assert!(!uds.exists());
+}
+
+/// Runs a daemon with a variable in its environment until it serves, then stops it.
+fn serve_with(variable: (&str, &OsStr), stderr: impl Into<Stdio>) -> Option<i32> {
+    let folder = TempDir::new().unwrap();
+    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let mut daemon = Command::new(binary())
+        .arg("--guest-cid=4")
+        .args(["--socket", socket.to_str().unwrap()])
+        .args(["--uds-path", uds.to_str().unwrap()])
+        .env(variable.0, variable.1)
+        .stderr(stderr)
+        .spawn()
+        .unwrap();
+    eventually("the sockets to be served", || {
+        UnixStream::connect(&uds).is_ok()
+    });
+    kill(Pid::from_raw(daemon.id() as i32), Signal::SIGTERM).unwrap();
+    daemon.wait().unwrap().code()
+}
+
+#[test]
+fn a_mistake_in_rust_log_is_one_line_of_the_log() {
+    for (filter, mistake) in [
+        ("=[=(,,".as_ref(), "invalid logging spec '=[=('"),
+        ("vhost_user_vsock=loud".as_ref(), "'loud'"),
+        ("info/a/b".as_ref(), "too many '/'"),
+        (OsStr::from_bytes(b"\xff"), "not UTF-8"),
+    ] {
+        let mut log = tempfile::tempfile().unwrap();
+        let code = serve_with(("RUST_LOG", filter), log.try_clone().unwrap());
+        assert_eq!(code, Some(0), "{filter:?}");
+        let mut text = String::new();
+        log.seek(SeekFrom::Start(0)).unwrap();
+        log.read_to_string(&mut text).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 3, "the mistake, the start and the end: {text}");
+        assert!(lines[0].contains("RUST_LOG is ignored: "), "{text}");
+        assert!(lines[0].contains(mistake), "{text}");
+
+        let full = fs::OpenOptions::new().write(true).open("/dev/full");
+        let code = serve_with(("RUST_LOG", filter), full.unwrap());
+        assert_eq!(code, Some(0), "{filter:?} on a full disk");
+    }
 }
 
 #[test]

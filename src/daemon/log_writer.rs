@@ -1,8 +1,8 @@
-//! The log's way to stderr.
+//! The log, and its way to stderr.
 //!
-//! Who reads stderr may be slow, or stop to read at all, and then a write to it waits. It must not be the worker that
-//! waits, so a thread of its own writes, and lines wait for it in a queue with a limit. Stderr itself stays as it is: it
-//! may be shared with other programs, which a flag against waiting would surprise.
+//! Whoever reads stderr may be slow or stop reading, and then a write to it blocks. That must not block the worker, so a
+//! thread of its own writes the lines, which wait in a queue of bounded length. Stderr itself is not made non-blocking:
+//! other programs may share it.
 
 use std::collections::VecDeque;
 use std::env;
@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use env_logger::{Target, WriteStyle};
-use log::{Level, LevelFilter};
+use env_logger::{Builder, DEFAULT_FILTER_ENV, DEFAULT_WRITE_STYLE_ENV, Target, WriteStyle};
+use log::{Level, LevelFilter, warn};
 use parking_lot::{Condvar, Mutex};
 
 use crate::syscalls::Syscall;
@@ -25,10 +25,14 @@ pub(crate) fn syscalls() -> Vec<Syscall> {
     vec![Syscall::any(libc::SYS_write), Syscall::any(libc::SYS_futex)]
 }
 
-/// How many lines wait to be written. One more is dropped, and counted.
+/// How many lines wait to be written. Further ones are dropped and counted.
 pub const MAX_LINES: usize = 1024;
 
-/// Where the log's lines go, one with each `write`. That never waits and never fails. All clones are one queue.
+/// The library that walks the rings. It logs an error for each ring that a guest has broken, without a limit; the worker
+/// logs the same at most once a second.
+const UNLIMITED_TARGET: &str = "virtio_queue";
+
+/// A writer for the log, one line with each `write`. It never blocks and never fails. All clones share a queue.
 #[derive(Clone, Default)]
 pub struct LogWriter(Arc<Shared>);
 
@@ -44,29 +48,27 @@ struct Shared {
 #[derive(Default)]
 struct Queue {
     lines: VecDeque<Vec<u8>>,
-    /// Lines that were dropped and not told of.
-    lost: u64,
+    /// How many lines were dropped since that was last written.
+    dropped: u64,
     writing: bool,
 }
 
 impl LogWriter {
-    /// Makes this the way of the process's log, at the level of so many `-v`, unless RUST_LOG says otherwise. A terminal
-    /// gets colours, the journal the priority of each line (sd-daemon(3)) and no time, since it has its own.
+    /// Installs the logger of the process, which writes here. Its level follows from the number of `-v`, or from RUST_LOG.
+    /// A terminal gets colours; the journal gets priorities (sd-daemon(3)) and no timestamps, since it has its own.
     pub fn install(verbose: u8) -> Self {
         let level = match verbose {
             0 => LevelFilter::Info,
             1 => LevelFilter::Debug,
             _ => LevelFilter::Trace,
         };
-        let in_colour =
-            io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
-        let style = if in_colour {
-            WriteStyle::Always
-        } else {
-            WriteStyle::Never
-        };
         let log = Self::default();
-        let mut builder = env_logger::Builder::new();
+        let mut builder = Builder::new();
+        builder
+            .filter_level(level)
+            .filter_module(UNLIMITED_TARGET, LevelFilter::Off)
+            .write_style(write_style())
+            .target(Target::Pipe(Box::new(log.clone())));
         if is_journal(io::stderr()) {
             builder.format(|line, record| {
                 let priority = match record.level() {
@@ -78,16 +80,24 @@ impl LogWriter {
                 writeln!(line, "<{priority}>{}: {}", record.target(), record.args())
             });
         }
-        builder
-            .filter_level(level)
-            .write_style(style)
-            .parse_default_env()
-            .target(Target::Pipe(Box::new(log.clone())))
-            .init();
+        if let Ok(style) = env::var(DEFAULT_WRITE_STYLE_ENV) {
+            builder.parse_write_style(&style);
+        }
+        let filter = filter_from_env();
+        if let Ok(Some(filter)) = &filter {
+            builder.parse_filters(filter);
+        }
+        builder.init();
+        if let Err(mistake) = filter {
+            warn!("{DEFAULT_FILTER_ENV} is ignored: {mistake}");
+        }
         log
     }
 
-    /// Starts the thread that writes to `out`. The lines so far have waited for it.
+    /// Starts the thread that writes to `out`, beginning with the lines that are in the queue.
+    ///
+    /// # Errors
+    /// There is no memory for a thread, or a limit is reached.
     pub fn start(&self, mut out: impl Write + Send + 'static) -> io::Result<()> {
         let shared = self.0.clone();
         thread::Builder::new()
@@ -96,9 +106,9 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Waits until all lines have been written, or the time is over.
-    pub fn drain(&self, patience: Duration) {
-        let deadline = Instant::now() + patience;
+    /// Waits until all lines have been written, but not longer than `timeout`.
+    pub fn drain(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
         let mut queue = self.0.queue.lock();
         while queue.writing || !queue.lines.is_empty() {
             if self.0.drained.wait_until(&mut queue, deadline).timed_out() {
@@ -108,12 +118,36 @@ impl LogWriter {
     }
 }
 
-/// Whether this is the socket that the journal has given us, by the device and file that JOURNAL_STREAM names.
+/// Colours are for terminals (no-color.org).
+fn write_style() -> WriteStyle {
+    let no_color = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    if io::stderr().is_terminal() && !no_color {
+        WriteStyle::Always
+    } else {
+        WriteStyle::Never
+    }
+}
+
+/// The filter in RUST_LOG, or what is wrong with it. It is checked here because `env_logger` prints mistakes to stderr, and
+/// panics if it can't.
+fn filter_from_env() -> Result<Option<String>, String> {
+    let Some(filter) = env::var_os(DEFAULT_FILTER_ENV) else {
+        return Ok(None);
+    };
+    let filter = filter.into_string().map_err(|_| "it is not UTF-8")?;
+    match env_filter::Builder::new().try_parse(&filter) {
+        Ok(_) => Ok(Some(filter)),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Whether this is the stream that the journal reads, by the device and inode in JOURNAL_STREAM (systemd.exec(5)).
 pub fn is_journal(stream: impl AsFd) -> bool {
     let file = stream.as_fd().try_clone_to_owned().map(File::from);
     let metadata = file.and_then(|file| file.metadata());
-    let given = metadata.map(|data| format!("{}:{}", data.dev(), data.ino()));
-    given.is_ok_and(|given| env::var("JOURNAL_STREAM").is_ok_and(|journal| journal == given))
+    let identity = metadata.map(|data| format!("{}:{}", data.dev(), data.ino()));
+    identity
+        .is_ok_and(|identity| env::var("JOURNAL_STREAM").is_ok_and(|journal| journal == identity))
 }
 
 impl Write for LogWriter {
@@ -123,7 +157,7 @@ impl Write for LogWriter {
             queue.lines.push_back(line.to_vec());
             self.0.filled.notify_one();
         } else {
-            queue.lost += 1;
+            queue.dropped += 1;
         }
         Ok(line.len())
     }
@@ -142,13 +176,13 @@ impl Shared {
                 self.filled.wait(&mut queue);
                 continue;
             };
-            if queue.lines.is_empty() && queue.lost > 0 {
-                let lost = std::mem::take(&mut queue.lost);
-                line.extend(format!("{lost} lines of the log were lost\n").bytes());
+            if queue.lines.is_empty() && queue.dropped > 0 {
+                let dropped = std::mem::take(&mut queue.dropped);
+                line.extend(format!("{dropped} lines of the log were lost\n").bytes());
             }
             queue.writing = true;
             drop(queue);
-            // A stderr that is closed or on a full disk leaves nobody to tell.
+            // There is nowhere to report an error to.
             let _ = out.write_all(&line).and_then(|()| out.flush());
             queue = self.queue.lock();
             queue.writing = false;
@@ -161,10 +195,11 @@ mod tests {
     use super::*;
     use std::io::{BufRead, BufReader};
 
+    /// It bounds a failing run; no test passes by it.
     const PATIENCE: Duration = Duration::from_secs(20);
 
     #[test]
-    fn lines_are_written_in_their_order() {
+    fn lines_are_written_in_order() {
         let (reader, writer) = io::pipe().unwrap();
         let mut log = LogWriter::default();
         (0..100).for_each(|number| writeln!(log, "line {number}").unwrap());
@@ -177,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_nobody_reads_stops_nobody() {
+    fn a_pipe_that_nobody_reads_blocks_nobody() {
         let (reader, writer) = io::pipe().unwrap();
         let mut log = LogWriter::default();
         log.start(writer).unwrap();
