@@ -88,7 +88,7 @@ FUZZ_SECONDS ?= 180
 fuzz:
 	@cargo +nightly --version || { echo "make fuzz needs a nightly toolchain: rustup toolchain install nightly"; exit 1; }
 	cargo fuzz --version || cargo +nightly install --locked cargo-fuzz
-	set -e; for target in packet handshake connection worker; do \
+	set -e; for target in packet connect_line connection worker; do \
 		mkdir -p target/fuzz-corpus/$$target; \
 		cargo +nightly fuzz run $$target target/fuzz-corpus/$$target fuzz/corpus/$$target -- \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=1024 -len_control=0 -timeout=20; \

@@ -1,5 +1,5 @@
-//! Runs the fuzz targets on a stable toolchain: with the inputs that `cargo fuzz` has found worth keeping, and with a few
-//! that are random, but the same each time. `FUZZ_SEED` chooses others.
+//! Runs the fuzz targets on a stable toolchain: with the inputs in `fuzz/corpus`, which `cargo fuzz` has found, and with random
+//! ones, which are the same each time unless `FUZZ_SEED` chooses others.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -8,11 +8,11 @@ use std::path::Path;
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
 
-/// How many random inputs every target gets, and how long they are at most, in bytes.
+/// How many random inputs each target gets, and their greatest length in bytes.
 const RANDOM_INPUTS: u64 = 1000;
 const MAX_LEN: u64 = 2048;
 
-/// Runs a target, and says with which input where it fails.
+/// Runs a target, and prints the name of an input that it fails with.
 fn run(target: fuzz::Target, bytes: &[u8], name: &str) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| target(bytes))) {
         println!("the input was {name}");
@@ -20,7 +20,7 @@ fn run(target: fuzz::Target, bytes: &[u8], name: &str) {
     }
 }
 
-/// A sequence of numbers that look random: splitmix64.
+/// The next of a sequence of pseudo-random numbers: splitmix64.
 fn random(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut mixed = *state;
@@ -30,13 +30,13 @@ fn random(state: &mut u64) -> u64 {
 }
 
 #[test]
-fn what_was_found_worth_keeping_holds() {
+fn the_models_hold_for_the_corpus() {
     for (name, target) in fuzz::TARGETS {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("fuzz/corpus")
             .join(name);
         let mut count = 0;
-        for entry in fs::read_dir(&folder).unwrap() {
+        for entry in fs::read_dir(&directory).unwrap() {
             let path = entry.unwrap().path();
             run(
                 target,
@@ -46,12 +46,12 @@ fn what_was_found_worth_keeping_holds() {
             count += 1;
         }
         println!("{name}: {count} inputs");
-        assert!(count > 0, "{} is empty", folder.display());
+        assert!(count > 0, "{} is empty", directory.display());
     }
 }
 
 #[test]
-fn random_inputs_hold() {
+fn the_models_hold_for_random_inputs() {
     let seed = std::env::var("FUZZ_SEED").map_or(1, |seed| seed.parse().unwrap());
     println!("FUZZ_SEED={seed}");
     for (name, target) in fuzz::TARGETS {

@@ -4,7 +4,7 @@ use vhost_user_vsock_fuzz::worker;
 
 libfuzzer_sys::fuzz_target!(
     init: {
-        // As the start of every Rust program does, and libFuzzer's does not.
+        // A Rust program ignores SIGPIPE from its start; one that libFuzzer starts does not.
         signal_hook::flag::register(signal_hook::consts::SIGPIPE, Default::default()).unwrap();
     },
     |bytes: &[u8]| worker::run(bytes)

@@ -1,14 +1,19 @@
-//! A guest that sends and receives packets, for a target that has no worker.
+//! A driver's side of both rings, for a target that has no worker.
 
 use vhost_user_vsock::packet::header::{HEADER_LEN, VsockHeader};
-use vhost_user_vsock::packet::{RxBatch, TxBatch};
+use vhost_user_vsock::packet::{RxBatch, RxStorage, TxBatch, TxChains, TxStorage};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use super::memory::Memory;
 use super::ring::{Layout, MAX_PACKET, Ring};
 
-/// The most payload of one packet.
+/// The most payload of one packet, in bytes.
 pub const MAX_PAYLOAD: usize = MAX_PACKET - HEADER_LEN;
+
+/// The most packets or buffers of one batch.
+pub const MAX_BATCH: usize = 5;
+
+const RING_SIZE: u16 = 32;
 
 /// A packet's bytes as the guest writes them: its own side is the source.
 pub fn bytes(header: &VsockHeader, payload: &[u8]) -> Vec<u8> {
@@ -32,18 +37,21 @@ fn swap_sides(header: &mut [u8]) {
     header[16..24].rotate_left(4);
 }
 
-/// A guest's rings, and how far they have come.
+/// A guest's rings, each with the device's view of it.
 pub struct Guest<'m> {
     memory: &'m Memory,
     rx: (Ring<'m>, Queue),
     tx: (Ring<'m>, Queue),
+    // As in the worker, the allocations of a batch are the next one's.
+    rx_storage: RxStorage,
+    tx_storage: TxStorage,
 }
 
 impl<'m> Guest<'m> {
-    /// A guest with this memory, which is one of [`super::ring::memory`].
+    /// A guest with this memory, which is that of [`super::ring::with_memory`].
     pub fn new(memory: &'m Memory) -> Self {
         let ring = |is_rx| {
-            let ring = Ring::new(memory, is_rx, 32, false, 0);
+            let ring = Ring::new(memory, is_rx, RING_SIZE, false, 0);
             let queue = ring.queue();
             (ring, queue)
         };
@@ -51,10 +59,12 @@ impl<'m> Guest<'m> {
             memory,
             rx: ring(true),
             tx: ring(false),
+            rx_storage: RxStorage::default(),
+            tx_storage: TxStorage::default(),
         }
     }
 
-    /// Hands over packets, at most five of [`MAX_PAYLOAD`] bytes each.
+    /// Sends packets, at most [`MAX_BATCH`] of [`MAX_PAYLOAD`] bytes each.
     pub fn send<T>(
         &mut self,
         packets: &[Vec<u8>],
@@ -63,16 +73,17 @@ impl<'m> Guest<'m> {
     ) -> T {
         let (ring, queue) = &mut self.tx;
         let map = self.memory.map();
-        let mut batch = TxBatch::new(map);
-        let mut heads = Vec::new();
         packets.iter().for_each(|packet| ring.offer(layout, packet));
+        let mut chains = TxChains::new(map, std::mem::take(&mut self.tx_storage));
+        let mut heads = Vec::new();
         for chain in queue.iter(map).unwrap() {
             heads.push(chain.head_index());
-            batch.push(chain, 32).unwrap();
+            chains.push(chain, RING_SIZE).unwrap();
         }
-        batch.parse(|error| panic!("a good packet is refused: {error}"));
+        let batch = chains.parse(|error| panic!("a good packet is rejected: {error}"));
         assert_eq!(batch.packets().len(), packets.len());
         let outcome = take(&batch);
+        self.tx_storage = batch.into_storage();
         for head in heads {
             queue.add_used(map, head, 0).unwrap();
         }
@@ -80,24 +91,26 @@ impl<'m> Guest<'m> {
         outcome
     }
 
-    /// Offers up to `count` buffers, at most five, for `demand` bytes of payload, and answers the packets in them.
+    /// Offers up to `count` buffers, at most [`MAX_BATCH`], for `size` bytes of payload, and returns the packets in them.
     pub fn receive<T>(
         &mut self,
-        demand: usize,
+        size: usize,
         count: usize,
         layout: Layout,
         fill: impl FnOnce(&mut RxBatch<'_>) -> T,
     ) -> (T, Vec<(VsockHeader, Vec<u8>)>) {
         let (ring, queue) = &mut self.rx;
         let map = self.memory.map();
-        let mut batch = RxBatch::new(map);
+        let mut batch = RxBatch::new(map, std::mem::take(&mut self.rx_storage));
         for _ in 0..count {
             ring.offer_buffer(layout, MAX_PACKET);
         }
         let mut unused = 0;
         for chain in queue.iter(map).unwrap() {
-            if batch.is_empty() || batch.capacity() < demand {
-                batch.push(chain, 32, demand - batch.capacity()).unwrap();
+            if batch.is_empty() || batch.capacity() < size {
+                batch
+                    .push(chain, RING_SIZE, size - batch.capacity())
+                    .unwrap();
             } else {
                 unused += 1;
             }
@@ -106,19 +119,18 @@ impl<'m> Guest<'m> {
         for buffer in batch.filled() {
             queue.add_used(map, buffer.head(), buffer.used()).unwrap();
         }
-        unused += batch.len() - batch.filled().len();
         let filled = batch.filled().len();
+        unused += batch.len() - filled;
+        self.rx_storage = batch.into_storage();
         let mut packets = Vec::new();
         for _ in 0..filled {
             packets.push(packet(ring.take().unwrap().bytes));
         }
-        // What was not filled goes unused, so that every call finds the same room.
+        // Buffers that were not filled are returned unused, so that every call finds the same room.
         for head in ring.outstanding() {
             queue.add_used(map, head, 0).unwrap();
-            assert!(
-                ring.take()
-                    .is_some_and(|returned| returned.bytes.is_empty())
-            );
+            let returned = ring.take();
+            assert!(returned.is_some_and(|returned| returned.bytes.is_empty()));
             unused -= 1;
         }
         assert_eq!(unused, 0);

@@ -1,23 +1,28 @@
-//! What is fuzzed, and what must hold then.
+//! The fuzz targets and their models.
 //!
-//! Each target takes any bytes, makes of them what a guest, a host program or a VMM may do, does it to the library, and
-//! panics when the outcome is not what a plain model says. `cargo fuzz` looks for such bytes; the test `fuzz_corpus` runs
-//! the same code with the bytes that it has found, and with a few random ones.
+//! A target makes of its input what a guest, a host program or a VMM may do, does it to the library, and panics where the
+//! outcome is not what a plain model of the specification says. `cargo fuzz` searches for such inputs. The test
+//! `fuzz_corpus` runs the same code on a stable toolchain, with the inputs in `fuzz/corpus` and with random ones.
 //!
 //! ```text
-//! packet       descriptor chains in any guest memory, beside a plain reading of the same bytes
-//! handshake    the CONNECT line in any pieces
-//! connection   one connection, its guest and its host program       guest: the packets of a guest
-//! worker       the whole worker: rings, kicks, interrupts, sockets   worker/: what both sides may do, and were promised
-//! memory, ring     guest memory that shows what was done to it, and the driver's side of a ring
-//! stream           bytes that say where they belong
+//! packet         descriptor chains in any guest memory, beside a plain reading of the same bytes
+//! connect_line   CONNECT and OK in any pieces, beside a parser that has the whole line
+//! connection     one connection, with its guest and its host program
+//! worker         the worker, with the rings of a guest and the sockets of host programs
+//!
+//! memory         guest memory that shows every write of the device's
+//! ring           the driver's side of a ring
+//! guest          a driver's side of both rings, for a target that has no worker
+//! stream         bytes that tell where they belong
+//! shutdown       what a SHUTDOWN may say
 //! ```
 
 use std::fmt::Debug;
+use std::sync::LazyLock;
 
+pub mod connect_line;
 pub mod connection;
 pub mod guest;
-pub mod handshake;
 pub mod memory;
 pub mod packet;
 pub mod ring;
@@ -25,20 +30,23 @@ pub mod shutdown;
 pub mod stream;
 pub mod worker;
 
-/// Says what is done next, when `FUZZ_SHOW` is set: what an input means is not to be seen from its bytes.
+/// `FUZZ_SHOW` is set.
+static SHOW: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FUZZ_SHOW").is_some());
+
+/// Prints a step of an input when `FUZZ_SHOW` is set: the bytes of an input do not show what it means.
 fn show(step: &impl Debug) {
-    if std::env::var_os("FUZZ_SHOW").is_some() {
+    if *SHOW {
         eprintln!("{step:?}");
     }
 }
 
-/// What runs a target with an input.
+/// Runs a target with an input.
 pub type Target = fn(&[u8]);
 
-/// All targets, and their names, which those of their corpora are too.
+/// All targets with their names, which are those of their corpora too.
 pub const TARGETS: [(&str, Target); 4] = [
     ("packet", packet::run),
-    ("handshake", handshake::run),
+    ("connect_line", connect_line::run),
     ("connection", connection::run),
     ("worker", worker::run),
 ];

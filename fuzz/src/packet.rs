@@ -8,16 +8,16 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
 use arbitrary::{Arbitrary, Unstructured};
-use vhost_user_vsock::packet::header::{Cid, GuestPort, HOST_CID, HostPort, Op, VsockHeader};
-use vhost_user_vsock::packet::{Read, RxBatch, TxBatch};
+use vhost_user_vsock::packet::header::{
+    Cid, GuestPort, HEADER_LEN, Op, PacketType, PeerAddr, VsockHeader,
+};
+use vhost_user_vsock::packet::{Received, RxBatch, RxStorage, TxChains, TxStorage};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::memory::{Image, Memory};
 
-const HEADER_LEN: usize = 44;
-
-/// The most slices that one read fills.
+/// The most slices of memory that one receive fills.
 const MAX_SLICES: usize = 1024;
 
 const NEXT: u16 = 1;
@@ -32,7 +32,7 @@ enum Place {
     Anywhere(u64),
 }
 
-/// A descriptor. Most flags are what the ring's direction wants.
+/// A descriptor. Most have the flags of the ring's direction.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 struct Entry {
     place: Place,
@@ -70,7 +70,7 @@ struct Input {
     headers: Vec<Header>,
     heads: Vec<u8>,
     start: u16,
-    /// What is asked of the buffers, and what there is to read.
+    /// How much payload the buffers are for, and how much the socket has.
     payload: u16,
     available: u16,
     noise: Vec<(Place, u8)>,
@@ -155,7 +155,7 @@ pub fn run(bytes: &[u8]) {
     }
 }
 
-/// Writes everything where the input wants it. Nothing keeps it from overlapping.
+/// Writes everything to where the input places it, one over the other if need be.
 fn lay_out(input: &Input, ranges: &[(u64, u64)], memory: &Memory) -> Rings {
     let [table, avail, indirect] = input.places.map(|place| place.addr(ranges));
     let rings = Rings {
@@ -209,7 +209,7 @@ fn descriptor(
     ranges: &[(u64, u64)],
     table: (u64, usize),
 ) -> [u8; 16] {
-    // The upper bits choose what is unusual.
+    // The upper bits choose the exceptions.
     let usual = if writable { WRITE } else { 0 };
     let direction = if entry.flags >> 4 == 15 {
         usual ^ WRITE
@@ -330,11 +330,11 @@ fn chains<'m>(
 /// The guest's packets.
 fn read_packets(rings: &Rings, memory: &Memory, image: &Image) {
     let mut queue = rings.queue();
-    let mut batch = TxBatch::new(memory.map());
+    let mut tx = TxChains::new(memory.map(), TxStorage::default());
     let (mut expected, mut room, mut short) = (Vec::new(), 0, 0);
     for chain in chains(&mut queue, rings, image, memory.map()) {
         let model = Chain::read(image, rings, chain.head_index(), false);
-        let pushed = batch.push(chain, rings.size);
+        let pushed = tx.push(chain, rings.size);
         assert_eq!(pushed.is_ok(), model.is_some(), "{pushed:?}");
         let Some(chain) = model else { continue };
         let bytes = chain.bytes(image);
@@ -349,8 +349,8 @@ fn read_packets(rings: &Rings, memory: &Memory, image: &Image) {
             short += 1;
         }
     }
-    assert_eq!(batch.bytes(), room);
-    batch.parse(|_| short -= 1);
+    assert_eq!(tx.bytes(), room);
+    let batch = tx.parse(|_| short -= 1);
     assert_eq!(short, 0);
     assert_eq!(batch.packets().len(), expected.len());
     let mut stream = Vec::new();
@@ -359,8 +359,7 @@ fn read_packets(rings: &Rings, memory: &Memory, image: &Image) {
         assert_eq!(in_guest_order(header), bytes[..HEADER_LEN]);
         stream.extend_from_slice(&bytes[HEADER_LEN..HEADER_LEN + header.len as usize]);
         let payload = batch.payload(std::slice::from_ref(packet));
-        assert_eq!(payload.len(), header.len as usize);
-        assert_eq!(payload.is_empty(), header.len == 0);
+        assert_eq!(payload.bytes(), header.len as usize);
     }
     let whole = batch.payload(batch.packets());
     for skip in [0, stream.len() / 3, stream.len()] {
@@ -381,16 +380,16 @@ fn read_packets(rings: &Rings, memory: &Memory, image: &Image) {
     memory.check_all(image);
 }
 
-/// A header as the guest has sent it: the guest's side first.
+/// A header as the guest sends it: the guest's side first.
 fn in_guest_order(header: &VsockHeader) -> Vec<u8> {
     [
-        &header.guest_cid.0.to_le_bytes()[..],
-        &header.host_cid.0.to_le_bytes(),
+        &header.guest_cid.get().to_le_bytes()[..],
+        &header.peer.cid.get().to_le_bytes(),
         &header.guest_port.0.to_le_bytes(),
-        &header.host_port.0.to_le_bytes(),
+        &header.peer.port.0.to_le_bytes(),
         &header.len.to_le_bytes(),
-        &header.kind.to_le_bytes(),
-        &header.op.to_le_bytes(),
+        &u16::from(header.packet_type).to_le_bytes(),
+        &u16::from(header.op).to_le_bytes(),
         &header.flags.to_le_bytes(),
         &header.buf_alloc.to_le_bytes(),
         &header.fwd_cnt.to_le_bytes(),
@@ -398,8 +397,8 @@ fn in_guest_order(header: &VsockHeader) -> Vec<u8> {
     .concat()
 }
 
-/// A header for the guest: the host's side first.
-fn in_host_order(header: &VsockHeader) -> Vec<u8> {
+/// A header as the guest receives it: the peer's side first.
+fn in_peer_order(header: &VsockHeader) -> Vec<u8> {
     let mut bytes = in_guest_order(header);
     bytes[..16].rotate_left(8);
     bytes[16..24].rotate_left(4);
@@ -410,7 +409,7 @@ fn in_host_order(header: &VsockHeader) -> Vec<u8> {
 fn read_buffers(input: &Input, rings: &Rings, memory: &Memory, mut image: Image) {
     let wanted = usize::from(input.payload);
     let mut queue = rings.queue();
-    let mut batch = RxBatch::new(memory.map());
+    let mut batch = RxBatch::new(memory.map(), RxStorage::default());
     let mut buffers = Vec::new();
     let mut capacity = 0;
     for chain in chains(&mut queue, rings, &image, memory.map()) {
@@ -440,13 +439,12 @@ fn read_buffers(input: &Input, rings: &Rings, memory: &Memory, mut image: Image)
 }
 
 const HEADER: VsockHeader = VsockHeader {
-    guest_cid: Cid(0x0102_0304_0506_0708),
-    host_cid: HOST_CID,
+    guest_cid: Cid::from_raw(0x0102_0304_0506_0708),
     guest_port: GuestPort(0x1122_3344),
-    host_port: HostPort(0x5566_7788),
+    peer: PeerAddr::host(0x5566_7788),
     len: 0,
-    kind: 1,
-    op: Op::Rw as u16,
+    packet_type: PacketType::Stream,
+    op: Op::Rw,
     flags: 0x99aa_bbcc,
     buf_alloc: 0xddee_ff00,
     fwd_cnt: 0x1020_3040,
@@ -458,11 +456,11 @@ fn fill_header(batch: &mut RxBatch<'_>, buffers: &[(u16, Chain, usize)], image: 
     assert_eq!(batch.filled().len(), buffers.len().min(1));
     for (buffer, (head, chain, _)) in batch.filled().iter().zip(buffers) {
         assert_eq!((buffer.head(), buffer.used()), (*head, HEADER_LEN as u32));
-        write(image, &chain.part(0, HEADER_LEN), &in_host_order(&HEADER));
+        write(image, &chain.part(0, HEADER_LEN), &in_peer_order(&HEADER));
     }
 }
 
-/// Packets with what one read brings.
+/// Packets with the payload that one receive brings.
 fn fill_payload(
     input: &Input,
     batch: &mut RxBatch<'_>,
@@ -479,17 +477,14 @@ fn fill_payload(
         .iter()
         .flat_map(|(_, chain, room)| chain.part(HEADER_LEN, *room))
         .collect();
-    let reachable = one_read(image, &areas);
+    let reachable = one_receive(image, &areas);
     let count = stream.len().min(reachable);
-    let read = batch.read_from(&host).unwrap();
-    let is_all = count < reachable;
-    assert_eq!(
-        read,
-        Read {
-            bytes: count,
-            is_all
-        }
-    );
+    let received = batch.receive_from(&host).unwrap();
+    let expected = Received {
+        bytes: count,
+        drained: count < reachable,
+    };
+    assert_eq!(received, expected);
     write(image, &areas, &stream[..count]);
     batch.fill(&HEADER, count);
     let mut left = count;
@@ -504,7 +499,7 @@ fn fill_payload(
             len: len as u32,
             ..HEADER
         };
-        write(image, &chain.part(0, HEADER_LEN), &in_host_order(&header));
+        write(image, &chain.part(0, HEADER_LEN), &in_peer_order(&header));
     }
     assert_eq!(left, 0, "every byte is in a packet");
     let before: usize = buffers[..batch.filled().len().saturating_sub(1)]
@@ -514,8 +509,8 @@ fn fill_payload(
     assert!(count == 0 || before < count, "no packet is empty");
 }
 
-/// How many bytes one read brings at most.
-fn one_read(image: &Image, areas: &[(u64, usize)]) -> usize {
+/// How many bytes one receive brings at most.
+fn one_receive(image: &Image, areas: &[(u64, usize)]) -> usize {
     let slices = areas
         .iter()
         .flat_map(|(addr, len)| image.pieces(*addr, *len));

@@ -15,11 +15,11 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// The flag in the used ring that says: don't kick.
+/// The flag in the used ring with which the device asks for no kicks.
 const NO_NOTIFY: u16 = 1;
 
-/// How much memory every descriptor has for its buffer.
-pub const SLOT: usize = 2048;
+/// How much memory every descriptor has for its buffer, in bytes.
+const SLOT: usize = 2048;
 
 /// The most descriptors of a chain.
 const MAX_PARTS: usize = 6;
@@ -80,23 +80,23 @@ impl Layout {
     }
 }
 
-/// The most bytes that one chain holds in any layout.
+/// The most bytes that a chain holds in any layout.
 pub const MAX_PACKET: usize = SLOT - 16 * MAX_PARTS;
 
-/// A chain that the device has and the driver wants back.
+/// A chain that the device has.
 struct Offer {
     slots: Vec<u16>,
     areas: Vec<(u64, u32)>,
-    /// It is a packet or a buffer, and not some nonsense.
+    /// It is a packet or a buffer for one, and not [`Malformed`].
     is_sound: bool,
 }
 
-/// What the device has returned.
+/// A chain that the device has returned.
 #[derive(Debug)]
 pub struct Returned {
-    /// What it has written.
+    /// What the device has written to it.
     pub bytes: Vec<u8>,
-    /// It was a packet or a buffer, and not some nonsense.
+    /// It is a packet or a buffer for one, and not [`Malformed`].
     pub is_sound: bool,
 }
 
@@ -121,14 +121,25 @@ pub struct Ring<'m> {
     err: EventFd,
 }
 
-/// Where rings lie in the memory of [`memory`], and how far apart.
+/// Where rings lie in the memory of [`with_memory`], and how far apart.
 const FIRST_RING: u64 = 0x1000;
 const NEXT_RING: u64 = 0x1800;
 const FIRST_BUFFER: u64 = 0x4000;
 const MAX_SIZE: u16 = 32;
 
-/// The memory of a guest with two rings. Buffers cross the borders of its regions.
-pub fn memory() -> Memory {
+/// Runs an input with the memory of a guest with two rings. It is made once for all inputs of a thread.
+pub fn with_memory<T>(run: impl FnOnce(&Memory) -> T) -> T {
+    thread_local! {
+        static MEMORY: Memory = memory();
+    }
+    MEMORY.with(|memory| {
+        memory.reset();
+        run(memory)
+    })
+}
+
+/// Several adjacent regions, whose borders buffers cross.
+fn memory() -> Memory {
     let lengths = [0x3000, 0x8123, 0x9001, 0xedc];
     let mut addr = FIRST_RING;
     let mut ranges = Vec::new();
@@ -169,7 +180,7 @@ impl<'m> Ring<'m> {
         ring
     }
 
-    /// Begins anew, as a driver that has just been loaded.
+    /// Starts afresh, as a driver that has just been loaded.
     pub fn begin(&mut self, start: u16) {
         self.free = (0..self.size).rev().collect();
         self.offers.clear();
@@ -182,11 +193,6 @@ impl<'m> Ring<'m> {
         self.store(self.avail_event(), start);
     }
 
-    /// New eventfds, as a VMM makes them for each start.
-    pub fn renew_eventfds(&mut self) {
-        (self.kick, self.call, self.err) = (eventfd(), eventfd(), eventfd());
-    }
-
     /// Descriptor table, avail ring and used ring.
     pub fn addresses(&self) -> [u64; 3] {
         [self.desc, self.avail, self.used]
@@ -197,7 +203,7 @@ impl<'m> Ring<'m> {
         self.size
     }
 
-    /// The device's view of the ring.
+    /// A device's view of the ring.
     pub fn queue(&self) -> Queue {
         let mut queue = Queue::new(self.size).unwrap();
         queue
@@ -234,12 +240,22 @@ impl<'m> Ring<'m> {
         })
     }
 
-    /// Whether a chain of this layout can be offered now.
+    /// Where the driver makes the next chain available.
+    pub fn avail_idx(&self) -> u16 {
+        self.avail_idx
+    }
+
+    /// Where the device returns the next chain.
+    pub fn returned_idx(&self) -> u16 {
+        self.load(self.used + 2)
+    }
+
+    /// Whether a chain of any layout can be offered now.
     pub fn has_room(&self) -> bool {
         self.free.len() > MAX_PARTS
     }
 
-    /// The heads of what the device has, in order.
+    /// The heads of the chains that the device has, and of those that it has returned and the driver has not taken, in order.
     pub fn outstanding(&self) -> Vec<u16> {
         self.offers.iter().map(|offer| offer.slots[0]).collect()
     }
@@ -271,21 +287,21 @@ impl<'m> Ring<'m> {
         self.offer_areas(areas, layout.table, [WRITE; 2], true);
     }
 
-    /// Offers a chain that is none: see [`Nonsense`].
-    pub fn offer_nonsense(&mut self, nonsense: Nonsense) {
+    /// Offers a chain that breaks the rules.
+    pub fn offer_malformed(&mut self, malformed: Malformed) {
         let Some(head) = self.free.last().copied() else {
             return;
         };
         let start = self.buffers + u64::from(head) * SLOT as u64;
         self.memory.clear(start, SLOT);
         let usual = if self.is_rx { WRITE } else { 0 };
-        let (areas, flags) = match nonsense {
-            Nonsense::Short => (vec![(start, 43)], [usual; 2]),
-            Nonsense::Empty => (vec![(start, 0)], [usual; 2]),
-            Nonsense::Direction => (vec![(start, 100)], [usual ^ WRITE; 2]),
-            Nonsense::Outside => (vec![(u64::MAX - 50, 100)], [usual; 2]),
-            Nonsense::Endless => (vec![(start, 100)], [usual | NEXT; 2]),
-            Nonsense::Mixed => (vec![(start, 44), (start + 44, 9)], [usual, usual ^ WRITE]),
+        let (areas, flags) = match malformed {
+            Malformed::Short => (vec![(start, 43)], [usual; 2]),
+            Malformed::Empty => (vec![(start, 0)], [usual; 2]),
+            Malformed::Direction => (vec![(start, 100)], [usual ^ WRITE; 2]),
+            Malformed::Outside => (vec![(u64::MAX - 50, 100)], [usual; 2]),
+            Malformed::Endless => (vec![(start, 100)], [usual | NEXT; 2]),
+            Malformed::Mixed => (vec![(start, 44), (start + 44, 9)], [usual, usual ^ WRITE]),
         };
         self.offer_areas(areas, Table::None, flags, false);
     }
@@ -379,7 +395,7 @@ impl<'m> Ring<'m> {
         self.kick.write(1).unwrap();
     }
 
-    /// Asks for an interrupt at the next buffer that is returned, or for none.
+    /// Asks for an interrupt when the next chain is returned, or for none.
     pub fn ask_for_interrupt(&mut self, wanted: bool) {
         let event = if wanted {
             self.used_idx
@@ -391,28 +407,35 @@ impl<'m> Ring<'m> {
         let _ = self.call.read();
     }
 
-    /// Whether an interrupt came since the last was asked for.
+    /// Whether there was an interrupt since one was asked for.
     pub fn is_interrupted(&self) -> bool {
         self.call.read().is_ok()
     }
 
-    /// Whether the device has said that the ring is broken.
+    /// Whether the device has reported the ring as broken.
     pub fn is_reported_broken(&self) -> bool {
         self.err.read().is_ok()
     }
 
-    /// Whether buffers were returned that were not taken.
+    /// Whether chains were returned that the driver has not taken.
     pub fn has_returned(&self) -> bool {
-        self.load(self.used + 2) != self.used_idx
+        self.returned_idx() != self.used_idx
     }
 
-    /// The next that the device has returned. It returns all in the order in which it got them.
+    /// Whether the device has chains that it has not returned.
+    pub fn has_unreturned(&self) -> bool {
+        let returned = self.returned_idx().wrapping_sub(self.used_idx);
+        usize::from(returned) < self.offers.len()
+    }
+
+    /// Takes the next chain that the device has returned. They must come in the order in which they were offered.
     pub fn take(&mut self) -> Option<Returned> {
         if !self.has_returned() {
             return None;
         }
         let place = self.used + 4 + 8 * u64::from(self.used_idx % self.size);
-        let element = self.memory.read(place, 8);
+        let mut element = [0; 8];
+        self.memory.read(place, &mut element);
         let id = u32::from_le_bytes(element[..4].try_into().unwrap());
         let len = u32::from_le_bytes(element[4..].try_into().unwrap()) as usize;
         let Some(offer) = self.offers.pop_front() else {
@@ -436,21 +459,21 @@ impl<'m> Ring<'m> {
     fn written(&self, offer: &Offer, len: usize) -> Vec<u8> {
         assert!(
             self.is_rx && offer.is_sound,
-            "written where nothing is to be"
+            "written to a chain that takes no packet"
         );
-        let mut left = len;
-        let mut bytes = Vec::new();
+        let mut bytes = vec![0; len];
+        let mut read = 0;
         for (addr, all) in &offer.areas {
-            let part = left.min(*all as usize);
-            left -= part;
-            bytes.extend(self.memory.read(*addr, part));
+            let part = (len - read).min(*all as usize);
+            self.memory.read(*addr, &mut bytes[read..read + part]);
+            read += part;
             let rest = *all as usize - part;
             assert!(
                 self.memory.is_untouched(addr + part as u64, rest),
-                "more than {len} bytes"
+                "more than {len} bytes were written"
             );
         }
-        assert_eq!(left, 0, "the buffer has no {len} bytes");
+        assert_eq!(read, len, "the buffer is shorter than {len} bytes");
         bytes
     }
 
@@ -463,13 +486,15 @@ impl<'m> Ring<'m> {
     }
 
     fn load(&self, addr: u64) -> u16 {
-        u16::from_le_bytes(self.memory.read(addr, 2).try_into().unwrap())
+        let mut bytes = [0; 2];
+        self.memory.read(addr, &mut bytes);
+        u16::from_le_bytes(bytes)
     }
 }
 
-/// What a driver must not offer (virtio 1.2, 2.7.4, 2.7.5 and 5.10.6).
+/// How a chain breaks the rules (virtio 1.2, 2.7.4, 2.7.5 and 5.10.6).
 #[derive(Arbitrary, Clone, Copy, Debug)]
-pub enum Nonsense {
+pub enum Malformed {
     /// Too short for a header.
     Short,
     /// No byte at all.

@@ -1,30 +1,34 @@
-//! When the guest may hear that a program does no more.
+//! What a SHUTDOWN may say.
 
-use vhost_user_vsock::packet::header::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use vhost_user_vsock::packet::header::ShutdownFlags;
 
-/// Who has ended what, as flags of SHUTDOWN, before one is told to the guest.
+/// What each end of a connection will no longer do, before a SHUTDOWN goes to the guest.
 pub struct Ended {
-    pub by_guest: u32,
-    pub by_program: u32,
-    pub told: u32,
+    /// The guest, as it has said.
+    pub by_guest: ShutdownFlags,
+    /// The host program.
+    pub by_program: ShutdownFlags,
+    /// What of the host program's the guest knows.
+    pub sent: ShutdownFlags,
 }
 
 impl Ended {
-    /// Checks that `flags` tell of what the program has done, of something new, and of the end of its bytes no earlier
-    /// than behind the last.
-    pub fn check(&self, flags: u32, has_all_bytes: bool) {
+    /// Checks a SHUTDOWN with these flags: they say what the program has done, something new is among them, and the end of
+    /// its bytes is not before the last byte.
+    pub fn check(&self, flags: ShutdownFlags, has_all_bytes: bool) {
+        let mut allowed = self.by_program;
         // A direction that the guest has ended needs no end by the program: with the other one, the socket is over.
-        let mut may = self.by_program;
-        if self.by_program & self.by_guest & SHUTDOWN_RECEIVE != 0 {
-            may |= SHUTDOWN_SEND;
+        let both = self.by_program & self.by_guest;
+        if both.contains(ShutdownFlags::RECEIVE) {
+            allowed |= ShutdownFlags::SEND;
         }
-        if self.by_program & self.by_guest & SHUTDOWN_SEND != 0 {
-            may |= SHUTDOWN_RECEIVE;
+        if both.contains(ShutdownFlags::SEND) {
+            allowed |= ShutdownFlags::RECEIVE;
         }
-        assert_eq!(flags & !may, 0, "the program still does that");
-        assert!(flags != self.told && flags & self.told == self.told);
-        if flags & SHUTDOWN_SEND != 0 && self.by_guest & SHUTDOWN_RECEIVE == 0 {
-            assert!(has_all_bytes, "the end came before the last byte");
+        assert!(allowed.contains(flags), "the program has not ended that");
+        assert!(flags != self.sent && flags.contains(self.sent));
+        if flags.contains(ShutdownFlags::SEND) && !self.by_guest.contains(ShutdownFlags::RECEIVE) {
+            assert!(has_all_bytes, "the end is before the last byte");
         }
     }
 }

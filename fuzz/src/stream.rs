@@ -1,12 +1,12 @@
-//! Bytes that say where they belong.
+//! Bytes that tell where they belong.
 
-/// One direction of a connection: every byte is a function of the direction and of its place in it.
+/// One direction of a connection. Each byte is a function of the direction and of its place in it.
 #[derive(Debug)]
 pub struct Stream {
     id: u32,
-    /// How many bytes have gone in.
+    /// How many bytes were sent.
     pub sent: u32,
-    /// How many have come out.
+    /// How many bytes have arrived.
     pub received: u32,
 }
 
@@ -20,28 +20,25 @@ impl Stream {
         }
     }
 
-    /// The next `count` bytes to go in. They only count once they are [sent](Stream::sent).
+    /// The next `count` bytes to send. They only count once they are [sent](Stream::sent).
     pub fn next(&self, count: usize) -> Vec<u8> {
         let end = self.sent + count as u32;
         (self.sent..end).map(|place| self.byte(place)).collect()
     }
 
-    /// Checks what has come out: nothing is missing, repeated, invented or of another stream.
+    /// Checks bytes that have arrived: none is missing, repeated, invented or of another stream.
     pub fn check(&mut self, bytes: &[u8]) {
         let end = self.received + bytes.len() as u32;
-        let expected: Vec<u8> = (self.received..end).map(|place| self.byte(place)).collect();
-        if bytes != expected {
-            let wrong = bytes
-                .iter()
-                .zip(&expected)
-                .position(|(byte, expected)| byte != expected);
-            panic!("the byte {wrong:?} behind those of {self:?} is wrong");
+        assert!(end <= self.sent, "bytes that nobody has sent: {self:?}");
+        let mut places = (self.received..end).zip(bytes);
+        let wrong = places.position(|(place, byte)| *byte != self.byte(place));
+        if let Some(wrong) = wrong {
+            panic!("the byte {wrong} behind those of {self:?} is wrong");
         }
         self.received = end;
-        assert!(end <= self.sent, "bytes that nobody sent: {self:?}");
     }
 
-    /// Whether all that went in has come out.
+    /// Whether everything that was sent has arrived.
     pub fn is_complete(&self) -> bool {
         self.received == self.sent
     }

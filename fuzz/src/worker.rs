@@ -1,28 +1,30 @@
 //! The whole worker, between a guest's rings and the sockets of host programs.
 //!
-//! It is driven as in the daemon: it takes a turn when its epoll set has something to say, or when a ring was started. The
-//! guest kicks when it was asked to, and has been interrupted when it asked for that. So what is lost here would be lost
-//! there.
+//! It is driven as in the daemon: it takes a turn when its epoll set has events, or when its last turn has left something to
+//! do. The guest kicks when it was asked to, and must be interrupted when it asks for that. So what is lost here would be
+//! lost there.
 
-mod end;
+mod conn;
+mod host;
 mod world;
 
 use arbitrary::{Arbitrary, Unstructured};
 
-use super::ring::{Layout, Nonsense};
+use super::ring::{self, Layout, Malformed};
+use host::Host;
 use world::World;
 
 /// What happens next. Connections, host programs and ports are named by any number.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Step {
-    /// The worker takes its turns, as long as something wakes it.
+    /// The worker takes its turns, until nothing wakes it any more.
     Run,
     /// A host program asks for a guest port.
     Connect {
         pieces: u8,
     },
-    /// A host program says what is no CONNECT line.
-    Babble {
+    /// A host program writes what is no CONNECT line.
+    ConnectWithGarbage {
         text: [u8; 12],
     },
     Listen {
@@ -32,22 +34,22 @@ enum Step {
         port: u8,
     },
     ProgramWrites {
-        end: u8,
+        conn: u8,
         len: u16,
     },
     ProgramReads {
-        end: u8,
+        conn: u8,
         len: u16,
     },
     ProgramShuts {
-        end: u8,
+        conn: u8,
         reading: bool,
     },
     ProgramCloses {
-        end: u8,
+        conn: u8,
     },
     GuestAnswers {
-        end: u8,
+        conn: u8,
         accept: bool,
     },
     GuestRequests {
@@ -55,36 +57,36 @@ enum Step {
         guest_port: u8,
     },
     GuestWrites {
-        end: u8,
+        conn: u8,
         len: u16,
         part: u16,
         layout: Layout,
     },
     GuestOverruns {
-        end: u8,
+        conn: u8,
         more: u8,
     },
     GuestTakes {
-        end: u8,
+        conn: u8,
         len: u16,
     },
     GuestBuffer {
-        end: u8,
+        conn: u8,
         size: u16,
     },
     GuestShuts {
-        end: u8,
+        conn: u8,
         flags: u8,
     },
     GuestAborts {
-        end: u8,
+        conn: u8,
     },
-    GuestAsks {
-        end: u8,
+    GuestAsksForCredit {
+        conn: u8,
     },
     /// The guest sends any header, to a connection or to none.
-    GuestBabbles {
-        end: Option<u8>,
+    GuestSendsGarbage {
+        conn: Option<u8>,
         cid: u8,
         kind: u8,
         op: u8,
@@ -96,18 +98,18 @@ enum Step {
         layout: Layout,
     },
     GuestReceives,
-    GuestOffersNonsense {
+    GuestOffersMalformed {
         is_rx: bool,
-        nonsense: Nonsense,
+        malformed: Malformed,
     },
     GuestWantsInterrupts {
         wanted: bool,
     },
-    /// The VMM stops a ring, or lets it go on.
+    /// The VMM stops a ring, or starts it again.
     Pause {
         is_rx: bool,
     },
-    /// The guest's driver begins anew, with or without a reset of the device.
+    /// The guest's driver starts afresh, with or without a reset of the device.
     Restart {
         reset: bool,
         breaks: u8,
@@ -128,7 +130,7 @@ struct Setup {
     factor: u8,
     /// Which host ports have a listener from the beginning, bit by bit.
     listening: u8,
-    /// Whenever the worker has run, the guest takes what there is, accepts what it is asked for, and offers new buffers.
+    /// Whenever the worker has run, the guest takes all packets, accepts all connections and offers new buffers.
     is_eager: bool,
 }
 
@@ -143,11 +145,14 @@ pub fn run(bytes: &[u8]) {
     let Ok(input) = Input::arbitrary_take_rest(Unstructured::new(bytes)) else {
         return;
     };
-    let memory = super::ring::memory();
-    let mut world = World::new(input.setup, &memory);
-    for step in input.steps.iter().take(200) {
-        super::show(step);
-        world.take(*step);
-    }
-    world.settle();
+    ring::with_memory(|memory| {
+        Host::with(|host| {
+            let mut world = World::new(input.setup, memory, host);
+            for step in input.steps.iter().take(200) {
+                super::show(step);
+                world.take(*step);
+            }
+            world.settle();
+        });
+    });
 }

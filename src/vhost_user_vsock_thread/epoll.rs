@@ -126,7 +126,8 @@ impl Default for EventBuffer {
 }
 
 impl EventBuffer {
-    pub(super) fn is_empty(&self) -> bool {
+    /// Whether the last wait brought no event.
+    pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 

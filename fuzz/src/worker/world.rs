@@ -5,114 +5,119 @@ mod guest_side;
 use std::collections::{HashMap, VecDeque};
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use tempfile::TempDir;
 use vhost_user_backend::VringT;
-use vhost_user_vsock::config::{Socket, SocketAccess, VmConfig};
-use vhost_user_vsock::host::listener::connect_at_once;
-use vhost_user_vsock::packet::header::{Cid, GuestPort, HostPort, Op, VsockHeader};
-use vhost_user_vsock::vhost_user_vsock_thread::{RX_RING, TX_RING, VhostUserVsockThread};
-use vhost_user_vsock::vhu_vsock::vring::{GuestMemoryHandle, VsockVring};
+use vhost_user_vsock::config::VmConfig;
+use vhost_user_vsock::host::connect_line::Progress;
+use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PeerAddr, VsockHeader};
+use vhost_user_vsock::vhost_user_vsock_thread::{
+    Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, RX_RING, TX_RING, VhostUserVsockThread,
+    VsockVring, Wait,
+};
 use vhost_user_vsock::vsock_conn::ConnKey;
 
+use super::super::connect_line::{Role, parse};
 use super::super::memory::Memory;
 use super::super::ring::{Layout, MAX_PACKET, Ring};
-use super::end::{End, Promise, State};
+use super::conn::{Conn, MAX_READ, Promise, State};
+use super::host::{Host, PORTS};
 use super::{Setup, Step};
 
-const CID: Cid = Cid(4);
-
-/// How many host ports may have a listener, from 1 on.
-const PORTS: u8 = 4;
+const CID: Cid = Cid::from_raw(4);
 
 /// The first guest port that a host program asks for. Each asks for one of its own.
 const FIRST_CLIENT: u32 = 10_000;
 
-/// How often something may wake a worker that has nothing to do.
+/// How many turns a worker with nothing to do may take at most.
 const MAX_TURNS: usize = 1000;
+
+/// How many connections, clients without a CONNECT line and fresh starts of the driver an input has at most. They take much
+/// longer than anything else, and more of them do nothing that these do not.
+const MAX_CONNS: usize = 16;
+const MAX_UNWELCOME: usize = 4;
+const MAX_RESTARTS: usize = 4;
 
 pub(super) struct World<'m> {
     memory: &'m Memory,
-    folder: TempDir,
+    host: &'m Host,
+    /// The daemon's buffer for each connection.
     window: u32,
     worker: VhostUserVsockThread,
+    epoll: Arc<Epoll>,
+    events: EventBuffer,
+    /// What the worker's last turn has asked for.
+    wait: Wait,
     vrings: Vec<VsockVring>,
     /// The driver's side, and whether the VMM has stopped them.
     rings: [Ring<'m>; 2],
     paused: [bool; 2],
     /// The driver has asked for an interrupt, and nothing was returned to it before.
     armed: [bool; 2],
-    listeners: [Option<UnixListener>; PORTS as usize],
-    ends: Vec<End>,
-    /// Requests of the guest's that the worker has not taken yet, and which packet each is.
+    conns: Vec<Conn>,
+    /// Requests of the guest's that the worker has not taken yet: which connection, and which packet.
     asking: VecDeque<(usize, u64)>,
     sent: u64,
     consumed: u64,
     /// Answers that wait for room in the TX ring.
     replies: VecDeque<VsockHeader>,
-    /// How often the guest may be told that a connection is none.
+    /// How many packets of a connection may still be answered with an RST, since there is no such connection.
     resets: HashMap<ConnKey, u32>,
-    /// Host programs that must be sent away.
-    babblers: Vec<UnixStream>,
-    scratch: Vec<u8>,
+    /// Host programs that must be closed.
+    unwelcome: Vec<UnixStream>,
+    restarts: usize,
     is_eager: bool,
 }
 
 impl<'m> World<'m> {
-    pub(super) fn new(setup: Setup, memory: &'m Memory) -> Self {
-        let folder = TempDir::new().unwrap();
+    pub(super) fn new(setup: Setup, memory: &'m Memory, host: &'m Host) -> Self {
         let window = (u32::from(setup.tx_buffer_size) + 1) * (1 + u32::from(setup.factor) % 4);
         let config = VmConfig {
-            guest_cid: CID,
-            socket: Socket::Path(folder.path().join("vhost")),
-            uds_path: folder.path().join("vsock"),
-            uds_fd: None,
             tx_buffer_size: window,
-            queue_size: 64,
-            max_connections: 1024,
             busy_poll: Duration::ZERO,
-            access: SocketAccess::default(),
+            ..VmConfig::new(CID, "", host.uds_path())
         };
-        let listener = UnixListener::bind(&config.uds_path).unwrap();
-        let mut worker = VhostUserVsockThread::new(&config, listener).unwrap();
+        let mut worker = VhostUserVsockThread::new(&config, host.listener()).unwrap();
         let handle = GuestMemoryHandle::new(memory.map().clone());
         worker.set_memory(handle.clone());
         worker.set_notify_on_empty(setup.notify_on_empty);
         let ring = |is_rx, size: u8| {
             Ring::new(memory, is_rx, 8 << (size % 3), setup.event_idx, setup.start)
         };
-        let vrings = (0..3).map(|_| VsockVring::new(handle.clone(), 64).unwrap());
+        let vrings = (0..NUM_RINGS).map(|_| {
+            let vring = VsockVring::new(handle.clone(), 64).unwrap();
+            vring.set_queue_event_idx(setup.event_idx);
+            vring
+        });
         let mut world = Self {
             memory,
-            folder,
+            host,
             window,
+            epoll: worker.epoll(),
+            events: EventBuffer::default(),
+            wait: Wait::ForEvents,
             worker,
             vrings: vrings.collect(),
             rings: [ring(true, setup.rx_size), ring(false, setup.tx_size)],
             paused: [true; 2],
             armed: [false; 2],
-            listeners: Default::default(),
-            ends: Vec::new(),
+            conns: Vec::new(),
             asking: VecDeque::new(),
             sent: 0,
             consumed: 0,
             replies: VecDeque::new(),
             resets: HashMap::new(),
-            babblers: Vec::new(),
-            scratch: vec![0; 1 << 18],
+            unwelcome: Vec::new(),
+            restarts: 0,
             is_eager: setup.is_eager,
         };
-        for index in [RX_RING, TX_RING] {
-            world.vrings[index].set_queue_event_idx(setup.event_idx);
-            world.start_ring(index, setup.start);
+        for port in 1..=PORTS {
+            host.listen(port, setup.listening >> (port - 1) & 1 != 0);
         }
-        for port in 0..PORTS {
-            world.listen(port, setup.listening >> port & 1 != 0);
-        }
+        world.start();
         world
     }
 
@@ -120,40 +125,44 @@ impl<'m> World<'m> {
         match step {
             Step::Run => self.run_step(),
             Step::Connect { pieces } => self.connect(pieces),
-            Step::Babble { text } => self.babble(text),
+            Step::ConnectWithGarbage { text } => self.connect_with_garbage(text),
             Step::Listen { port } => self.listen(port, true),
             Step::Unlisten { port } => self.listen(port, false),
-            Step::ProgramWrites { end, len } => {
-                self.with(end, |end| end.program_writes(len.into()))
+            Step::ProgramWrites { conn, len } => {
+                self.with(conn, |conn| conn.program_writes(len.into()))
             }
-            Step::ProgramReads { end, len } => self.program_reads(end, len),
-            Step::ProgramShuts { end, reading } => self.with(end, |end| end.program_shuts(reading)),
-            Step::ProgramCloses { end } => self.with(end, End::program_closes),
-            Step::GuestAnswers { end, accept } => self.answer(end, accept),
+            Step::ProgramReads { conn, len } => {
+                self.with(conn, |conn| _ = conn.program_reads(len.into()));
+            }
+            Step::ProgramShuts { conn, reading } => {
+                self.with(conn, |conn| conn.program_shuts(reading))
+            }
+            Step::ProgramCloses { conn } => self.with(conn, Conn::program_closes),
+            Step::GuestAnswers { conn, accept } => self.answer(conn, accept),
             Step::GuestRequests { port, guest_port } => self.request(port, guest_port),
             Step::GuestWrites {
-                end,
+                conn,
                 len,
                 part,
                 layout,
-            } => self.write(end, len, part, layout),
-            Step::GuestOverruns { end, more } => self.overrun(end, more),
-            Step::GuestTakes { end, len } => self.update(end, |end| {
-                end.taken += (end.to_guest.received - end.taken).min(len.into());
+            } => self.write(conn, len, part, layout),
+            Step::GuestOverruns { conn, more } => self.overrun(conn, more),
+            Step::GuestTakes { conn, len } => self.update(conn, |conn| {
+                conn.taken += (conn.to_guest.received - conn.taken).min(len.into());
             }),
-            Step::GuestBuffer { end, size } => {
-                self.update(end, |end| end.guest_window = size.into())
+            Step::GuestBuffer { conn, size } => {
+                self.update(conn, |conn| conn.guest_window = size.into())
             }
-            Step::GuestShuts { end, flags } => self.shut(end, flags),
-            Step::GuestAborts { end } => self.abort(end),
-            Step::GuestAsks { end } => self.ask(end),
-            Step::GuestBabbles {
-                end,
+            Step::GuestShuts { conn, flags } => self.shut(conn, flags),
+            Step::GuestAborts { conn } => self.abort(conn),
+            Step::GuestAsksForCredit { conn } => self.ask_for_credit(conn),
+            Step::GuestSendsGarbage {
+                conn,
                 cid,
                 kind,
                 op,
                 len,
-            } => self.guest_babbles(end, [cid, kind, op, len]),
+            } => self.send_garbage(conn, [cid, kind, op, len]),
             Step::GuestOffers {
                 buffers,
                 len,
@@ -162,98 +171,105 @@ impl<'m> World<'m> {
             Step::GuestReceives => {
                 self.receive();
             }
-            Step::GuestOffersNonsense { is_rx, nonsense } => self.offer_nonsense(is_rx, nonsense),
+            Step::GuestOffersMalformed { is_rx, malformed } => {
+                self.offer_malformed(is_rx, malformed)
+            }
             Step::GuestWantsInterrupts { wanted } => self.arm(wanted),
             Step::Pause { is_rx } => self.pause(if is_rx { RX_RING } else { TX_RING }),
             Step::Restart { reset, breaks } => self.restart(reset, breaks),
         }
     }
+}
 
-    // The VMM.
+// The VMM.
+impl World<'_> {
+    fn start(&mut self) {
+        for index in [RX_RING, TX_RING] {
+            self.start_ring(index);
+        }
+        // Until the worker has seen that both rings are started, it closes clients.
+        self.run();
+    }
 
-    fn start_ring(&mut self, index: usize, base: u16) {
-        let [desc, avail, used] = self.rings[index].addresses();
-        let [kick, call, err] = self.rings[index].files();
-        let vring = &self.vrings[index];
-        vring.set_queue_size(self.rings[index].size());
+    fn start_ring(&mut self, index: usize) {
+        let (ring, vring) = (&self.rings[index], &self.vrings[index]);
+        let [desc, avail, used] = ring.addresses();
+        let [kick, call, err] = ring.files();
+        vring.set_queue_size(ring.size());
         vring.set_queue_info(desc, avail, used).unwrap();
-        vring.set_queue_next_avail(base);
-        vring.set_queue_next_used(vring.queue_used_idx().unwrap());
+        // Whatever base the VMM names, a ring starts at its used index. One that reconnects names this.
+        vring.set_queue_next_avail(ring.avail_idx());
         vring.set_enabled(true);
-        vring.set_call(Some(call));
-        vring.set_err(Some(err));
-        vring.set_kick(Some(kick));
-        vring.set_queue_ready(true);
+        self.worker.set_call(index, Some(call));
+        self.worker.set_err(index, Some(err));
+        self.worker.set_kick(index, Some(kick));
+        self.worker
+            .start_ring(index, vring.get_mut().get_queue_mut());
+        assert_eq!(vring.queue_next_avail(), ring.returned_idx());
         self.paused[index] = false;
-        self.turn();
     }
 
     fn stop_ring(&mut self, index: usize) {
-        let vring = &self.vrings[index];
-        vring.set_queue_ready(false);
         self.worker.stop_ring(index);
-        vring.set_kick(None);
-        vring.set_call(None);
         self.paused[index] = true;
         self.armed[index] = false;
     }
 
     fn pause(&mut self, index: usize) {
         if self.paused[index] {
-            self.start_ring(index, self.vrings[index].queue_next_avail());
+            self.start_ring(index);
         } else {
             self.stop_ring(index);
         }
     }
 
-    /// The guest's driver begins anew: with what was, it is over.
+    /// The guest's driver starts afresh, which ends all connections.
     fn restart(&mut self, reset: bool, breaks: u8) {
+        if self.restarts == MAX_RESTARTS {
+            return;
+        }
+        self.restarts += 1;
         self.run();
-        let was_heard = self.sent == self.consumed;
+        let has_all_packets = self.sent == self.consumed;
         if breaks % 3 == 1 && !self.paused[TX_RING] {
             self.rings[TX_RING].break_it();
             self.rings[TX_RING].kick_anyway();
             self.run();
             assert!(self.rings[TX_RING].is_reported_broken());
         }
-        let bases = [RX_RING, TX_RING].map(|index| self.vrings[index].queue_next_avail());
+        let positions = [RX_RING, TX_RING].map(|index| self.vrings[index].queue_next_avail());
         for index in [RX_RING, TX_RING] {
             self.stop_ring(index);
         }
-        // A driver that begins where the one before has left off can't be told from it.
-        if reset || bases == [0, 0] {
+        // A driver that starts where the one before has left off can't be told from it.
+        if reset || positions == [0, 0] {
             self.worker.reset();
         }
         (self.sent, self.consumed) = (0, 0);
         self.asking.clear();
         self.replies.clear();
         self.resets.clear();
-        for end in &mut self.ends {
-            end.taint();
-            if !was_heard {
-                end.promise = Promise::Prefix;
+        for conn in &mut self.conns {
+            conn.abort();
+            if !has_all_packets {
+                conn.promise = Promise::Prefix;
             }
-            if end.state != State::Unknown {
-                end.end();
+            if conn.state != State::Unknown {
+                conn.end();
             }
         }
-        for index in [RX_RING, TX_RING] {
-            self.rings[index].begin(0);
-            self.rings[index].renew_eventfds();
-            self.start_ring(index, 0);
-        }
+        self.rings.iter_mut().for_each(|ring| ring.begin(0));
+        self.start();
     }
+}
 
-    // The worker.
-
+// The worker.
+impl World<'_> {
     /// Lets the worker take its turns until nothing wakes it any more.
     fn run(&mut self) {
         for _ in 0..MAX_TURNS {
-            let mut fds = [PollFd::new(
-                self.worker.epoll().0.as_fd(),
-                PollFlags::POLLIN,
-            )];
-            if poll(&mut fds, PollTimeout::ZERO).unwrap() == 0 {
+            self.epoll.wait(&mut self.events, Wait::Not);
+            if self.events.is_empty() && self.wait == Wait::ForEvents {
                 return;
             }
             self.turn();
@@ -265,7 +281,7 @@ impl<'m> World<'m> {
         self.run();
         if self.is_eager {
             self.receive_all();
-            for index in 0..self.ends.len() {
+            for index in 0..self.conns.len() {
                 self.answer(index as u8, true);
             }
         }
@@ -276,15 +292,13 @@ impl<'m> World<'m> {
             && self.replies.is_empty()
             && !self.rings[RX_RING].has_returned()
         {
-            self.ends.iter_mut().for_each(End::was_heard);
+            self.conns.iter_mut().for_each(Conn::settle_credit);
         }
-        self.worker.turn(&self.vrings);
+        self.worker.take_events(&self.events);
+        self.wait = self.worker.turn(&self.vrings);
         for (ring, armed) in self.rings.iter().zip(&mut self.armed) {
             if ring.has_returned() && std::mem::take(armed) {
-                assert!(
-                    ring.is_interrupted(),
-                    "an interrupt was asked for, and none came"
-                );
+                assert!(ring.is_interrupted(), "an interrupt is missing");
             }
         }
         while let Some(returned) = self.rings[TX_RING].take() {
@@ -296,47 +310,70 @@ impl<'m> World<'m> {
             self.asking.pop_front();
             self.accept(index);
         }
+        self.check_resets();
         self.send_replies();
     }
 
     /// A host program takes the connection that the worker has made for this request, if it has made one.
     fn accept(&mut self, index: usize) {
-        let end = &mut self.ends[index];
-        let port = end.key.host.0 as usize - 1;
-        let accepted = self.listeners[port]
-            .as_ref()
-            .and_then(|listener| listener.accept().ok());
-        end.program = accepted.map(|(program, _)| program);
-        end.is_accepted = end.program.is_some();
-        if let Some(program) = &end.program {
-            program.set_nonblocking(true).unwrap();
-        }
+        let conn = &mut self.conns[index];
+        let port = conn.key.peer.port.0 as u8;
+        conn.program = self.host.accept(port);
+        conn.is_accepted = conn.program.is_some();
         assert_eq!(
-            end.program.is_some(),
-            self.listeners[port].is_some(),
+            conn.is_accepted,
+            self.host.listens(port),
             "who listens gets connections"
         );
     }
 
-    // The host programs.
+    /// Where a host program sees that the guest has closed, the RST which frees the guest's ports is in the RX ring already.
+    fn check_resets(&mut self) {
+        let can_receive = !self.paused[RX_RING] && self.rings[RX_RING].has_unreturned();
+        for index in 0..self.conns.len() {
+            let conn = &mut self.conns[index];
+            let Some(program) = conn.program.as_ref().filter(|_| {
+                conn.awaits_reset() && conn.program_shutdown.is_empty() && !conn.ends_early
+            }) else {
+                continue;
+            };
+            let mut fds = [PollFd::new(program.as_fd(), PollFlags::empty())];
+            if poll(&mut fds, PollTimeout::ZERO).unwrap() == 0 {
+                continue;
+            }
+            if can_receive {
+                self.receive();
+                assert_eq!(self.conns[index].state, State::Over, "no RST in the ring");
+            } else {
+                conn.ends_early = true;
+            }
+        }
+    }
+}
 
-    fn with(&mut self, end: u8, act: impl FnOnce(&mut End)) {
-        if let Some(index) = usize::from(end).checked_rem(self.ends.len()) {
-            act(&mut self.ends[index]);
+// The host programs.
+impl World<'_> {
+    fn with(&mut self, conn: u8, act: impl FnOnce(&mut Conn)) {
+        if let Some(index) = usize::from(conn).checked_rem(self.conns.len()) {
+            act(&mut self.conns[index]);
         }
     }
 
-    fn uds_path(&self) -> PathBuf {
-        self.folder.path().join("vsock")
-    }
-
     fn connect(&mut self, pieces: u8) {
-        let Ok(mut program) = connect_at_once(&self.uds_path()) else {
+        if self.conns.len() == MAX_CONNS {
+            return;
+        }
+        let Ok(mut program) = self.host.connect() else {
             return;
         };
-        let number = self.ends.len() as u32;
+        let number = self.conns.len() as u32;
         let port = FIRST_CLIENT + number;
-        let line = format!("CONNECT {port}\n");
+        let line = match pieces >> 6 {
+            0 => format!("CONNECT {port}\n"),
+            1 => format!("connect {port}\n"),
+            2 => format!("CONNECT  {port} \r\n"),
+            _ => format!("Connect   {port}\r\n"),
+        };
         let (first, second) = line.split_at(usize::from(pieces) % line.len());
         program.write_all(first.as_bytes()).unwrap();
         if !first.is_empty() {
@@ -345,48 +382,39 @@ impl<'m> World<'m> {
         program.write_all(second.as_bytes()).unwrap();
         let key = ConnKey {
             guest: GuestPort(port),
-            host: HostPort(0),
+            peer: PeerAddr::host(0),
         };
-        let mut end = End::new(number, key, State::Unknown, self.window);
-        end.program = Some(program);
-        self.ends.push(end);
+        let mut conn = Conn::new(number, key, State::Unknown, self.window);
+        conn.program = Some(program);
+        self.conns.push(conn);
     }
 
-    fn babble(&mut self, mut text: [u8; 12]) {
-        let Ok(mut program) = connect_at_once(&self.uds_path()) else {
-            return;
-        };
+    fn connect_with_garbage(&mut self, mut text: [u8; 12]) {
         // At the latest here it is no CONNECT line.
         text[11] = b'!';
+        let is_line = matches!(parse(Role::Client, &text), Progress::Complete { .. });
+        if is_line || self.unwelcome.len() == MAX_UNWELCOME {
+            return;
+        }
+        let Ok(mut program) = self.host.connect() else {
+            return;
+        };
         program.write_all(&text).unwrap();
-        self.babblers.push(program);
+        self.unwelcome.push(program);
     }
 
     fn listen(&mut self, port: u8, wanted: bool) {
         self.run();
-        let port = port % PORTS;
-        let place = &mut self.listeners[usize::from(port)];
         // Requests on the way would find one or the other.
-        if place.is_some() == wanted || !self.asking.is_empty() {
-            return;
-        }
-        let path = self.folder.path().join(format!("vsock_{}", port + 1));
-        *place = wanted.then(|| UnixListener::bind(&path).unwrap());
-        match place {
-            Some(listener) => listener.set_nonblocking(true).unwrap(),
-            None => std::fs::remove_file(&path).unwrap(),
+        if self.asking.is_empty() {
+            self.host.listen(1 + port % PORTS, wanted);
         }
     }
+}
 
-    fn program_reads(&mut self, end: u8, len: u16) {
-        let mut scratch = std::mem::take(&mut self.scratch);
-        self.with(end, |end| _ = end.program_reads(&mut scratch[..len.into()]));
-        self.scratch = scratch;
-    }
-
-    // All come to rest.
-
-    /// The guest hears all there is to hear. False when it can't.
+// All come to rest.
+impl World<'_> {
+    /// The guest takes all packets. False when it can't.
     fn sync(&mut self) -> bool {
         if self.paused != [false; 2] {
             return false;
@@ -406,7 +434,7 @@ impl<'m> World<'m> {
         received
     }
 
-    /// Both sides take all there is: then all that was promised has come.
+    /// Both sides take what there is until nothing happens any more. Then everything that was promised has come.
     pub(super) fn settle(&mut self) {
         for index in [RX_RING, TX_RING] {
             if self.paused[index] {
@@ -416,7 +444,7 @@ impl<'m> World<'m> {
         self.run();
         loop {
             let mut progress = self.receive_all();
-            for index in 0..self.ends.len() {
+            for index in 0..self.conns.len() {
                 progress |= self.serve(index);
             }
             if !progress {
@@ -427,37 +455,35 @@ impl<'m> World<'m> {
             self.asking.is_empty() && self.replies.is_empty(),
             "the guest's packets are not taken"
         );
-        self.ends.iter().for_each(End::check_settled);
-        for babbler in &mut self.babblers {
-            let read = babbler.read(&mut [0]);
+        self.conns.iter().for_each(Conn::check_settled);
+        for program in &mut self.unwelcome {
+            let read = program.read(&mut [0]);
             let is_gone = read.as_ref().map_or_else(
                 |error| error.kind() == std::io::ErrorKind::ConnectionReset,
                 |count| *count == 0,
             );
-            assert!(is_gone, "still there: {read:?}");
+            assert!(is_gone, "not closed: {read:?}");
         }
         let writable: Vec<_> = self.rings.iter().flat_map(Ring::writable).collect();
         self.memory.check(&writable);
     }
 
-    /// Both ends of a connection take what there is.
+    /// Both ends of a connection take what there is. False when there is nothing.
     fn serve(&mut self, index: usize) -> bool {
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let mut progress = self.ends[index].program_reads(&mut scratch) > 0;
-        self.scratch = scratch;
-        if !self.can_send() {
+        let mut progress = self.conns[index].program_reads(MAX_READ) > 0;
+        if !self.make_room() {
             return progress;
         }
-        let end = &mut self.ends[index];
-        if end.state == State::Asked {
-            end.state = State::Open;
-            self.say(index, Op::Response, |_| {});
+        let conn = &mut self.conns[index];
+        if conn.state == State::Asked {
+            conn.state = State::Open;
+            self.send_for(index, Op::Response, |_| {});
             progress = true;
-        } else if end.state == State::Open
-            && (end.taken, end.guest_window) != (end.to_guest.received, 1 << 16)
+        } else if conn.state == State::Open
+            && (conn.taken, conn.guest_window) != (conn.to_guest.received, 1 << 16)
         {
-            (end.taken, end.guest_window) = (end.to_guest.received, 1 << 16);
-            self.say(index, Op::CreditUpdate, |_| {});
+            (conn.taken, conn.guest_window) = (conn.to_guest.received, 1 << 16);
+            self.send_for(index, Op::CreditUpdate, |_| {});
             progress = true;
         }
         progress

@@ -1,32 +1,33 @@
-//! The guest's side: what it sends and receives.
+//! The guest's side: the packets that it sends and receives.
 
 use vhost_user_vsock::packet::header::{
-    Cid, GuestPort, HEADER_LEN, HOST_CID, HostPort, Op, SHUTDOWN_BOTH, TYPE_STREAM, VsockHeader,
+    Cid, GuestPort, HEADER_LEN, Op, PacketType, PeerAddr, ShutdownFlags, VsockHeader,
 };
 use vhost_user_vsock::vhost_user_vsock_thread::{RX_RING, TX_RING};
 use vhost_user_vsock::vsock_conn::ConnKey;
 
 use super::super::super::guest::{self, MAX_PAYLOAD};
-use super::super::super::ring::{Layout, MAX_PACKET, Nonsense};
-use super::super::end::{End, Promise, State};
-use super::{CID, PORTS, World};
+use super::super::super::ring::{Layout, MAX_PACKET, Malformed};
+use super::super::conn::{Conn, Promise, State};
+use super::super::host::PORTS;
+use super::{CID, MAX_CONNS, World};
 
+// What it sends.
 impl World<'_> {
-    // What it sends.
-
-    pub(super) fn can_send_now(&self) -> bool {
+    fn can_send(&self) -> bool {
         self.rings[TX_RING].has_room()
     }
 
-    pub(super) fn can_send(&mut self) -> bool {
-        if !self.can_send_now() {
+    /// Lets the worker take packets where the TX ring is full. False when it takes none.
+    pub(super) fn make_room(&mut self) -> bool {
+        if !self.can_send() {
             self.run();
         }
-        self.can_send_now()
+        self.can_send()
     }
 
-    pub(super) fn send(&mut self, header: VsockHeader, payload: &[u8], layout: Layout) {
-        if header.op != Op::Rst as u16 {
+    fn send(&mut self, header: VsockHeader, payload: &[u8], layout: Layout) {
+        if header.op != Op::Rst {
             *self.resets.entry(ConnKey::of(&header)).or_default() += 1;
         }
         self.sent += 1;
@@ -35,184 +36,185 @@ impl World<'_> {
         ring.kick();
     }
 
-    /// Sends a packet of this connection; `change` puts into it what is special.
-    pub(super) fn say(&mut self, index: usize, op: Op, change: impl FnOnce(&mut VsockHeader)) {
-        let end = &mut self.ends[index];
-        let mut header = VsockHeader::to_guest(CID, end.key.guest, end.key.host, op);
-        end.say(&mut header);
+    /// Sends a packet of this connection, which `change` completes.
+    pub(super) fn send_for(&mut self, index: usize, op: Op, change: impl FnOnce(&mut VsockHeader)) {
+        let conn = &mut self.conns[index];
+        let mut header = VsockHeader::new(CID, conn.key.guest, conn.key.peer, op);
+        conn.give_credit(&mut header);
         change(&mut header);
         self.send(header, &[], Layout::PLAIN);
     }
 
     /// The index of this connection, if the guest can send for it and it is in this state.
-    fn ready(&mut self, end: u8, state: State) -> Option<usize> {
-        let index = usize::from(end).checked_rem(self.ends.len())?;
-        (self.can_send() && self.ends[index].state == state).then_some(index)
+    fn ready(&mut self, conn: u8, state: State) -> Option<usize> {
+        let index = usize::from(conn).checked_rem(self.conns.len())?;
+        (self.make_room() && self.conns[index].state == state).then_some(index)
     }
 
-    pub(super) fn answer(&mut self, end: u8, accept: bool) {
-        let Some(index) = self.ready(end, State::Asked) else {
+    pub(super) fn answer(&mut self, conn: u8, accept: bool) {
+        let Some(index) = self.ready(conn, State::Asked) else {
             return;
         };
         if accept {
-            self.ends[index].state = State::Open;
-            self.say(index, Op::Response, |_| {});
+            self.conns[index].state = State::Open;
+            self.send_for(index, Op::Response, |_| {});
         } else {
-            self.ends[index].end();
-            self.ends[index].taint();
-            self.say(index, Op::Rst, |_| {});
+            self.reset(index);
         }
+    }
+
+    fn reset(&mut self, index: usize) {
+        self.conns[index].end();
+        self.conns[index].abort();
+        self.send_for(index, Op::Rst, |_| {});
     }
 
     pub(super) fn request(&mut self, port: u8, guest_port: u8) {
         let key = ConnKey {
             guest: GuestPort(1 + u32::from(guest_port % 8)),
-            host: HostPort(1 + u32::from(port % PORTS)),
+            peer: PeerAddr::host(1 + u32::from(port % PORTS)),
         };
-        let is_live = |end: &End| end.key == key && end.state != State::Over;
-        let was_used = self.resets.contains_key(&key);
-        if self.ends.iter().any(is_live) || !self.can_send() || (was_used && !self.sync()) {
+        if self.conns.len() == MAX_CONNS {
             return;
         }
-        let number = self.ends.len() as u32;
-        self.asking.push_back((self.ends.len(), self.sent));
-        self.ends
-            .push(End::new(number, key, State::Asking, self.window));
-        self.say(self.ends.len() - 1, Op::Request, |_| {});
+        let is_used = |conn: &Conn| conn.key == key && conn.state != State::Over;
+        let was_used = self.resets.contains_key(&key);
+        if self.conns.iter().any(is_used) || !self.make_room() || (was_used && !self.sync()) {
+            return;
+        }
+        let number = self.conns.len() as u32;
+        self.asking.push_back((self.conns.len(), self.sent));
+        self.conns
+            .push(Conn::new(number, key, State::Asking, self.window));
+        self.send_for(self.conns.len() - 1, Op::Request, |_| {});
     }
 
-    pub(super) fn write(&mut self, end: u8, len: u16, part: u16, layout: Layout) {
-        let Some(index) = self.ready(end, State::Open) else {
+    pub(super) fn write(&mut self, conn: u8, len: u16, part: u16, layout: Layout) {
+        let Some(index) = self.ready(conn, State::Open) else {
             return;
         };
-        if !self.ends[index].guest_may_write() {
+        if !self.conns[index].guest_may_write() {
             return;
         }
-        let len = u32::from(len).min(self.ends[index].room()) as usize;
+        let len = u32::from(len).min(self.conns[index].credit()) as usize;
         let part = (usize::from(part) % MAX_PAYLOAD).max(len / 64) + 1;
         let mut left = len;
-        while left > 0 && self.can_send() {
-            let end = &mut self.ends[index];
-            let payload = end.to_host.next(part.min(left).min(MAX_PAYLOAD));
-            end.to_host.sent += payload.len() as u32;
+        while left > 0 && self.make_room() {
+            let conn = &mut self.conns[index];
+            let payload = conn.to_host.next(part.min(left).min(MAX_PAYLOAD));
+            conn.to_host.sent += payload.len() as u32;
             left -= payload.len();
-            self.say_payload(index, &payload, layout);
+            self.send_payload(index, &payload, layout);
         }
     }
 
-    fn say_payload(&mut self, index: usize, payload: &[u8], layout: Layout) {
-        let end = &mut self.ends[index];
-        let mut header = VsockHeader::to_guest(CID, end.key.guest, end.key.host, Op::Rw);
-        end.say(&mut header);
+    fn send_payload(&mut self, index: usize, payload: &[u8], layout: Layout) {
+        let conn = &mut self.conns[index];
+        let mut header = VsockHeader::new(CID, conn.key.guest, conn.key.peer, Op::Rw);
+        conn.give_credit(&mut header);
         header.len = payload.len() as u32;
         self.send(header, payload, layout);
     }
 
-    /// The guest sends more than it may. What it may depends on what it has heard, so that it hears everything before.
-    pub(super) fn overrun(&mut self, end: u8, more: u8) {
+    /// The guest sends more than it has credit for. It takes all packets before, so that it knows its credit.
+    pub(super) fn overrun(&mut self, conn: u8, more: u8) {
         if !self.sync() {
             return;
         }
-        let Some(index) = self.ready(end, State::Open) else {
+        let Some(index) = self.ready(conn, State::Open) else {
             return;
         };
-        let len = self.ends[index].room() as usize + 1 + usize::from(more);
-        if self.ends[index].guest_may_write() && len <= MAX_PAYLOAD {
-            let end = &mut self.ends[index];
-            end.overran = true;
-            end.taint();
-            let payload = end.to_host.next(len);
-            self.say_payload(index, &payload, Layout::PLAIN);
+        let len = self.conns[index].credit() as usize + 1 + usize::from(more);
+        if self.conns[index].guest_may_write() && len <= MAX_PAYLOAD {
+            let conn = &mut self.conns[index];
+            conn.overran = true;
+            conn.abort();
+            let payload = conn.to_host.next(len);
+            self.send_payload(index, &payload, Layout::PLAIN);
         }
     }
 
-    pub(super) fn update(&mut self, end: u8, change: impl FnOnce(&mut End)) {
-        if let Some(index) = self.ready(end, State::Open) {
-            change(&mut self.ends[index]);
-            self.say(index, Op::CreditUpdate, |_| {});
+    pub(super) fn update(&mut self, conn: u8, change: impl FnOnce(&mut Conn)) {
+        if let Some(index) = self.ready(conn, State::Open) {
+            change(&mut self.conns[index]);
+            self.send_for(index, Op::CreditUpdate, |_| {});
         }
     }
 
-    pub(super) fn shut(&mut self, end: u8, flags: u8) {
-        if let Some(index) = self.ready(end, State::Open) {
+    pub(super) fn shut(&mut self, conn: u8, flags: u8) {
+        if let Some(index) = self.ready(conn, State::Open) {
             let flags = u32::from(flags);
-            self.ends[index].guest_shutdown |= flags & SHUTDOWN_BOTH;
-            self.say(index, Op::Shutdown, |header| header.flags = flags);
+            self.conns[index].guest_shutdown |= ShutdownFlags::from_bits_truncate(flags);
+            self.send_for(index, Op::Shutdown, |header| header.flags = flags);
         }
     }
 
-    pub(super) fn abort(&mut self, end: u8) {
-        if let Some(index) = self.ready(end, State::Open) {
-            self.ends[index].end();
-            self.ends[index].taint();
-            self.say(index, Op::Rst, |_| {});
+    pub(super) fn abort(&mut self, conn: u8) {
+        if let Some(index) = self.ready(conn, State::Open) {
+            self.reset(index);
         }
     }
 
-    pub(super) fn ask(&mut self, end: u8) {
-        if let Some(index) = self.ready(end, State::Open) {
-            self.say(index, Op::CreditRequest, |_| {});
+    pub(super) fn ask_for_credit(&mut self, conn: u8) {
+        if let Some(index) = self.ready(conn, State::Open) {
+            self.send_for(index, Op::CreditRequest, |_| {});
         }
     }
 
-    /// The guest sends a packet that is not in order, but carries no byte of a stream.
-    pub(super) fn guest_babbles(&mut self, end: Option<u8>, [cid, kind, op, len]: [u8; 4]) {
-        if !self.can_send() {
+    /// The guest sends a packet that is out of place and carries no byte of a stream.
+    pub(super) fn send_garbage(&mut self, conn: Option<u8>, [cid, kind, op, len]: [u8; 4]) {
+        if !self.make_room() {
             return;
         }
         let mut key = ConnKey {
             guest: GuestPort(99),
-            host: HostPort(2000 + u32::from(op)),
+            peer: PeerAddr::host(2000 + u32::from(op)),
         };
-        if let Some(index) = end.and_then(|end| usize::from(end).checked_rem(self.ends.len())) {
-            let end = &self.ends[index];
-            if !matches!(end.state, State::Unknown | State::Asked) && end.key.host.0 > 0 {
-                key = end.key;
+        if let Some(index) = conn.and_then(|conn| usize::from(conn).checked_rem(self.conns.len())) {
+            let conn = &self.conns[index];
+            if !matches!(conn.state, State::Unknown | State::Asked) && conn.key.peer.port.0 > 0 {
+                key = conn.key;
             }
         }
-        let op = u16::from(op) % 10;
-        let is_ours = cid % 4 > 1 && kind % 4 > 0;
-        // A request or payload in order would be what the other steps do.
-        let op = if is_ours && op == Op::Request as u16 {
-            0
-        } else {
-            op
-        };
-        let len = if is_ours && op == Op::Rw as u16 {
-            0
-        } else {
-            usize::from(len)
-        };
-        let mut header = VsockHeader::to_guest(CID, key.guest, key.host, Op::Rw);
-        header.op = op;
-        header.len = len as u32;
+        let mut header = VsockHeader::new(CID, key.guest, key.peer, Op::from(u16::from(op) % 10));
+        header.len = len.into();
         match cid % 4 {
-            0 => header.guest_cid = Cid(77),
-            1 => header.host_cid = Cid(u64::from(cid)),
+            0 => header.guest_cid = Cid::from_raw(77),
+            1 => header.peer.cid = Cid::from_raw(cid.into()),
             _ => {}
         }
         if kind.is_multiple_of(4) {
-            header.kind = u16::from(kind) / 4 + 2;
+            header.packet_type = PacketType::from(u16::from(kind) / 4 + 2);
         }
-        if header.guest_cid == CID {
-            self.ends
-                .iter_mut()
-                .filter(|end| end.key == key)
-                .for_each(End::taint);
+        if cid % 4 > 1 && header.packet_type == PacketType::Stream {
+            // Other steps send requests and payload that are in order.
+            match header.op {
+                Op::Request => header.op = Op::Unknown(0),
+                Op::Rw => header.len = 0,
+                _ => {}
+            }
         }
-        self.send(header, &vec![0xee; len], Layout::PLAIN);
+        if header.guest_cid == CID && header.packet_type == PacketType::Stream {
+            let key = ConnKey::of(&header);
+            for conn in self.conns.iter_mut().filter(|conn| conn.key == key) {
+                conn.is_garbled = true;
+                conn.abort();
+            }
+        }
+        self.send(header, &vec![0xee; header.len as usize], Layout::PLAIN);
     }
 
-    pub(super) fn offer_nonsense(&mut self, is_rx: bool, nonsense: Nonsense) {
+    pub(super) fn offer_malformed(&mut self, is_rx: bool, malformed: Malformed) {
         let ring = &mut self.rings[if is_rx { RX_RING } else { TX_RING }];
         if ring.has_room() {
-            ring.offer_nonsense(nonsense);
+            ring.offer_malformed(malformed);
             ring.kick();
         }
     }
+}
 
-    // What it receives.
-
+// What it receives.
+impl World<'_> {
     pub(super) fn offer(&mut self, buffers: u8, len: u16, layout: Layout) {
         let ring = &mut self.rings[RX_RING];
         for _ in 0..buffers {
@@ -235,14 +237,14 @@ impl World<'_> {
         }
     }
 
-    /// The guest takes the packets that are there. True when there was one.
+    /// The guest takes the packets that are there. False when there are none.
     pub(super) fn receive(&mut self) -> bool {
         let mut received = false;
         while let Some(returned) = self.rings[RX_RING].take() {
             assert_eq!(
                 returned.is_sound,
                 !returned.bytes.is_empty(),
-                "which buffers get packets"
+                "sound buffers get packets, and others none"
             );
             if returned.is_sound {
                 let (header, payload) = guest::packet(returned.bytes);
@@ -256,7 +258,7 @@ impl World<'_> {
 
     /// The guest sends its answers, as far as there is room for them.
     pub(super) fn send_replies(&mut self) {
-        while self.can_send_now()
+        while self.can_send()
             && let Some(reply) = self.replies.pop_front()
         {
             self.send(reply, &[], Layout::PLAIN);
@@ -266,56 +268,60 @@ impl World<'_> {
     fn receive_packet(&mut self, header: &VsockHeader, payload: &[u8]) {
         assert_eq!(header.guest_cid, CID);
         let key = ConnKey::of(header);
-        if header.op == Op::Rst as u16 {
+        if header.op == Op::Rst {
             return self.receive_reset(header, key);
         }
-        assert_eq!((header.host_cid, header.kind), (HOST_CID, TYPE_STREAM));
-        let is_request = header.op == Op::Request as u16;
-        let is_it = |end: &End| match end.state {
+        assert_eq!(
+            (key.peer.cid, header.packet_type),
+            (Cid::HOST, PacketType::Stream)
+        );
+        let is_request = header.op == Op::Request;
+        let is_it = |conn: &Conn| match conn.state {
             State::Over => false,
-            State::Unknown => is_request && end.key.guest == key.guest,
-            _ => end.key == key,
+            State::Unknown => is_request && conn.key.guest == key.guest,
+            _ => conn.key == key,
         };
-        let Some(index) = self.ends.iter().position(is_it) else {
-            let is_late = self.ends.iter().any(|end| end.key == key);
+        let Some(index) = self.conns.iter().position(is_it) else {
+            let is_late = self.conns.iter().any(|conn| conn.key == key);
             return assert!(
                 is_late && !is_request,
                 "a packet of no connection: {header:?}"
             );
         };
-        let end = &mut self.ends[index];
-        end.key = key;
-        end.receive(header, payload);
-        assert!(end.is_accepted, "nobody listens there: {end:?}");
-        let mut reply = VsockHeader::to_guest(CID, key.guest, key.host, Op::CreditUpdate);
-        if header.op == Op::CreditRequest as u16 {
-            end.say(&mut reply);
+        let conn = &mut self.conns[index];
+        conn.key = key;
+        conn.receive(header, payload);
+        assert!(conn.is_accepted, "nobody listens there: {conn:?}");
+        let mut reply = VsockHeader::new(CID, key.guest, key.peer, Op::CreditUpdate);
+        if header.op == Op::CreditRequest {
+            conn.give_credit(&mut reply);
             self.replies.push_back(reply);
-        } else if end.told_shutdown == SHUTDOWN_BOTH && end.state == State::Open {
+        } else if conn.sent_shutdown.is_all() && conn.state == State::Open {
             // It confirms.
-            end.end();
-            reply.op = Op::Rst as u16;
+            conn.end();
+            reply.op = Op::Rst;
             self.replies.push_back(reply);
         }
     }
 
     fn receive_reset(&mut self, header: &VsockHeader, key: ConnKey) {
-        // What answers a packet of another type or to another machine is not about the connection.
-        let is_stream = (header.host_cid, header.kind) == (HOST_CID, TYPE_STREAM);
-        let is_live = |end: &&mut End| {
-            is_stream && end.key == key && !matches!(end.state, State::Over | State::Unknown)
+        // One that answers a packet of another type is not about the connection.
+        let is_it = |conn: &&mut Conn| {
+            header.packet_type == PacketType::Stream
+                && conn.key == key
+                && !matches!(conn.state, State::Over | State::Unknown)
         };
-        if let Some(end) = self.ends.iter_mut().find(is_live) {
-            let is_refused = end.state == State::Asking && !end.is_accepted;
+        if let Some(conn) = self.conns.iter_mut().find(is_it) {
+            let is_refused = conn.state == State::Asking && !conn.is_accepted;
             // A program that has gone before the answer, and has left no byte.
-            let is_idle = end.by_host && end.is_deaf() && end.to_guest.sent == 0;
+            let is_idle = conn.by_host && !conn.program_receives() && conn.to_guest.sent == 0;
             let is_due =
-                is_refused || is_idle || end.promise == Promise::Prefix || end.guest_is_done();
-            assert!(is_due, "reset without a reason: {end:?}");
-            end.end();
+                is_refused || is_idle || conn.promise == Promise::Prefix || conn.guest_is_done();
+            assert!(is_due, "reset without a reason: {conn:?}");
+            conn.end();
         } else {
             let allowed = self.resets.get_mut(&key).filter(|count| **count > 0);
-            *allowed.unwrap_or_else(|| panic!("a reset that nobody asked for: {header:?}")) -= 1;
+            *allowed.unwrap_or_else(|| panic!("nothing is to be reset: {header:?}")) -= 1;
         }
     }
 }

@@ -1,0 +1,11 @@
+#![no_main]
+
+use vhost_user_vsock_fuzz::connect_line;
+
+libfuzzer_sys::fuzz_target!(
+    init: {
+        // A Rust program ignores SIGPIPE from its start; one that libFuzzer starts does not.
+        signal_hook::flag::register(signal_hook::consts::SIGPIPE, Default::default()).unwrap();
+    },
+    |bytes: &[u8]| connect_line::run(bytes)
+);

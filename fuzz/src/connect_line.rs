@@ -1,0 +1,153 @@
+//! The CONNECT line and its answer in any pieces, beside a parser that has the whole line.
+
+use arbitrary::{Arbitrary, Unstructured};
+use vhost_user_vsock::host::connect_line::{Line, MAX_ANSWER, MAX_REQUEST, Progress};
+
+/// Who writes the line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The client, its request.
+    Client,
+    /// The server, its answer.
+    Server,
+}
+
+impl Role {
+    fn keyword(self) -> &'static [u8] {
+        match self {
+            Self::Client => b"CONNECT",
+            Self::Server => b"OK",
+        }
+    }
+
+    fn max_len(self) -> usize {
+        match self {
+            Self::Client => MAX_REQUEST,
+            Self::Server => MAX_ANSWER,
+        }
+    }
+
+    fn line(self) -> Line {
+        match self {
+            Self::Client => Line::request(),
+            Self::Server => Line::answer(),
+        }
+    }
+}
+
+/// What is written.
+#[derive(Arbitrary, Debug)]
+struct Input {
+    /// How long the pieces are; the rest comes as one.
+    pieces: [u8; 8],
+    /// How the line begins, bit by bit.
+    beginning: u8,
+    rest: Vec<Text>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Text {
+    Digit(u8),
+    Zeros(u8),
+    Newline,
+    Any(u8),
+    Blanks { count: u8, has_return: bool },
+}
+
+impl Text {
+    fn bytes(&self) -> Vec<u8> {
+        match self {
+            Self::Digit(digit) => vec![b'0' + digit % 10],
+            Self::Zeros(count) => vec![b'0'; usize::from(count % 32)],
+            Self::Newline => vec![b'\n'],
+            Self::Any(byte) => vec![*byte],
+            Self::Blanks { count, has_return } => {
+                let mut blanks = vec![b' '; usize::from(count % 4)];
+                blanks.extend(has_return.then_some(b'\r'));
+                blanks
+            }
+        }
+    }
+}
+
+impl Input {
+    fn role(&self) -> Role {
+        if self.beginning & 2 == 0 {
+            Role::Client
+        } else {
+            Role::Server
+        }
+    }
+
+    fn written(&self) -> Vec<u8> {
+        let mut written = Vec::new();
+        if self.beginning & 1 != 0 {
+            written.extend_from_slice(self.role().keyword());
+            written.push(b' ');
+        }
+        if self.beginning & 4 != 0 {
+            written.make_ascii_lowercase();
+        }
+        written.extend(self.rest.iter().flat_map(Text::bytes));
+        written
+    }
+}
+
+/// Runs the target.
+pub fn run(bytes: &[u8]) {
+    let Ok(input) = Input::arbitrary_take_rest(Unstructured::new(bytes)) else {
+        return;
+    };
+    let (role, written) = (input.role(), input.written());
+    let mut line = role.line();
+    let mut before = 0;
+    let lengths = input.pieces.iter().map(|len| usize::from(*len % 16));
+    for len in lengths.chain([usize::MAX]) {
+        let end = before + len.min(written.len() - before);
+        let expected = match parse(role, &written[..end]) {
+            Progress::Complete { port, consumed } => Progress::Complete {
+                port,
+                consumed: consumed - before,
+            },
+            other => other,
+        };
+        let progress = line.feed(&written[before..end]);
+        assert_eq!(progress, expected, "{}", written[..end].escape_ascii());
+        if progress != Progress::Incomplete {
+            return;
+        }
+        assert_eq!(line.room(), role.max_len() - end);
+        before = end;
+    }
+}
+
+/// The model: what these first bytes of a line mean.
+pub fn parse(role: Role, written: &[u8]) -> Progress {
+    let line = &written[..written.len().min(role.max_len())];
+    let end = line.iter().position(|byte| *byte == b'\n');
+    let text = &line[..end.unwrap_or(line.len())];
+    let keyword = role.keyword();
+    let (word, rest) = text.split_at(text.len().min(keyword.len()));
+    let (blanks, rest) = split(rest, |byte| byte == b' ');
+    let (digits, trailer) = split(rest, |byte| byte.is_ascii_digit());
+    let digits = std::str::from_utf8(digits).unwrap();
+    let port = digits.parse::<u32>();
+    let is_sound = word.eq_ignore_ascii_case(&keyword[..word.len()])
+        && (digits.is_empty() || !blanks.is_empty() && port.is_ok())
+        && (trailer.is_empty() || !digits.is_empty())
+        && trailer.iter().all(|byte| b" \r".contains(byte));
+    match (is_sound, end, port) {
+        (true, Some(end), Ok(port)) => Progress::Complete {
+            port,
+            consumed: end + 1,
+        },
+        (true, None, _) if line.len() < role.max_len() => Progress::Incomplete,
+        _ => Progress::Invalid,
+    }
+}
+
+/// The bytes up to the first that is not `wanted`, and the others.
+fn split(bytes: &[u8], wanted: impl Fn(u8) -> bool) -> (&[u8], &[u8]) {
+    let end = bytes.iter().position(|byte| !wanted(*byte));
+    bytes.split_at(end.unwrap_or(bytes.len()))
+}

@@ -1,0 +1,508 @@
+//! The model of a connection: what its two ends have done, and what the connection must do.
+
+mod checks;
+
+use std::cell::RefCell;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{setsockopt, sockopt};
+use vhost_user_vsock::host::connect_line::{Line, Progress};
+use vhost_user_vsock::host::socket::HostSocket;
+use vhost_user_vsock::metrics::counters::CloseReason;
+use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PeerAddr, ShutdownFlags, VsockHeader};
+use vhost_user_vsock::vsock_conn::{ConnKey, Dialing, Readiness, Verdict, VsockConnection};
+
+use super::super::connect_line::{Role, parse};
+use super::super::guest::{self, Guest, MAX_BATCH, MAX_PAYLOAD};
+use super::super::memory::Memory;
+use super::super::ring::Layout;
+use super::super::stream::Stream;
+use super::{Input, Opening, Side};
+
+const CID: Cid = Cid::from_raw(4);
+const KEY: ConnKey = ConnKey {
+    guest: GuestPort(1234),
+    peer: PeerAddr::host(40000),
+};
+const OK: &[u8] = b"OK 40000\n";
+
+/// The most that one call sends of what is buffered, in bytes.
+const MAX_FLUSH: usize = 256 * 1024;
+
+/// The most that a socket holds, in bytes.
+const MAX_SOCKET: usize = 1 << 19;
+
+thread_local! {
+    /// Room for all that a socket holds.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_SOCKET]);
+}
+
+/// A connection between its guest and its host program.
+pub(super) struct Ends<'m> {
+    opening: Opening,
+    guest: Guest<'m>,
+    conn: Option<VsockConnection>,
+    epoll: Epoll,
+    program: Option<UnixStream>,
+    /// How much of its answer the program has written.
+    answered: usize,
+    /// What the program reads before the guest's bytes.
+    ok: &'static [u8],
+    to_host: Stream,
+    to_guest: Stream,
+    /// The connection's buffer, and how many of the guest's bytes have left it as far as the guest knows.
+    window: u32,
+    forwarded: u32,
+    /// The guest's buffer, and how many of the program's bytes have left it.
+    guest_window: u32,
+    taken: u32,
+    is_established: bool,
+    has_request: bool,
+    has_response: bool,
+    guest_shutdown: ShutdownFlags,
+    program_shutdown: ShutdownFlags,
+    /// What of the program's the guest knows.
+    sent_shutdown: ShutdownFlags,
+    is_over: bool,
+    /// The guest knows it no more, and bytes for the program are left.
+    is_lingering: bool,
+}
+
+impl<'m> Ends<'m> {
+    pub(super) fn new(input: &Input, memory: &'m Memory) -> Self {
+        let (stream, program) = UnixStream::pair().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        program.set_nonblocking(true).unwrap();
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        let flags = EpollFlags::EPOLLIN
+            | EpollFlags::EPOLLOUT
+            | EpollFlags::EPOLLRDHUP
+            | EpollFlags::EPOLLPRI
+            | EpollFlags::EPOLLET;
+        epoll.add(&stream, EpollEvent::new(flags, 0)).unwrap();
+        let opening = input.opening();
+        let conn = open(opening, input, stream.into());
+        if input.is_narrow() {
+            setsockopt(&conn.socket(), sockopt::SndBuf, &1).unwrap();
+        }
+        Self {
+            opening,
+            guest: Guest::new(memory),
+            conn: Some(conn),
+            epoll,
+            program: Some(program),
+            answered: 0,
+            ok: if opening == Opening::Requested {
+                OK
+            } else {
+                b""
+            },
+            to_host: Stream::new(1),
+            to_guest: Stream::new(2),
+            window: input.window(),
+            forwarded: 0,
+            guest_window: input.guest_window.into(),
+            taken: 0,
+            is_established: opening == Opening::Accepted,
+            has_request: false,
+            has_response: false,
+            guest_shutdown: ShutdownFlags::empty(),
+            program_shutdown: ShutdownFlags::empty(),
+            sent_shutdown: ShutdownFlags::empty(),
+            is_over: false,
+            is_lingering: false,
+        }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.is_over
+    }
+
+    fn is_dialing(&self) -> bool {
+        !self.is_established && self.opening != Opening::Requested
+    }
+
+    /// The program still receives: otherwise what is on the way to it is nobody's.
+    fn program_receives(&self) -> bool {
+        !self.program_shutdown.contains(ShutdownFlags::RECEIVE)
+    }
+
+    /// How much the guest may send.
+    fn credit(&self) -> usize {
+        (self.window - (self.to_host.sent - self.forwarded)) as usize
+    }
+
+    /// How much more may be sent to the guest.
+    fn guest_credit(&self) -> usize {
+        let in_flight = self.to_guest.received - self.taken;
+        self.guest_window.saturating_sub(in_flight) as usize
+    }
+
+    /// Checks what the connection says of itself.
+    pub(super) fn check_state(&self) {
+        let Some(conn) = self.conn.as_ref().filter(|_| !self.is_lingering) else {
+            return;
+        };
+        let is_unknown = self.opening == Opening::Requested && !self.has_request;
+        assert_eq!(conn.known_to_guest(), !is_unknown);
+        let is_closing = self.sent_shutdown.is_all() && !self.guest_shutdown.is_all();
+        assert_eq!(
+            conn.deadline().is_some(),
+            !self.is_established || is_closing,
+            "who must answer has a deadline"
+        );
+    }
+
+    /// What the table of connections does with a verdict: bytes that the guest has left to the program are still sent.
+    fn settle_verdict(&mut self, verdict: Verdict) {
+        if verdict == Verdict::Open {
+            return;
+        }
+        let is_flushing = self.conn.as_ref().is_some_and(VsockConnection::is_flushing);
+        self.is_lingering = is_flushing;
+        self.is_over = !is_flushing;
+        if self.is_over {
+            self.conn = None;
+        }
+    }
+}
+
+fn open(opening: Opening, input: &Input, socket: HostSocket) -> VsockConnection {
+    let request = VsockHeader {
+        buf_alloc: input.guest_window.into(),
+        ..VsockHeader::new(CID, KEY.guest, KEY.peer, Op::Request)
+    };
+    let window = input.window();
+    let dialing = match opening {
+        Opening::Requested => return VsockConnection::requested(CID, KEY, socket, window),
+        Opening::Accepted => return VsockConnection::accepted(&request, socket, window),
+        Opening::Connecting => Dialing::Connect,
+        Opening::Answering(_) => Dialing::Answer(Line::answer()),
+    };
+    VsockConnection::dialing(&request, socket, dialing, window)
+}
+
+// What the guest sends.
+impl Ends<'_> {
+    fn header(&self, op: Op) -> VsockHeader {
+        VsockHeader {
+            buf_alloc: self.guest_window,
+            fwd_cnt: self.taken,
+            ..VsockHeader::new(CID, KEY.guest, KEY.peer, op)
+        }
+    }
+
+    fn guest_may_send(&self) -> bool {
+        self.is_established && !self.guest_shutdown.contains(ShutdownFlags::SEND)
+    }
+
+    /// The guest sends `len` bytes, as far as it has credit for them, in batches of so many packets.
+    pub(super) fn guest_writes(&mut self, len: usize, pieces: u8, layout: Layout) {
+        let may_send = self.guest_may_send();
+        // Payload out of place ends the connection: with many of these, few inputs would get far.
+        if !may_send && !pieces.is_multiple_of(16) {
+            return;
+        }
+        let pieces = 1 + usize::from(pieces) % MAX_BATCH;
+        let mut left = if may_send { len.min(self.credit()) } else { 0 };
+        loop {
+            let batch = left.min(pieces * MAX_PAYLOAD);
+            self.guest_sends_payload(batch, pieces, layout);
+            left -= batch;
+            if left == 0 {
+                return;
+            }
+        }
+    }
+
+    pub(super) fn guest_overruns(&mut self, more: usize) {
+        let len = self.credit() + 1 + more;
+        if len <= MAX_BATCH * MAX_PAYLOAD {
+            self.guest_sends_payload(len, MAX_BATCH, Layout::PLAIN);
+        }
+    }
+
+    /// The guest sends `len` bytes in so many packets.
+    fn guest_sends_payload(&mut self, len: usize, pieces: usize, layout: Layout) {
+        if self.is_lingering {
+            return;
+        }
+        let bytes = self.to_host.next(len);
+        let chunks: Vec<&[u8]> = if len == 0 {
+            vec![&[]]
+        } else {
+            bytes.chunks(len.div_ceil(pieces)).collect()
+        };
+        let mut credit = self.guest_may_send().then(|| self.credit());
+        let mut packets = Vec::new();
+        for chunk in chunks {
+            let header = VsockHeader {
+                len: chunk.len() as u32,
+                ..self.header(Op::Rw)
+            };
+            packets.push(guest::bytes(&header, chunk));
+            credit = credit.and_then(|credit| credit.checked_sub(chunk.len()));
+            if credit.is_some() {
+                self.to_host.sent += chunk.len() as u32;
+            }
+        }
+        let Some(conn) = &mut self.conn else { return };
+        let verdict = self.guest.send(&packets, layout, |batch| {
+            conn.send_payload(batch, batch.packets())
+        });
+        let expected = if credit.is_some() {
+            Verdict::Open
+        } else {
+            Verdict::Reset(CloseReason::Protocol)
+        };
+        assert_eq!(verdict, expected, "{len} bytes");
+        self.settle_verdict(verdict);
+    }
+
+    pub(super) fn guest_takes(&mut self, len: u32) {
+        self.taken += (self.to_guest.received - self.taken).min(len);
+        self.guest_sends(Op::CreditUpdate);
+    }
+
+    pub(super) fn guest_resizes(&mut self, size: u32) {
+        self.guest_window = size;
+        self.guest_sends(Op::CreditUpdate);
+    }
+
+    pub(super) fn guest_shuts(&mut self, flags: u32) {
+        let header = VsockHeader {
+            flags,
+            ..self.header(Op::Shutdown)
+        };
+        self.guest_sends_header(&header);
+    }
+
+    pub(super) fn guest_sends(&mut self, op: Op) {
+        self.guest_sends_header(&self.header(op));
+    }
+
+    fn guest_sends_header(&mut self, header: &VsockHeader) {
+        if self.is_lingering {
+            return;
+        }
+        let Some(called) = self.call(|conn| conn.send_pkt(header)) else {
+            return;
+        };
+        let is_done = self.guest_shutdown.is_all() || self.sent_shutdown.is_all();
+        let expected = match header.op {
+            Op::Request | Op::Unknown(_) => Verdict::Reset(CloseReason::Protocol),
+            Op::Rst if is_done => Verdict::Close(CloseReason::Done),
+            Op::Rst if self.is_established || self.is_dialing() => {
+                Verdict::Close(CloseReason::GuestReset)
+            }
+            Op::Rst => Verdict::Close(CloseReason::Refused),
+            Op::Shutdown if !self.is_established => Verdict::Reset(CloseReason::Protocol),
+            Op::Shutdown => {
+                self.guest_shutdown |= header.shutdown_flags();
+                if self.guest_shutdown.is_all() && !called.is_flushing {
+                    Verdict::Reset(CloseReason::Done)
+                } else {
+                    Verdict::Open
+                }
+            }
+            Op::Response if self.has_request && !self.is_established => {
+                self.is_established = true;
+                // A program that is gone is of use only for the bytes that it has left.
+                if self.program_receives() || self.to_guest.sent > 0 {
+                    Verdict::Open
+                } else {
+                    Verdict::Reset(CloseReason::HostGone)
+                }
+            }
+            _ => called.flushed(),
+        };
+        assert_eq!(called.verdict, expected, "{header:?}");
+        self.settle_verdict(called.verdict);
+    }
+}
+
+/// What came of a call.
+struct Called {
+    verdict: Verdict,
+    was_flushing: bool,
+    is_flushing: bool,
+}
+
+impl Called {
+    /// The verdict of a call that has nothing else to do than to flush.
+    fn flushed(&self) -> Verdict {
+        if self.was_flushing && !self.is_flushing {
+            Verdict::Reset(CloseReason::Done)
+        } else {
+            Verdict::Open
+        }
+    }
+}
+
+// The socket's events.
+impl Ends<'_> {
+    /// Calls the connection, which sends no more of what is buffered than one call may.
+    fn call(&mut self, call: impl FnOnce(&mut VsockConnection) -> Verdict) -> Option<Called> {
+        let conn = self.conn.as_mut()?;
+        let (was_flushing, before) = (conn.is_flushing(), conn.stats().buffered);
+        let verdict = call(conn);
+        let (is_flushing, after) = (conn.is_flushing(), conn.stats().buffered);
+        assert!(
+            before - after <= MAX_FLUSH || !self.program_receives(),
+            "a flush without a bound"
+        );
+        Some(Called {
+            verdict,
+            was_flushing,
+            is_flushing,
+        })
+    }
+
+    /// Passes the socket's events on. False when there are none.
+    pub(super) fn events(&mut self) -> bool {
+        let mut events = [EpollEvent::empty()];
+        let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap();
+        if count > 0 {
+            let has = |wanted| events[0].events().intersects(wanted);
+            self.socket_ready(Readiness {
+                readable: has(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP),
+                until_empty: has(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI),
+                writable: has(EpollFlags::EPOLLOUT),
+                hung_up: has(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR),
+            });
+        }
+        count > 0
+    }
+
+    pub(super) fn socket_ready(&mut self, ready: Readiness) {
+        let Some(called) = self.call(|conn| conn.socket_ready(ready)) else {
+            return;
+        };
+        let expected = if self.is_dialing() {
+            self.dialed()
+        } else {
+            called.flushed()
+        };
+        assert_eq!(called.verdict, expected, "{ready:?}");
+        self.settle_verdict(called.verdict);
+    }
+
+    /// What an event means while the guest's REQUEST waits for the peer.
+    fn dialed(&mut self) -> Verdict {
+        let answer = match self.opening {
+            Opening::Answering(answer) => parse(Role::Server, &answer[..self.answered]),
+            _ => Progress::Complete {
+                port: 0,
+                consumed: 0,
+            },
+        };
+        let has_ended = self.program_shutdown.contains(ShutdownFlags::SEND);
+        match answer {
+            Progress::Complete { .. } => self.is_established = true,
+            Progress::Incomplete if !has_ended => {}
+            _ => return Verdict::Reset(CloseReason::Refused),
+        }
+        Verdict::Open
+    }
+
+    /// Goes on with a flush that has ended at its bound. False when there is none.
+    pub(super) fn flush(&mut self) -> bool {
+        if !self.conn.as_ref().is_some_and(VsockConnection::can_flush) {
+            return false;
+        }
+        if let Some(called) = self.call(VsockConnection::flush) {
+            assert_eq!(called.verdict, called.flushed());
+            self.settle_verdict(called.verdict);
+        }
+        true
+    }
+}
+
+// What the host program does.
+impl Ends<'_> {
+    /// What the program has to write before its bytes.
+    fn unwritten_answer(&self) -> &'static [u8] {
+        match self.opening {
+            Opening::Answering(answer) => &answer[self.answered..],
+            _ => b"",
+        }
+    }
+
+    /// The program writes as much of this as its socket takes. False when that is nothing.
+    pub(super) fn program_writes(&mut self, len: usize) -> bool {
+        let Some(mut program) = self.program.as_ref() else {
+            return false;
+        };
+        let mut bytes = self.unwritten_answer().to_vec();
+        let before = bytes.len();
+        bytes.extend(self.to_guest.next(len.saturating_sub(before)));
+        bytes.truncate(len);
+        let written = program.write(&bytes).unwrap_or(0);
+        self.answered += written.min(before);
+        self.to_guest.sent += written.saturating_sub(before) as u32;
+        written > 0
+    }
+
+    /// The program reads up to `len` bytes. False when there are none.
+    pub(super) fn program_reads(&mut self, len: usize) -> bool {
+        SCRATCH.with_borrow_mut(|scratch| self.program_reads_into(&mut scratch[..len]))
+    }
+
+    fn program_reads_into(&mut self, scratch: &mut [u8]) -> bool {
+        let Some(mut program) = self.program.as_ref() else {
+            return false;
+        };
+        match program.read(scratch) {
+            Ok(0) => {
+                let has_ended = self.is_over
+                    || self.guest_shutdown.contains(ShutdownFlags::SEND)
+                    || !self.program_receives();
+                assert!(
+                    scratch.is_empty() || has_ended,
+                    "an end that nobody has made"
+                );
+                false
+            }
+            Ok(count) => {
+                let (ok, rest) = self.ok.split_at(self.ok.len().min(count));
+                assert_eq!(scratch[..ok.len()], *ok);
+                assert!(self.is_established);
+                self.to_host.check(&scratch[ok.len()..count]);
+                self.ok = rest;
+                true
+            }
+            Err(error) => {
+                let is_reset = self.is_over && error.kind() == ErrorKind::ConnectionReset;
+                assert!(is_reset || error.kind() == ErrorKind::WouldBlock, "{error}");
+                false
+            }
+        }
+    }
+
+    pub(super) fn program_shuts(&mut self, side: Side) {
+        let (how, flag) = match side {
+            Side::Read => (Shutdown::Read, ShutdownFlags::RECEIVE),
+            Side::Write => (Shutdown::Write, ShutdownFlags::SEND),
+        };
+        if let Some(program) = &self.program {
+            let _ = program.shutdown(how);
+            self.program_shutdown |= flag;
+        }
+    }
+
+    pub(super) fn program_closes(&mut self) {
+        self.program = None;
+        self.program_shutdown = ShutdownFlags::all();
+    }
+
+    fn program_sees_end(&self) -> bool {
+        let read = self
+            .program
+            .as_ref()
+            .map(|mut program| program.read(&mut [0]));
+        !matches!(read, Some(Err(error)) if error.kind() == ErrorKind::WouldBlock)
+    }
+}

@@ -1,0 +1,348 @@
+//! The model of one connection of the worker's: what its two ends have done, and what they were promised.
+
+use std::cell::RefCell;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+use vhost_user_vsock::packet::header::{Op, ShutdownFlags, VsockHeader};
+use vhost_user_vsock::vsock_conn::ConnKey;
+
+use super::super::shutdown::Ended;
+use super::super::stream::Stream;
+
+/// The most that a host program reads at a time, in bytes.
+pub(super) const MAX_READ: usize = 1 << 18;
+
+thread_local! {
+    /// Room for what host programs read.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_READ]);
+}
+
+/// Where a connection is in the eyes of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// A host program has asked for it, and the guest does not know it.
+    Unknown,
+    /// The guest has got a REQUEST.
+    Asked,
+    /// The guest has sent a REQUEST.
+    Asking,
+    /// Bytes flow.
+    Open,
+    /// It is over, for whatever reason.
+    Over,
+}
+
+/// What is promised of a connection's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Promise {
+    /// Every byte arrives, and each end learns when the other ends.
+    All,
+    /// What arrives is the beginning of what was sent, and no more is promised: somebody has aborted it.
+    Prefix,
+}
+
+/// How far the guest's credit reaches. The packets of a turn may use any credit that the guest has given since it last knew
+/// that the worker has taken everything.
+#[derive(Debug, Default)]
+struct Limits {
+    settled: u32,
+    pending: u32,
+}
+
+/// A connection.
+#[derive(Debug)]
+pub(super) struct Conn {
+    pub key: ConnKey,
+    pub state: State,
+    pub promise: Promise,
+    pub by_host: bool,
+    pub program: Option<UnixStream>,
+    /// There was a program for it.
+    pub is_accepted: bool,
+    /// The program has seen the end of its stream.
+    program_saw_end: bool,
+    /// What the program reads before the guest's bytes.
+    ok: Vec<u8>,
+    pub to_host: Stream,
+    pub to_guest: Stream,
+    /// The daemon's buffer, and how many of the guest's bytes have left it as far as the guest knows.
+    window: u32,
+    forwarded: u32,
+    /// The guest's buffer, and how many of the program's bytes have left it.
+    pub guest_window: u32,
+    pub taken: u32,
+    limits: Limits,
+    pub guest_shutdown: ShutdownFlags,
+    pub program_shutdown: ShutdownFlags,
+    /// What of the program's the guest knows.
+    pub sent_shutdown: ShutdownFlags,
+    /// The guest has gone past its credit: it must be reset.
+    pub overran: bool,
+    /// The guest has sent for it what is out of place, perhaps an RST.
+    pub is_garbled: bool,
+    /// The program may have seen the end before the guest: the guest had no buffer for an RST.
+    pub ends_early: bool,
+}
+
+impl Conn {
+    pub(super) fn new(number: u32, key: ConnKey, state: State, window: u32) -> Self {
+        Self {
+            key,
+            state,
+            promise: Promise::All,
+            by_host: state == State::Unknown,
+            program: None,
+            is_accepted: state == State::Unknown,
+            program_saw_end: false,
+            ok: Vec::new(),
+            to_host: Stream::new(2 * number),
+            to_guest: Stream::new(2 * number + 1),
+            window,
+            forwarded: 0,
+            guest_window: 8192,
+            taken: 0,
+            limits: Limits::default(),
+            guest_shutdown: ShutdownFlags::empty(),
+            program_shutdown: ShutdownFlags::empty(),
+            sent_shutdown: ShutdownFlags::empty(),
+            overran: false,
+            is_garbled: false,
+            ends_early: false,
+        }
+    }
+
+    /// How much the guest may send.
+    pub(super) fn credit(&self) -> u32 {
+        self.window
+            .saturating_sub(self.to_host.sent - self.forwarded)
+    }
+
+    /// The program still receives.
+    pub(super) fn program_receives(&self) -> bool {
+        !self.program_shutdown.contains(ShutdownFlags::RECEIVE)
+    }
+
+    /// Whether the guest may send bytes.
+    pub(super) fn guest_may_write(&self) -> bool {
+        self.state == State::Open && !self.guest_shutdown.contains(ShutdownFlags::SEND)
+    }
+
+    /// The guest has closed it properly.
+    pub(super) fn guest_is_done(&self) -> bool {
+        self.guest_shutdown.is_all()
+    }
+
+    /// The guest knows it and has closed it, and so waits for an RST.
+    pub(super) fn awaits_reset(&self) -> bool {
+        self.state == State::Open && self.guest_is_done() && !self.is_garbled
+    }
+
+    /// The guest gives credit with a packet.
+    pub(super) fn give_credit(&mut self, header: &mut VsockHeader) {
+        header.buf_alloc = self.guest_window;
+        header.fwd_cnt = self.taken;
+        self.limits.pending = self.limits.pending.max(self.limit());
+    }
+
+    fn limit(&self) -> u32 {
+        self.taken.saturating_add(self.guest_window)
+    }
+
+    /// The worker has taken everything that the guest has sent, and the guest has taken everything since: what comes from now
+    /// on is within the last credit.
+    pub(super) fn settle_credit(&mut self) {
+        self.limits = Limits {
+            settled: self.limit(),
+            pending: 0,
+        };
+    }
+
+    /// Somebody aborts it: no more is promised, unless the guest has closed it properly before.
+    pub(super) fn abort(&mut self) {
+        if !self.guest_is_done() {
+            self.promise = Promise::Prefix;
+        }
+    }
+
+    /// It was reset or refused.
+    pub(super) fn end(&mut self) {
+        self.state = State::Over;
+    }
+
+    /// Takes a packet to the guest, other than RST.
+    pub(super) fn receive(&mut self, header: &VsockHeader, payload: &[u8]) {
+        assert_eq!(header.buf_alloc, self.window);
+        let forwarded = header.fwd_cnt;
+        assert!(
+            (self.forwarded..=self.to_host.sent).contains(&forwarded),
+            "{forwarded} bytes have left the buffer of {self:?}"
+        );
+        self.forwarded = forwarded;
+        assert!(!self.sent_shutdown.is_all() || header.op == Op::CreditUpdate);
+        match header.op {
+            Op::Request => {
+                assert_eq!(self.state, State::Unknown);
+                self.state = State::Asked;
+                self.ok = format!("OK {}\n", header.peer.port.0).into_bytes();
+            }
+            Op::Response => {
+                assert_eq!(self.state, State::Asking);
+                self.state = State::Open;
+            }
+            Op::Rw => self.receive_payload(payload),
+            Op::Shutdown => self.receive_shutdown(header),
+            Op::CreditUpdate => assert!(matches!(self.state, State::Asked | State::Open)),
+            Op::CreditRequest => assert_eq!(self.state, State::Open),
+            Op::Rst | Op::Unknown(_) => panic!("{header:?}"),
+        }
+    }
+
+    fn receive_payload(&mut self, payload: &[u8]) {
+        assert!(self.state == State::Open && !payload.is_empty());
+        assert!(
+            !self.sent_shutdown.contains(ShutdownFlags::SEND),
+            "bytes behind the end"
+        );
+        self.to_guest.check(payload);
+        let limit = self.limits.settled.max(self.limits.pending);
+        assert!(
+            self.to_guest.received <= limit,
+            "past the guest's credit: {self:?}"
+        );
+    }
+
+    fn receive_shutdown(&mut self, header: &VsockHeader) {
+        assert_eq!(self.state, State::Open);
+        let flags = header.shutdown_flags();
+        assert_eq!(flags.bits(), header.flags);
+        let ended = Ended {
+            by_guest: self.guest_shutdown,
+            by_program: self.program_shutdown,
+            sent: self.sent_shutdown,
+        };
+        ended.check(flags, self.to_guest.is_complete());
+        self.sent_shutdown = flags;
+    }
+
+    /// The program writes, as much as its socket takes.
+    pub(super) fn program_writes(&mut self, len: usize) {
+        let bytes = self.to_guest.next(len);
+        let written = self
+            .program
+            .as_ref()
+            .and_then(|mut program| program.write(&bytes).ok());
+        self.to_guest.sent += written.unwrap_or(0) as u32;
+    }
+
+    /// The program reads, and returns how much there was.
+    pub(super) fn program_reads(&mut self, len: usize) -> usize {
+        SCRATCH.with_borrow_mut(|scratch| self.program_reads_into(&mut scratch[..len]))
+    }
+
+    fn program_reads_into(&mut self, scratch: &mut [u8]) -> usize {
+        let Some(mut program) = self.program.as_ref().filter(|_| !self.program_saw_end) else {
+            return 0;
+        };
+        match program.read(scratch) {
+            Ok(0) => {
+                self.program_saw_end |= !scratch.is_empty();
+                0
+            }
+            Ok(count) => {
+                let ok = self.ok.len().min(count);
+                assert_eq!(scratch[..ok], self.ok[..ok], "in place of OK");
+                assert!(
+                    !self.by_host || !matches!(self.state, State::Unknown | State::Asked),
+                    "bytes before the answer"
+                );
+                self.ok.drain(..ok);
+                self.to_host.check(&scratch[ok..count]);
+                count
+            }
+            Err(error) => {
+                let is_abort = error.kind() == ErrorKind::ConnectionReset;
+                assert!(is_abort || error.kind() == ErrorKind::WouldBlock, "{error}");
+                self.program_saw_end |= is_abort;
+                0
+            }
+        }
+    }
+
+    pub(super) fn program_shuts(&mut self, reading: bool) {
+        let (how, flag) = if reading {
+            (Shutdown::Read, ShutdownFlags::RECEIVE)
+        } else {
+            (Shutdown::Write, ShutdownFlags::SEND)
+        };
+        if let Some(program) = &self.program {
+            let _ = program.shutdown(how);
+            self.program_shutdown |= flag;
+        }
+    }
+
+    pub(super) fn program_closes(&mut self) {
+        if self.program.take().is_some() {
+            self.program_shutdown = ShutdownFlags::all();
+        }
+    }
+
+    /// Both sides have taken everything: what was promised has come.
+    pub(super) fn check_settled(&self) {
+        assert!(
+            !self.overran || self.state == State::Over,
+            "went past its credit and goes on: {self:?}"
+        );
+        if self.promise == Promise::Prefix {
+            return;
+        }
+        assert_ne!(self.state, State::Asking, "no answer: {self:?}");
+        assert!(
+            self.state != State::Unknown || self.program.is_none(),
+            "no answer: {self:?}"
+        );
+        let is_open = self.state == State::Open;
+        if self.program_receives() && (is_open || self.guest_is_done()) {
+            assert!(
+                self.to_host.is_complete(),
+                "bytes of the guest's are lost: {self:?}"
+            );
+            let has_ended = !is_open || self.guest_shutdown.contains(ShutdownFlags::SEND);
+            assert_eq!(self.program_saw_end, has_ended, "{self:?}");
+        }
+        assert!(!self.guest_is_done() || !is_open, "no RST: {self:?}");
+        let guest_receives = !self.guest_shutdown.contains(ShutdownFlags::RECEIVE);
+        if guest_receives && matches!(self.state, State::Open | State::Over) {
+            assert!(
+                self.to_guest.is_complete(),
+                "bytes of the program's are lost: {self:?}"
+            );
+        }
+        if is_open {
+            self.check_open(guest_receives);
+        }
+    }
+
+    /// What holds of a connection that goes on.
+    fn check_open(&self, guest_receives: bool) {
+        let program_receives = self.program_receives();
+        assert!(self.ok.is_empty() || !program_receives, "no OK: {self:?}");
+        let window = self.window.min(self.guest_window);
+        let left = window.saturating_sub(self.to_host.sent - self.forwarded);
+        assert!(
+            left >= (window / 2).max(1) || self.forwarded == self.to_host.sent || !program_receives,
+            "the guest does not know what it may send: {self:?}"
+        );
+        assert!(
+            self.program.is_some(),
+            "the guest does not know that the program is gone: {self:?}"
+        );
+        let program_sends = !self.program_shutdown.contains(ShutdownFlags::SEND);
+        let has_end = self.sent_shutdown.contains(ShutdownFlags::SEND);
+        assert!(
+            !guest_receives || has_end != program_sends,
+            "the guest does not know whether the program still sends: {self:?}"
+        );
+    }
+}
