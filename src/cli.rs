@@ -80,7 +80,7 @@ pub struct Args {
     #[arg(long, value_name = "MICROSECONDS", default_value_t = VmConfig::DEFAULT_BUSY_POLL.as_micros() as u64)]
     busy_poll: u64,
 
-    /// Path of a Unix socket that serves statistics in Prometheus text format
+    /// Path of a Unix socket that serves statistics, in Prometheus text format or JSON
     #[arg(long, value_name = "STATS_PATH")]
     stats_path: Option<PathBuf>,
 
