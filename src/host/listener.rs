@@ -22,9 +22,7 @@ use std::time::{Duration, Instant};
 use libc::{O_NOFOLLOW, O_PATH, c_int};
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
-};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::fchownat;
 use thiserror::Error;
@@ -299,8 +297,11 @@ fn is_bound(path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Connects to who listens at `path`, without waiting: a full backlog is `WouldBlock`. The stream doesn't block either.
+/// Connects to the listener at `path` without blocking, for tests: a full backlog is `WouldBlock`.
+#[cfg(any(test, feature = "fuzzing"))]
 pub fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    use nix::sys::socket::{AddressFamily, SockFlag, UnixAddr, connect, socket};
+
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
@@ -310,6 +311,7 @@ pub fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, UnixAddr, socket};
     use tempfile::TempDir;
 
     fn bind(path: &Path) -> Result<SocketFile, ListenerError> {
