@@ -1,4 +1,4 @@
-//! Writes what belongs beside the program into a folder: its manual page, and completions for bash, zsh and fish.
+//! Generates the manual page, and completions for bash, zsh and fish, into a directory.
 
 use std::env;
 use std::fs::{self, File};
@@ -12,26 +12,26 @@ use vhost_user_vsock::cli::Args;
 
 const NAME: &str = env!("CARGO_PKG_NAME");
 
-/// When the manual last said something new. To be changed with it.
-const DATE: &str = "2026-11-23";
+/// When the contents of the manual were last changed. To be updated with them.
+const DATE: &str = "2026-11-24";
 
-/// What the program is called with, and what its options don't say of themselves.
+/// The sections that clap can't generate.
 const SYNOPSIS: &str = include_str!("../dist/manual/synopsis.roff");
 const SECTIONS: &str = include_str!("../dist/manual/sections.roff");
 
 fn main() -> io::Result<()> {
-    let folder = env::args_os().nth(1);
-    let folder = folder.ok_or_else(|| io::Error::other("usage: manual FOLDER"))?;
-    let folder = Path::new(&folder);
-    fs::create_dir_all(folder)?;
-    write_page(&mut File::create(folder.join(format!("{NAME}.1")))?)?;
+    let directory = env::args_os().nth(1);
+    let directory = directory.ok_or_else(|| io::Error::other("usage: manual DIRECTORY"))?;
+    let directory = Path::new(&directory);
+    fs::create_dir_all(directory)?;
+    write_page(&mut File::create(directory.join(format!("{NAME}.1")))?)?;
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        generate_to(shell, &mut Args::command(), NAME, folder)?;
+        generate_to(shell, &mut Args::command(), NAME, directory)?;
     }
     Ok(())
 }
 
-/// The page: what clap knows, and the rest.
+/// Writes the manual page: what clap generates, and the other sections.
 fn write_page(page: &mut impl Write) -> io::Result<()> {
     let man = Man::new(Args::command().mut_args(spell_out))
         .title("VHOST-USER-VSOCK")
@@ -44,16 +44,16 @@ fn write_page(page: &mut impl Write) -> io::Result<()> {
     page.write_all(SECTIONS.as_bytes())
 }
 
-/// Puts an option's values and other names into its help. clap_mangen leaves the names out, and makes of the values a
-/// list that mandoc finds fault with.
+/// Adds an option's values and aliases to its help. clap_mangen omits the aliases, and its list of values fails mandoc's
+/// lint.
 fn spell_out(option: Arg) -> Arg {
     let Some(help) = option.get_help().map(ToString::to_string) else {
         return option;
     };
-    let values = match option.get_action().takes_values() {
-        true => option.get_possible_values(),
-        false => Vec::new(),
-    };
+    if !option.get_action().takes_values() {
+        return option;
+    }
+    let values = option.get_possible_values();
     let values: Vec<&str> = values.iter().map(|value| value.get_name()).collect();
     let names = option.get_visible_aliases().unwrap_or_default();
     let names: Vec<String> = names.iter().map(|name| format!("--{name}")).collect();

@@ -38,7 +38,7 @@ Exit status: 0 after SIGTERM, SIGINT or SIGHUP, and when the only VMM of --fd is
 /// Gives a virtual machine its virtio-vsock device.
 ///
 /// A VMM connects to SOCKET (vhost-user). Programs in the guest use AF_VSOCK; a program on the host connects to UDS_PATH
-/// and writes `CONNECT <port>`, or listens at UDS_PATH_<port> for the guest's connections to CID 2.
+/// and writes `CONNECT <port>`, or listens at `UDS_PATH_<port>` for the guest's connections to CID 2.
 #[derive(Parser)]
 #[command(version, after_help = EXAMPLE, max_term_width = 100, args_conflicts_with_subcommands = true, args_override_self = true,
     subcommand_negates_reqs = true, disable_help_subcommand = true)]
@@ -80,7 +80,7 @@ pub struct Args {
     #[arg(long, value_name = "MICROSECONDS", default_value_t = VmConfig::DEFAULT_BUSY_POLL.as_micros() as u64)]
     busy_poll: u64,
 
-    /// Path of a Unix socket that serves statistics in Prometheus text format
+    /// Path of a Unix socket that serves statistics, in Prometheus text format or JSON
     #[arg(long, value_name = "STATS_PATH")]
     stats_path: Option<PathBuf>,
 
@@ -101,7 +101,7 @@ pub struct Args {
     #[arg(long)]
     print_capabilities: bool,
 
-    /// Log more: -v each connection, -vv everything. RUST_LOG=<filter> overrides it
+    /// Log more: -v each connection, -vv everything. RUST_LOG=FILTER overrides it
     #[arg(short, long, action = ArgAction::Count)]
     pub verbose: u8,
 

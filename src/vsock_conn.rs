@@ -82,7 +82,7 @@ pub enum Verdict {
 #[derive(Clone, Debug)]
 enum State {
     /// The guest's REQUEST waits for the peer.
-    Dialing(Dialing),
+    Dialing(Box<Dialing>),
     /// Our REQUEST waits for the guest's answer.
     Requested,
     /// Bytes flow.
@@ -138,7 +138,7 @@ impl VsockConnection {
     ) -> Self {
         let mut conn = Self::new(request.guest_cid, ConnKey::of(request), socket, buf_alloc);
         conn.credit.read_from(request);
-        conn.state = State::Dialing(dialing);
+        conn.state = State::Dialing(Box::new(dialing));
         conn.deadline = Some(Instant::now() + ANSWER_TIMEOUT);
         conn
     }

@@ -1,4 +1,4 @@
-//! The daemon as a program: its options, its mistakes, its sockets, its end.
+//! The daemon as a program: its options, error messages, sockets and exit.
 
 mod common;
 
@@ -54,11 +54,11 @@ fn assert_refused(output: &Output, code: Option<i32>, message: &str) {
 }
 
 #[test]
-fn help_teaches_with_an_example_and_version_tells() {
+fn the_help_has_an_example_and_the_version_is_printed() {
     let help = run(&["--help"]);
     assert!(help.status.success());
     let help = String::from_utf8(help.stdout).unwrap();
-    for taught in [
+    for text in [
         "--guest-cid=4 --socket=/tmp/vhost4.socket --uds-path=/tmp/vm4.vsock",
         "--tx-buffer-size",
         "[default: 262144]",
@@ -72,7 +72,7 @@ fn help_teaches_with_an_example_and_version_tells() {
         "CONNECT 1234",
         "vhost-user-vsock-pci",
     ] {
-        assert!(help.contains(taught), "{taught}");
+        assert!(help.contains(text), "{text}");
     }
     let version = String::from_utf8(run(&["--version"]).stdout).unwrap();
     assert_eq!(
@@ -82,7 +82,7 @@ fn help_teaches_with_an_example_and_version_tells() {
 }
 
 #[test]
-fn mistyped_and_missing_options_are_named() {
+fn misspelled_and_missing_options_are_named() {
     assert_refused(
         &run(&["--guest-cid=4", "--sokcet=/tmp/x"]),
         USE,
@@ -94,8 +94,8 @@ fn mistyped_and_missing_options_are_named() {
 
 #[test]
 fn wrong_values_are_refused() {
-    let folder = TempDir::new().unwrap();
-    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let directory = TempDir::new().unwrap();
+    let (socket, uds) = (directory.path().join("vhost"), directory.path().join("uds"));
     for cid in ["0", "1", "2", "4294967295", "18446744073709551615"] {
         assert_refused(&start(cid, &socket, &uds, &[]), USE, "from 3 to 4294967294");
     }
@@ -122,17 +122,17 @@ fn wrong_values_are_refused() {
         assert_refused(&start("4", &socket, &uds, &[wrong]), USE, option);
     }
     assert_eq!(
-        fs::read_dir(folder.path()).unwrap().count(),
+        fs::read_dir(directory.path()).unwrap().count(),
         0,
-        "nothing is made"
+        "nothing is created"
     );
 }
 
 #[test]
 fn wrong_paths_are_refused() {
-    let folder = TempDir::new().unwrap();
-    let path = |name: &str| folder.path().join(name);
-    let long = |len: usize| path(&"x".repeat(len - folder.path().as_os_str().len() - 1));
+    let directory = TempDir::new().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let long = |len: usize| path(&"x".repeat(len - directory.path().as_os_str().len() - 1));
     let short = path("short");
     assert_refused(
         &start("4", &long(108), &short, &[]),
@@ -152,25 +152,25 @@ fn wrong_paths_are_refused() {
         "does not exist",
     );
     assert_eq!(
-        fs::read_dir(folder.path()).unwrap().count(),
+        fs::read_dir(directory.path()).unwrap().count(),
         0,
-        "nothing is made"
+        "nothing is created"
     );
 }
 
 #[test]
 fn a_file_in_the_way_is_never_touched() {
-    let folder = TempDir::new().unwrap();
-    let (file, free) = (folder.path().join("file"), folder.path().join("free"));
+    let directory = TempDir::new().unwrap();
+    let (file, free) = (directory.path().join("file"), directory.path().join("free"));
     fs::write(&file, "precious").unwrap();
     assert_refused(&start("4", &file, &free, &[]), FAILURE, "not a socket");
     assert_refused(&start("4", &free, &file, &[]), FAILURE, "not a socket");
     assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
-    assert!(!free.exists(), "what was made before is removed");
+    assert!(!free.exists(), "what was created before is removed");
 }
 
 #[test]
-fn a_folder_that_is_closed_to_us_is_a_failure() {
+fn a_directory_where_no_socket_can_be_created_is_a_failure() {
     assert_refused(
         &start("4", Path::new("/proc/vhost"), Path::new("/proc/uds"), &[]),
         FAILURE,
@@ -201,8 +201,8 @@ fn a_path_of_another_daemon_is_refused_and_the_other_lives() {
 
 #[test]
 fn sockets_of_a_dead_daemon_are_replaced() {
-    let folder = TempDir::new().unwrap();
-    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let directory = TempDir::new().unwrap();
+    let (socket, uds) = (directory.path().join("vhost"), directory.path().join("uds"));
     drop(UnixListener::bind(&socket).unwrap());
     drop(UnixListener::bind(&uds).unwrap());
     let mut daemon = Command::new(binary())
@@ -220,10 +220,10 @@ fn sockets_of_a_dead_daemon_are_replaced() {
 
 #[test]
 fn of_daemons_that_start_at_once_one_lives() {
-    let folder = TempDir::new().unwrap();
-    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let directory = TempDir::new().unwrap();
+    let (socket, uds) = (directory.path().join("vhost"), directory.path().join("uds"));
     for _ in 0..10 {
-        // A stale file makes all of them want to clear the way.
+        // A dead socket file, which all of them try to replace.
         drop(UnixListener::bind(&socket));
         let mut daemons: Vec<_> = (0..4)
             .map(|_| {
@@ -236,7 +236,7 @@ fn of_daemons_that_start_at_once_one_lives() {
                     .unwrap()
             })
             .collect();
-        eventually("all but one to give up", || {
+        eventually("all but one to exit", || {
             let ended = |daemon: &mut std::process::Child| daemon.try_wait().unwrap().is_some();
             daemons
                 .iter_mut()
@@ -255,7 +255,7 @@ fn of_daemons_that_start_at_once_one_lives() {
 
 #[test]
 fn signals_end_it_and_remove_the_sockets() {
-    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         let mut daemon = Daemon::start();
         assert!(
             fs::metadata(daemon.uds_path())
@@ -292,7 +292,7 @@ fn a_stopping_daemon_removes_its_sockets_while_they_listen_and_under_the_lock() 
 }
 
 #[test]
-fn a_signal_while_a_vmm_says_nothing_ends_it_too() {
+fn a_signal_ends_it_while_a_silent_vmm_is_connected() {
     let mut daemon = Daemon::start();
     let _vmm = UnixStream::connect(daemon.vhost_socket()).unwrap();
     eventually("the VMM to be served", || {
@@ -332,8 +332,8 @@ fn a_full_disk_under_the_log_stops_nothing() {
         .status();
     assert_eq!(mistaken.unwrap().code(), USE);
 
-    let folder = TempDir::new().unwrap();
-    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let directory = TempDir::new().unwrap();
+    let (socket, uds) = (directory.path().join("vhost"), directory.path().join("uds"));
     let mut daemon = Command::new(binary())
         .args(["--guest-cid=4", "-vv"])
         .args(["--socket", socket.to_str().unwrap()])
@@ -351,8 +351,8 @@ fn a_full_disk_under_the_log_stops_nothing() {
 
 /// Runs a daemon with a variable in its environment until it serves, then stops it.
 fn serve_with(variable: (&str, &OsStr), stderr: impl Into<Stdio>) -> Option<i32> {
-    let folder = TempDir::new().unwrap();
-    let (socket, uds) = (folder.path().join("vhost"), folder.path().join("uds"));
+    let directory = TempDir::new().unwrap();
+    let (socket, uds) = (directory.path().join("vhost"), directory.path().join("uds"));
     let mut daemon = Command::new(binary())
         .arg("--guest-cid=4")
         .args(["--socket", socket.to_str().unwrap()])
@@ -406,7 +406,7 @@ fn the_limit_of_descriptors_is_raised() {
 }
 
 #[test]
-fn its_capabilities_are_printed_whatever_else_is_asked_for() {
+fn capabilities_are_printed_whatever_the_other_options() {
     for args in [
         &["--print-capabilities"][..],
         &["--nonsense", "--print-capabilities"],
@@ -419,9 +419,9 @@ fn its_capabilities_are_printed_whatever_else_is_asked_for() {
 }
 
 #[test]
-fn the_other_daemons_form_and_qemus_name_are_understood() {
-    let folder = TempDir::new().unwrap();
-    let (socket, uds_path) = (folder.path().join("vhost"), folder.path().join("uds"));
+fn the_form_of_vhost_device_vsock_and_the_name_of_qemu_are_understood() {
+    let directory = TempDir::new().unwrap();
+    let (socket, uds_path) = (directory.path().join("vhost"), directory.path().join("uds"));
     let vm = format!(
         "guest-cid=4,socket={},uds-path={}",
         socket.display(),
@@ -444,8 +444,8 @@ fn the_other_daemons_form_and_qemus_name_are_understood() {
 
 #[test]
 fn a_descriptor_that_is_no_listening_socket_is_refused() {
-    let folder = TempDir::new().unwrap();
-    let uds = format!("--uds-path={}", folder.path().join("uds").display());
+    let directory = TempDir::new().unwrap();
+    let uds = format!("--uds-path={}", directory.path().join("uds").display());
     let output = run(&["--guest-cid=4", "--fd=0", &uds]);
     assert_refused(&output, FAILURE, "descriptor 0: ");
     let (datagram, _other) = UnixDatagram::pair().unwrap();

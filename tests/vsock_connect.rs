@@ -266,7 +266,7 @@ fn a_socket_of_something_else_is_told() {
         session.answer(answer);
         let (status, complaint) = session.end();
         assert_eq!(status.code(), Some(1), "{answer}");
-        assert!(complaint.contains("is no socket of"), "{complaint}");
+        assert!(complaint.contains("is not a socket of"), "{complaint}");
     }
 }
 

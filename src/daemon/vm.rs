@@ -31,7 +31,6 @@ pub(super) const SYSCALLS: &[Syscall] = &[
     Syscall::any(libc::SYS_poll),
     Syscall::any(libc::SYS_ppoll),
     Syscall::any(libc::SYS_restart_syscall),
-    Syscall::any(libc::SYS_eventfd2),
     Syscall::any(libc::SYS_write),
     Syscall::any(libc::SYS_read),
 ];

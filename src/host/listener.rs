@@ -22,9 +22,7 @@ use std::time::{Duration, Instant};
 use libc::{O_NOFOLLOW, O_PATH, c_int};
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
-};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::fchownat;
 use thiserror::Error;
@@ -299,17 +297,11 @@ fn is_bound(path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Connects to who listens at `path`, without waiting: a full backlog is `WouldBlock`. The stream doesn't block either.
-pub fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(socket.into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::socket::HostSocket;
+    use nix::sys::socket::{AddressFamily, SockFlag, UnixAddr, socket};
     use tempfile::TempDir;
 
     fn bind(path: &Path) -> Result<SocketFile, ListenerError> {
@@ -407,7 +399,7 @@ mod tests {
         let path = directory.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();
         let mut waiting = Vec::new();
-        while let Ok(stream) = connect_at_once(&path) {
+        while let Ok(stream) = HostSocket::connect(&path) {
             waiting.push(stream);
         }
         assert!(matches!(bind(&path), Err(ListenerError::InUse(_))));

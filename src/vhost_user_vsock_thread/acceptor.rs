@@ -117,3 +117,46 @@ impl AsRawFd for Acceptor {
         self.listener.as_raw_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{Shutdown, shutdown};
+    use std::os::unix::net::UnixStream;
+    use tempfile::TempDir;
+
+    #[test]
+    fn an_error_that_is_not_known_pauses_once() {
+        // Not a listener at all: accept fails with EINVAL.
+        let (socket, _other) = UnixStream::pair().unwrap();
+        let listener = UnixListener::from(OwnedFd::from(socket));
+        let mut acceptor = Acceptor::new(listener).unwrap();
+        assert!(matches!(acceptor.accept(), Accepted::Shortage));
+        assert!(!acceptor.is_pending(), "it must not be tried again at once");
+        acceptor.set_pending();
+        assert!(!acceptor.is_pending(), "an event does not end the pause");
+        acceptor.resume(Instant::now() + PAUSE);
+        assert!(acceptor.is_pending());
+        assert!(matches!(acceptor.accept(), Accepted::Nobody), "logged twice");
+    }
+
+    #[test]
+    fn clients_are_accepted_after_a_pause() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut acceptor = Acceptor::new(listener.try_clone().unwrap()).unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        assert!(matches!(acceptor.accept(), Accepted::Client(_)));
+        assert!(matches!(acceptor.accept(), Accepted::Nobody));
+        assert!(!acceptor.is_pending());
+        // Whoever shares the listener may shut it down.
+        shutdown(listener.as_raw_fd(), Shutdown::Both).unwrap();
+        acceptor.set_pending();
+        assert!(matches!(
+            acceptor.accept(),
+            Accepted::Shortage | Accepted::Nobody
+        ));
+        assert!(!acceptor.is_pending());
+    }
+}

@@ -2,6 +2,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use super::*;
+use crate::host::connect_line::Line;
 use crate::packet::header::{GuestPort, PeerAddr};
 use crate::testing::{memory, received, rx_batch, tx_batch};
 
@@ -196,6 +197,91 @@ fn a_dead_client_is_reset_unless_it_left_bytes() {
     let packets = ends.packets();
     assert_eq!(packets[0].1, b"last words");
     assert_eq!(packets[1].0.shutdown_flags(), ShutdownFlags::all());
+}
+
+/// A connection whose peer is to answer with an `OK` line.
+fn dialing() -> Ends {
+    Ends::of(|socket| {
+        let dialing = Dialing::Answer(Line::answer());
+        VsockConnection::dialing(&packet(Op::Request), socket, dialing, WINDOW)
+    })
+}
+
+#[test]
+fn a_request_is_answered_when_the_peer_has_answered() {
+    let mut ends = dialing();
+    assert_eq!(ends.ops(), [], "the guest waits");
+    ends.program.write_all(b"OK 10").unwrap();
+    assert_eq!(ends.readable(), Verdict::Open);
+    assert_eq!(ends.ops(), [], "half an answer");
+    ends.program.write_all(b"24\nfirst bytes").unwrap();
+    assert_eq!(ends.readable(), Verdict::Open);
+    let packets = ends.packets();
+    assert_eq!(packets[0].0.op, Op::Response);
+    assert_eq!(packets[1].1, b"first bytes", "what follows is payload");
+    assert!(ends.conn.deadline().is_none());
+}
+
+#[test]
+fn a_peer_that_refuses_or_answers_something_else_resets_the_request() {
+    let mut ends = dialing();
+    ends.program.write_all(b"no\n").unwrap();
+    assert_eq!(ends.readable(), Verdict::Reset(CloseReason::Refused));
+    let mut ends = dialing();
+    ends.program = UnixStream::pair().unwrap().0;
+    assert_eq!(ends.gone(), Verdict::Reset(CloseReason::Refused));
+}
+
+#[test]
+fn a_connect_that_has_not_waited_is_answered_when_it_has_succeeded() {
+    let mut ends = Ends::of(|socket| {
+        VsockConnection::dialing(&packet(Op::Request), socket, Dialing::Connect, WINDOW)
+    });
+    assert!(ends.conn.deadline().is_some(), "it does not wait forever");
+    assert_eq!(ends.writable(), Verdict::Open);
+    assert_eq!(ends.ops(), [Op::Response]);
+}
+
+#[test]
+fn a_guest_that_does_not_wait_for_the_peers_answer_is_reset() {
+    let mut ends = dialing();
+    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset(CloseReason::Protocol));
+    let mut ends = dialing();
+    let both = shutdown(ShutdownFlags::all());
+    assert_eq!(ends.guest(&both), Verdict::Reset(CloseReason::Protocol));
+    let mut ends = dialing();
+    assert_eq!(
+        ends.guest(&packet(Op::Rst)),
+        Verdict::Close(CloseReason::GuestReset)
+    );
+}
+
+#[test]
+fn a_flush_is_bounded_and_goes_on_without_an_event() {
+    let mut ends = Ends::established(1 << 21);
+    ends.fill(1 << 20);
+    let mut reader = ends.program.try_clone().unwrap();
+    let (done, drained) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 16];
+        while reader.read(&mut buffer).is_ok_and(|count| count > 0) {}
+        let _ = done.send(());
+    });
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while ends.conn.mover.buffered() > 0 {
+        assert!(Instant::now() < deadline, "nothing is flushed");
+        let before = ends.conn.mover.buffered();
+        let verdict = if ends.conn.can_flush() {
+            ends.conn.flush()
+        } else {
+            ends.writable()
+        };
+        assert_eq!(verdict, Verdict::Open);
+        assert!(before - ends.conn.mover.buffered() <= 256 * 1024);
+    }
+    drop(ends);
+    drained.recv_timeout(Duration::from_secs(10)).unwrap();
+    thread.join().unwrap();
 }
 
 #[test]

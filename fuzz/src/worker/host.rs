@@ -3,11 +3,12 @@
 use std::cell::Cell;
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use tempfile::TempDir;
-use vhost_user_vsock::host::listener::connect_at_once;
 
 /// How many host ports may have a listener, from 1 on.
 pub(super) const PORTS: u8 = 4;
@@ -77,7 +78,11 @@ impl Host {
 
     /// Connects to the daemon.
     pub(super) fn connect(&self) -> io::Result<UnixStream> {
-        connect_at_once(&self.uds_path())
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        // A full backlog is an error.
+        connect(socket.as_raw_fd(), &UnixAddr::new(&self.uds_path())?)?;
+        Ok(socket.into())
     }
 
     /// A host program begins to listen at `port`, or stops.
