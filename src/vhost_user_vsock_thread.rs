@@ -16,6 +16,7 @@
 mod acceptor;
 mod busy_poll;
 mod epoll;
+mod limits;
 mod log_limit;
 mod ring;
 mod rings;
@@ -46,6 +47,10 @@ use acceptor::{Accepted, Acceptor};
 use busy_poll::BusyPoll;
 use epoll::SocketRegistry;
 pub use epoll::{Epoll, EventBuffer, Wait};
+use limits::{
+    MAX_ACCEPTS, MAX_QUIET_BYTES, MAX_ROUNDS, MAX_RX_BATCHES, MAX_RX_DESCRIPTORS, MAX_TX_BYTES,
+    MAX_TX_DESCRIPTORS, MAX_TX_PACKETS,
+};
 use log_limit::LogLimit;
 pub use ring::GuestMemoryHandle;
 use ring::{has_entries, needs_interrupt, return_buffer};
@@ -80,21 +85,6 @@ pub const RX_RING: usize = 0;
 pub const TX_RING: usize = 1;
 /// RX, TX and event ring.
 pub const NUM_RINGS: usize = 3;
-
-/// How many rounds a turn has at most.
-const MAX_ROUNDS: usize = 16;
-/// How many packets, and about how many bytes and descriptors, a round takes from the guest.
-const MAX_TX_PACKETS: usize = 256;
-const MAX_TX_BYTES: usize = 256 * 1024;
-const MAX_TX_DESCRIPTORS: usize = 2048;
-/// How often a round serves a connection, or a reset, that has something for the guest.
-const MAX_RX_BATCHES: usize = 32;
-/// About how many descriptors a round takes from the RX ring.
-const MAX_RX_DESCRIPTORS: usize = 8192;
-/// How many bytes the guest is given before it is interrupted, so that it takes them while more are on the way.
-const MAX_QUIET_BYTES: usize = 64 * 1024;
-/// How many clients a round accepts.
-const MAX_ACCEPTS: usize = 64;
 
 /// The worker of one VM.
 pub struct VhostUserVsockThread {

@@ -87,7 +87,7 @@ pub struct VhostUserVsockBackend {
 }
 
 impl VhostUserVsockBackend {
-    /// The device that `config` describes. Host programs connect to `listener`, and `observer` is told of its activity.
+    /// The device that `config` describes. Host programs connect to `listener`, and `observer` gets its activity.
     pub fn new(
         config: &VmConfig,
         listener: UnixListener,

@@ -36,6 +36,7 @@ mod dialing;
 mod key;
 mod readiness;
 mod shutdown;
+mod state;
 mod stream_mover;
 #[cfg(test)]
 mod tests;
@@ -58,6 +59,7 @@ pub use dialing::Dialing;
 pub use key::ConnKey;
 pub use readiness::Readiness;
 use shutdown::Shutdown;
+use state::State;
 use stream_mover::{Delivered, Flushed, StreamMover};
 
 /// How long the guest has to answer a REQUEST, and the peer to answer the guest's.
@@ -76,33 +78,6 @@ pub enum Verdict {
     Close(CloseReason),
     /// It is over, and the guest gets an RST.
     Reset(CloseReason),
-}
-
-/// Where a connection is in its life.
-#[derive(Clone, Debug)]
-enum State {
-    /// The guest's REQUEST waits for the peer.
-    Dialing(Box<Dialing>),
-    /// Our REQUEST waits for the guest's answer.
-    Requested,
-    /// Bytes flow.
-    Established,
-    /// The guest has closed; bytes of its still wait for the host program.
-    Flushing,
-    /// The host program has closed, and the guest was sent SHUTDOWN for both directions.
-    Closing,
-}
-
-impl State {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Dialing(_) => "dialing",
-            Self::Requested => "connecting",
-            Self::Established => "established",
-            Self::Flushing => "flushing",
-            Self::Closing => "finishing",
-        }
-    }
 }
 
 /// A connection.
@@ -258,7 +233,7 @@ impl VsockConnection {
             Op::CreditUpdate | Op::Rw => Verdict::Open,
         };
         if verdict == Verdict::Open && self.mover.buffered() > 0 {
-            // A full socket has no event for a host program that stops reading, so look when anything happens.
+            // A full socket has no event for a host program that stops reading, so it is probed when anything happens.
             return self.socket_ready(Readiness::default());
         }
         self.update_pending();

@@ -139,7 +139,7 @@ enum VmmSocket {
 }
 
 impl BoundVm {
-    /// Makes the sockets of a VM. `observer` is told of its activity.
+    /// Makes the sockets of a VM. `observer` gets its activity.
     pub(super) fn new(
         config: &VmConfig,
         observer: impl Fn(Activity) + Send + Sync + 'static,
@@ -348,7 +348,7 @@ fn serve_vmm(vmm: UnixStream, device: &Arc<VhostUserVsockBackend>, stop: &Stop) 
     let end = loop {
         match session.handle_request() {
             Ok(()) => {}
-            // The VMM was told so, and goes on without.
+            // The VMM has its answer, and the session goes on.
             Err(VhostUserError::ReqHandlerError(error)) => warn!("refused the VMM: {error}"),
             Err(error) => break error,
         }

@@ -144,8 +144,8 @@ fn ask(path: &Path, request: &str) -> UnixStream {
 }
 
 /// A stats socket whose answers are longer than what a socket buffers.
-fn serve_long_answers(folder: &TempDir) -> (std::path::PathBuf, Snapshot) {
-    let path = folder.path().join("stats");
+fn serve_long_answers(directory: &TempDir) -> (std::path::PathBuf, Snapshot) {
+    let path = directory.path().join("stats");
     let snapshot = Snapshot::from(vm(3, 2000));
     let served = snapshot.clone();
     socket::serve(UnixListener::bind(&path).unwrap(), move || served.clone()).unwrap();
@@ -154,8 +154,8 @@ fn serve_long_answers(folder: &TempDir) -> (std::path::PathBuf, Snapshot) {
 
 #[test]
 fn a_client_that_reads_gets_its_answer_beside_hundreds_that_do_not() {
-    let folder = TempDir::new().unwrap();
-    let (path, snapshot) = serve_long_answers(&folder);
+    let directory = TempDir::new().unwrap();
+    let (path, snapshot) = serve_long_answers(&directory);
     let whole = text(&snapshot);
     let _not_reading: Vec<UnixStream> = (0..300)
         .map(|_| ask(&path, "GET / HTTP/1.1\r\n\r\n"))
@@ -171,8 +171,8 @@ fn a_client_that_reads_gets_its_answer_beside_hundreds_that_do_not() {
 
 #[test]
 fn a_client_that_reads_slowly_gets_all_of_it() {
-    let folder = TempDir::new().unwrap();
-    let (path, snapshot) = serve_long_answers(&folder);
+    let directory = TempDir::new().unwrap();
+    let (path, snapshot) = serve_long_answers(&directory);
     let mut stream = ask(&path, "");
     stream.shutdown(Shutdown::Write).unwrap();
     let mut answer = vec![0; 1000];
