@@ -166,9 +166,13 @@ impl VhostUserVsockBackend {
         &self.vrings
     }
 
-    /// The guest's memory, as the rings see it.
-    pub(crate) fn shared_memory(&self) -> GuestMemoryHandle {
-        self.memory.clone()
+    /// The guest has this memory, between two turns: the mapping that was there before is unused when this returns.
+    pub(crate) fn replace_memory(&self, map: &GuestMemoryMmap) {
+        let mut worker = self.worker();
+        if let Ok(memory) = self.memory.lock() {
+            memory.replace(map.clone());
+        }
+        worker.set_memory(self.memory.clone());
     }
 
     fn turn(&self, events: &EventBuffer) -> Wait {

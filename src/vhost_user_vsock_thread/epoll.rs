@@ -76,6 +76,8 @@ impl Epoll {
             Wait::ForEvents => -1,
             Wait::Not => 0,
         };
+        let none = Event::new(Events::empty(), 0);
+        events.events.resize(MAX_EVENTS, none);
         events.count = epoll::wait(self.0, timeout, &mut events.events).unwrap_or(0);
     }
 }
@@ -110,19 +112,11 @@ impl Registry for SocketRegistry {
 }
 
 /// Room for events.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct EventBuffer {
-    events: Box<[Event]>,
+    /// Allocated by the first wait.
+    events: Vec<Event>,
     count: usize,
-}
-
-impl Default for EventBuffer {
-    fn default() -> Self {
-        Self {
-            events: vec![Event::new(Events::empty(), 0); MAX_EVENTS].into(),
-            count: 0,
-        }
-    }
 }
 
 impl EventBuffer {

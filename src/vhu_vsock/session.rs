@@ -38,7 +38,7 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::VhostUserVsockBackend;
 use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
-use crate::vhost_user_vsock_thread::{GuestMemoryHandle, VsockVring};
+use crate::vhost_user_vsock_thread::VsockVring;
 
 /// A session, and the requests that it gets.
 pub(crate) type SessionHandler = BackendReqHandler<Mutex<Session>>;
@@ -50,15 +50,12 @@ pub(crate) struct Session {
     features: u64,
     protocol_features: u64,
     memory: MemoryTable,
-    /// The memory as the device and the rings see it.
-    shared_memory: GuestMemoryHandle,
 }
 
 impl Session {
     /// The session of a VMM that is connected by `stream`.
     pub(crate) fn begin(stream: UnixStream, device: Arc<VhostUserVsockBackend>) -> SessionHandler {
         let session = Self {
-            shared_memory: device.shared_memory(),
             device,
             owned: false,
             features: 0,
@@ -76,16 +73,6 @@ impl Session {
         } else {
             Err(Error::InvalidParam)
         }
-    }
-
-    /// Publishes the memory table. The mapping that was there before is unused when this returns.
-    fn publish_memory(&mut self) -> Result<()> {
-        if let Ok(shared) = self.shared_memory.lock() {
-            shared.replace(self.memory.map().clone());
-        }
-        self.device
-            .update_memory(self.shared_memory.clone())
-            .map_err(|_| Error::BackendInternalError)
     }
 
     /// Sets a ring up, between two turns. One that runs goes on with what has changed.
@@ -146,10 +133,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.features = features;
         // Without protocol features there is no SET_VRING_ENABLE, and rings are enabled from the start.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            let worker = self.device.worker();
             for vring in self.device.vrings() {
                 vring.set_enabled(true);
             }
-            self.device.worker().wake();
+            worker.wake();
         }
         self.device
             .set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
@@ -177,7 +165,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
         self.memory.replace(regions, files).map_err(fatal)?;
-        self.publish_memory()?;
+        self.device.replace_memory(self.memory.map());
         Ok(None)
     }
 
@@ -194,7 +182,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.memory
             .add(region, file)
             .map_err(MemoryError::into_refusal)?;
-        self.publish_memory()?;
+        self.device.replace_memory(self.memory.map());
         Ok(None)
     }
 
@@ -202,7 +190,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.memory
             .remove(region)
             .map_err(MemoryError::into_refusal)?;
-        self.publish_memory()
+        self.device.replace_memory(self.memory.map());
+        Ok(())
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
@@ -257,6 +246,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.device
             .stop_vring(index)
             .map_err(|_| Error::BackendInternalError)?;
+        let _worker = self.device.worker();
         let base = self.device.vrings()[ring].queue_next_avail();
         Ok(VhostUserVringState::new(index, base.into()))
     }
