@@ -127,9 +127,9 @@ impl Input {
         self.buffers & 1 != 0
     }
 
-    /// The connection's buffer, in bytes: up to 64 KiB, or up to 1 MiB.
+    /// The connection's buffer, in bytes: up to 64 KiB, or up to 512 KiB, which is more than a flush sends at a time.
     fn window(&self) -> u32 {
-        let factor = if self.buffers & 6 == 6 { 16 } else { 1 };
+        let factor = if self.buffers & 6 == 6 { 8 } else { 1 };
         factor * (u32::from(self.window) + 1)
     }
 }

@@ -1,5 +1,19 @@
 //! Bytes that tell where they belong.
 
+use std::sync::LazyLock;
+
+/// After how many bytes a stream repeats itself: a prime, and more than any buffer on the way holds.
+const PERIOD: usize = 1_048_573;
+
+/// Bytes without a pattern. A stream is a part of them, with the next stream's somewhere else: slices are made and compared much
+/// faster than single bytes.
+static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let byte = |place: u32| (place.wrapping_mul(0x9e37_79b1) >> 24) as u8;
+    (0..PERIOD as u32)
+        .map(|place| byte(place ^ place >> 8))
+        .collect()
+});
+
 /// One direction of a connection. Each byte is a function of the direction and of its place in it.
 #[derive(Debug)]
 pub struct Stream {
@@ -22,18 +36,21 @@ impl Stream {
 
     /// The next `count` bytes to send. They only count once they are [sent](Stream::sent).
     pub fn next(&self, count: usize) -> Vec<u8> {
-        let end = self.sent + count as u32;
-        (self.sent..end).map(|place| self.byte(place)).collect()
+        let mut bytes = Vec::with_capacity(count);
+        self.parts(self.sent, count)
+            .for_each(|part| bytes.extend_from_slice(part));
+        bytes
     }
 
     /// Checks bytes that have arrived: none is missing, repeated, invented or of another stream.
     pub fn check(&mut self, bytes: &[u8]) {
         let end = self.received + bytes.len() as u32;
         assert!(end <= self.sent, "bytes that nobody has sent: {self:?}");
-        let mut places = (self.received..end).zip(bytes);
-        let wrong = places.position(|(place, byte)| *byte != self.byte(place));
-        if let Some(wrong) = wrong {
-            panic!("the byte {wrong} behind those of {self:?} is wrong");
+        let mut rest = bytes;
+        for expected in self.parts(self.received, bytes.len()) {
+            let (part, after) = rest.split_at(expected.len());
+            assert!(part == expected, "wrong bytes behind those of {self:?}");
+            rest = after;
         }
         self.received = end;
     }
@@ -43,9 +60,17 @@ impl Stream {
         self.received == self.sent
     }
 
-    fn byte(&self, place: u32) -> u8 {
-        // Neighbours, and the same places of other streams, have little in common.
-        let mixed = (place ^ self.id << 20).wrapping_mul(0x9e37_79b1);
-        (mixed >> 24) as u8
+    /// The `count` bytes from `place` on.
+    fn parts(&self, place: u32, count: usize) -> impl Iterator<Item = &'static [u8]> + use<> {
+        // Far from each other, whatever the number.
+        let mut start = (self.id as usize * 618_033 + place as usize) % PERIOD;
+        let mut left = count;
+        std::iter::from_fn(move || {
+            let part = left.min(PERIOD - start);
+            let bytes = &BYTES[start..start + part];
+            left -= part;
+            start = 0;
+            (part > 0).then_some(bytes)
+        })
     }
 }
