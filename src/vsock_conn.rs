@@ -273,7 +273,11 @@ impl VsockConnection {
     /// Takes an event of the socket.
     pub fn socket_ready(&mut self, ready: Readiness) -> Verdict {
         if matches!(self.state, State::Dialing(_)) {
-            return self.continue_dialing();
+            let verdict = self.continue_dialing();
+            if verdict != Verdict::Open || matches!(self.state, State::Dialing(_)) {
+                return verdict;
+            }
+            // The event that brings the answer may also be the one that says that the peer has closed.
         }
         if ready.readable {
             self.mover.set_readable();
@@ -425,7 +429,6 @@ impl VsockConnection {
             Answer::Refused => return Verdict::Reset(CloseReason::Refused),
             Answer::Accepted => self.accept(),
         }
-        self.update_pending();
         Verdict::Open
     }
 

@@ -243,6 +243,18 @@ fn a_connect_that_has_not_waited_is_answered_when_it_has_succeeded() {
 }
 
 #[test]
+fn a_peer_that_closes_with_its_answer_is_gone_whether_or_not_the_guest_receives() {
+    let mut ends = dialing();
+    ends.program.write_all(b"OK 5\n").unwrap();
+    ends.program = UnixStream::pair().unwrap().0;
+    assert_eq!(ends.gone(), Verdict::Open);
+    assert_eq!(ends.guest(&shutdown(ShutdownFlags::RECEIVE)), Verdict::Open);
+    let packets = ends.packets();
+    assert_eq!(packets[0].0.op, Op::Response);
+    assert_eq!(packets[1].0.shutdown_flags(), ShutdownFlags::all());
+}
+
+#[test]
 fn a_guest_that_does_not_wait_for_the_peers_answer_is_reset() {
     let mut ends = dialing();
     assert_eq!(ends.guest_writes(b"x"), Verdict::Reset(CloseReason::Protocol));
