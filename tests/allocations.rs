@@ -116,6 +116,9 @@ fn packets_cost_no_allocation() {
     conns.extend((10..=11).map(|port| Conn::by_host(&mut guest, &uds_path, port)));
 
     let mut round = |guest: &mut SimGuest, seed: u64| {
+        let nobody = Flow::new(99, PORT + 1);
+        guest.send(&nobody.rw(b"nobody listens"));
+        guest.recv().assert_is(Op::Rst, &nobody);
         for conn in &mut conns {
             for (len, part) in [
                 (1, 1),
