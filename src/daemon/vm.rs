@@ -20,7 +20,6 @@ use vhost::vhost_user::Error as VhostUserError;
 
 use crate::config::{ConfigError, ProcessConfig, Sandbox, Socket, VmConfig};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
-use crate::metrics::counters::VmSnapshot;
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
@@ -225,12 +224,7 @@ impl Vm {
         BoundVm::new(config, |_| {})?.start(Threads::new()?)
     }
 
-    /// Its counters and connections now.
-    pub fn snapshot(&self) -> VmSnapshot {
-        self.device.snapshot()
-    }
-
-    /// Statistics for as long as the process runs.
+    /// Its device, for statistics for as long as the process runs.
     pub(super) fn device(&self) -> Arc<VhostUserVsockBackend> {
         self.device.clone()
     }
