@@ -214,10 +214,13 @@ fn a_guest_for_whose_memory_there_is_no_room_is_not_served_and_the_next_is() {
 #[test]
 fn without_address_space_a_vmm_can_not_share_memory_and_the_next_one_is_served() {
     let mut daemon = Daemon::start();
+    // The last thread to start is the log's.
+    eventually("all threads", || daemon.log().contains("waiting for a VMM"));
     limit_memory(&daemon, 0);
     // It takes no thread to serve a VMM, but its memory has to be mapped.
     let first = Frontend::connect(&daemon.vhost_socket());
-    first.set_mem_table(&GuestMemory::new(&[64 << 20], Backing::Pages));
+    // More than the threads' heaps may have given back since.
+    first.set_mem_table(&GuestMemory::new(&[1 << 30], Backing::Pages));
     eventually("the shortage to be noticed", || {
         daemon.log().contains("the VMM is no longer served")
     });
