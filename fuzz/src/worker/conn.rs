@@ -200,7 +200,11 @@ impl Conn {
     }
 
     fn receive_payload(&mut self, payload: &[u8]) {
-        assert!(self.state == State::Open && !payload.is_empty());
+        assert!(
+            self.state == State::Open && !payload.is_empty(),
+            "{} bytes for {self:?}",
+            payload.len()
+        );
         assert!(
             !self.sent_shutdown.contains(ShutdownFlags::SEND),
             "bytes behind the end"

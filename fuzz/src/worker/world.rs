@@ -64,8 +64,8 @@ pub(super) struct World<'m> {
     consumed: u64,
     /// Answers that wait for room in the TX ring.
     replies: VecDeque<VsockHeader>,
-    /// How many packets of a connection may still be answered with an RST, since there is no such connection.
-    resets: HashMap<ConnKey, u32>,
+    /// How many packets with these addresses and this type may still be answered with an RST, since there is no such connection.
+    resets: HashMap<(ConnKey, u16), u32>,
     /// Host programs that must be closed.
     unwelcome: Vec<UnixStream>,
     restarts: usize,
@@ -327,7 +327,8 @@ impl World<'_> {
         );
     }
 
-    /// Where a host program sees that the guest has closed, the RST which frees the guest's ports is in the RX ring already.
+    /// Where a host program sees that the guest has closed, the RST which frees the guest's ports is in the RX ring already. Which
+    /// of both the worker does first within a turn is not seen here.
     fn check_resets(&mut self) {
         let can_receive = !self.paused[RX_RING] && self.rings[RX_RING].has_unreturned();
         for index in 0..self.conns.len() {

@@ -28,7 +28,8 @@ impl World<'_> {
 
     fn send(&mut self, header: VsockHeader, payload: &[u8], layout: Layout) {
         if header.op != Op::Rst {
-            *self.resets.entry(ConnKey::of(&header)).or_default() += 1;
+            let key = (ConnKey::of(&header), header.packet_type.into());
+            *self.resets.entry(key).or_default() += 1;
         }
         self.sent += 1;
         let ring = &mut self.rings[TX_RING];
@@ -77,9 +78,14 @@ impl World<'_> {
         if self.conns.len() == MAX_CONNS {
             return;
         }
-        let is_used = |conn: &Conn| conn.key == key && conn.state != State::Over;
-        let was_used = self.resets.contains_key(&key);
-        if self.conns.iter().any(is_used) || !self.make_room() || (was_used && !self.sync()) {
+        let mut earlier = self.conns.iter().filter(|conn| conn.key == key);
+        if earlier.any(|conn| conn.state != State::Over) || !self.make_room() {
+            return;
+        }
+        // What is on the way for an earlier connection would be taken for this one's.
+        let was_used = self.conns.iter().any(|conn| conn.key == key)
+            || self.resets.contains_key(&(key, PacketType::Stream.into()));
+        if was_used && !self.sync() {
             return;
         }
         let number = self.conns.len() as u32;
@@ -237,10 +243,11 @@ impl World<'_> {
         }
     }
 
-    /// The guest takes the packets that are there. False when there are none.
+    /// The guest takes the chains that were returned to it, and the packets in them. False when there are none.
     pub(super) fn receive(&mut self) -> bool {
         let mut received = false;
         while let Some(returned) = self.rings[RX_RING].take() {
+            received = true;
             assert_eq!(
                 returned.is_sound,
                 !returned.bytes.is_empty(),
@@ -249,7 +256,6 @@ impl World<'_> {
             if returned.is_sound {
                 let (header, payload) = guest::packet(returned.bytes);
                 self.receive_packet(&header, &payload);
-                received = true;
             }
         }
         self.send_replies();
@@ -320,6 +326,7 @@ impl World<'_> {
             assert!(is_due, "reset without a reason: {conn:?}");
             conn.end();
         } else {
+            let key = (key, header.packet_type.into());
             let allowed = self.resets.get_mut(&key).filter(|count| **count > 0);
             *allowed.unwrap_or_else(|| panic!("nothing is to be reset: {header:?}")) -= 1;
         }
