@@ -84,7 +84,7 @@ soak:
 	trap '' INT; SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --release --locked --test soak
 
 # Every target for FUZZ_SECONDS, in a copy of its corpus. What crashes is left in fuzz/artifacts. All unsafe code is for packet to
-# reach, with AddressSanitizer; without it, and without traced comparisons, the larger targets are three times as fast.
+# reach, with AddressSanitizer; without it, and without traced comparisons, the larger targets are more than twice as fast.
 FUZZ_SECONDS ?= 180
 fuzz:
 	@cargo +nightly --version || { echo "make fuzz needs a nightly toolchain: rustup toolchain install nightly"; exit 1; }
