@@ -1,6 +1,6 @@
 //! What a SHUTDOWN may say.
 
-use vhost_user_vsock::packet::header::ShutdownFlags;
+use vhost_user_vsock::packet::header::{ShutdownFlags, VsockHeader};
 
 /// What each end of a connection will no longer do, before a SHUTDOWN goes to the guest.
 pub struct Ended {
@@ -13,9 +13,11 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// Checks a SHUTDOWN with these flags: they say what the program has done, something new is among them, and the end of
-    /// its bytes is not before the last byte.
-    pub fn check(&self, flags: ShutdownFlags, has_all_bytes: bool) {
+    /// Checks a SHUTDOWN, and returns its flags: they say what the program has done, something new is among them, and the end
+    /// of its bytes is not before the last byte.
+    pub fn check(&self, header: &VsockHeader, has_all_bytes: bool) -> ShutdownFlags {
+        let flags = header.shutdown_flags();
+        assert_eq!(flags.bits(), header.flags, "no other bits are set");
         let mut allowed = self.by_program;
         // A direction that the guest has ended needs no end by the program: with the other one, the socket is over.
         let both = self.by_program & self.by_guest;
@@ -30,5 +32,6 @@ impl Ended {
         if flags.contains(ShutdownFlags::SEND) && !self.by_guest.contains(ShutdownFlags::RECEIVE) {
             assert!(has_all_bytes, "the end is before the last byte");
         }
+        flags
     }
 }

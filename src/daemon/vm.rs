@@ -342,7 +342,7 @@ fn serve_vmm(vmm: UnixStream, device: &Arc<VhostUserVsockBackend>, stop: &Stop) 
     let end = loop {
         match session.handle_request() {
             Ok(()) => {}
-            // The VMM has its answer, and the session goes on.
+            // A VMM that wanted an answer has it. The session goes on.
             Err(VhostUserError::ReqHandlerError(error)) => warn!("refused the VMM: {error}"),
             Err(error) => break error,
         }

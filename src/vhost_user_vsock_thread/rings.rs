@@ -17,7 +17,7 @@ use crate::thread_backend::event_source::EventSource;
 /// How a ring goes on when the VMM starts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Start {
-    /// Where it was left, or it is the first start.
+    /// Where it was left; or it is the first start, or it is broken.
     Resumed,
     /// Elsewhere: it belongs to a driver that has started afresh, and knows of no connection.
     Afresh,
@@ -95,16 +95,15 @@ impl Rings {
         let ring = &mut self.rings[index];
         ring.state = RingState::Unchecked;
         ring.kicks_enabled = true;
-        let left_at = match position {
-            Ok(position) => ring.position.replace(position).map(|left| left != position),
+        match position {
+            Ok(position) => match ring.position.replace(position) {
+                Some(left_at) if left_at != position => Start::Afresh,
+                Some(_) | None => Start::Resumed,
+            },
             Err(error) => {
                 self.stop_broken(index, &error);
-                None
+                Start::Resumed
             }
-        };
-        match left_at {
-            Some(true) => Start::Afresh,
-            Some(false) | None => Start::Resumed,
         }
     }
 

@@ -219,15 +219,12 @@ impl Conn {
 
     fn receive_shutdown(&mut self, header: &VsockHeader) {
         assert_eq!(self.state, State::Open);
-        let flags = header.shutdown_flags();
-        assert_eq!(flags.bits(), header.flags);
         let ended = Ended {
             by_guest: self.guest_shutdown,
             by_program: self.program_shutdown,
             sent: self.sent_shutdown,
         };
-        ended.check(flags, self.to_guest.is_complete());
-        self.sent_shutdown = flags;
+        self.sent_shutdown = ended.check(header, self.to_guest.is_complete());
     }
 
     /// The program writes, as much as its socket takes.

@@ -90,15 +90,12 @@ impl Ends<'_> {
     }
 
     fn check_shutdown(&mut self, header: &VsockHeader) {
-        let flags = header.shutdown_flags();
-        assert_eq!(flags.bits(), header.flags);
         let ended = Ended {
             by_guest: self.guest_shutdown,
             by_program: self.program_shutdown,
             sent: self.sent_shutdown,
         };
-        ended.check(flags, self.to_guest.is_complete());
-        self.sent_shutdown = flags;
+        self.sent_shutdown = ended.check(header, self.to_guest.is_complete());
     }
 }
 
