@@ -1,22 +1,26 @@
 //! The table of connections between one guest and its peers.
 //!
 //! Every packet from the guest is consumed here, whatever it is: it goes to its connection, opens one, or is answered with
-//! RST, as virtio 1.2, 5.10.6.4.2 asks of a device. What is pending for the guest is scheduled here too: resets first, then
-//! the connections that have something to send, in turn. Connections are opened and closed nowhere else.
+//! RST, as virtio 1.2, 5.10.6.4.2 asks of a device. Connections are opened and closed nowhere else. Who is served next is the
+//! worker's choice; what that has cost is counted here.
 //!
 //! Each concern has one owner, which forgets a connection with one `remove`:
 //!
 //! ```text
-//! connections   the connections, by token and by ports        slots, slot_list   the tables and queues that these are made of
-//! clients       host programs without a CONNECT line yet      event_source       what an epoll event belongs to
-//! deadlines     when connections are reset
+//! connections   the connections, by token and by ports        opening            how they come into the table
+//! clients       host programs without a CONNECT line yet      cost               what work costs
+//! deadlines     when connections are reset                    slots, slot_list   the tables and queues that these are made of
+//! pending       packets for the guest, by kind                event_source       what an epoll event belongs to
 //! resets        RSTs for the guest
 //! ```
 
 mod clients;
 mod connections;
+pub mod cost;
 mod deadlines;
 pub mod event_source;
+mod opening;
+mod pending;
 mod resets;
 mod slot_list;
 mod slots;
@@ -26,36 +30,30 @@ mod tests;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use log::{debug, trace};
-use thiserror::Error;
 
-use clients::{Client, Clients};
-use connections::Connections;
+use clients::Clients;
+use connections::{Connections, Places};
 use deadlines::Deadlines;
 use event_source::{EventSource, Token};
-use resets::Resets;
+use pending::Pending;
+pub use pending::RxSource;
 use slot_list::SlotList;
 
 use crate::config::VmConfig;
-use crate::host::connect_line::Progress;
-use crate::host::routes::{DialError, Dialed, Routes};
+use crate::host::routes::Routes;
 use crate::host::socket::HostSocket;
-use crate::metrics::counters::{CloseReason, Counters, Side, VmSnapshot};
-use crate::packet::header::{Cid, GuestPort, Op, PacketType, PeerAddr, VsockHeader};
+use crate::metrics::counters::{CloseReason, Counters, VmSnapshot};
+use crate::packet::header::{Cid, Op, PacketType, PeerAddr, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
-use crate::vsock_conn::{ConnKey, Dialing, Readiness, Verdict, VsockConnection};
+use crate::vsock_conn::{ConnKey, Readiness, Verdict};
 
-/// The first host port that is given out. From here on to 65535 a port has at most five digits, which is all that
-/// some readers of the `OK` line expect.
-const FIRST_HOST_PORT: u32 = 1024;
-const HOST_PORTS: u32 = 65536 - FIRST_HOST_PORT;
-
-/// How many connections are flushed without an event in one round.
-const MAX_FLUSHES: usize = 8;
+/// How many packets [`VsockThreadBackend::send_pkts`] takes at most.
+pub const MAX_BATCH: usize = 256;
 
 /// Where sockets are registered for readiness, once, for their whole life.
 pub trait Registry: Send {
@@ -63,33 +61,24 @@ pub trait Registry: Send {
     fn register(&self, socket: BorrowedFd<'_>, source: EventSource) -> io::Result<()>;
 }
 
-/// Why a connection is not opened.
-#[derive(Debug, Error)]
-enum OpenError {
-    #[error("at the limit of connections")]
-    Limit,
-    #[error(transparent)]
-    Dial(#[from] DialError),
-    #[error("can't watch the socket: {0}")]
-    Register(#[from] io::Error),
-}
-
 /// The connections of one guest.
 pub struct VsockThreadBackend {
     guest_cid: Cid,
     tx_buffer_size: u32,
-    max_connections: usize,
     routes: Routes,
     registry: Box<dyn Registry>,
     connections: Connections,
     clients: Clients,
     deadlines: Deadlines,
-    resets: Resets,
-    /// Connections with something pending for the guest, in the order in which they are served.
-    ready: SlotList,
+    pending: Pending,
     /// Connections that can flush without an event.
     flushable: SlotList,
+    /// Where nobody has listened for a REQUEST of the batch that is being taken. A guest that asks again and again is
+    /// answered without asking the system as often.
+    nobody_at: Option<(PeerAddr, PacketType)>,
     next_host_port: u32,
+    /// What was done since the worker has asked.
+    cost: usize,
     counters: Counters,
 }
 
@@ -99,16 +88,16 @@ impl VsockThreadBackend {
         Self {
             guest_cid: config.guest_cid,
             tx_buffer_size: config.tx_buffer_size,
-            max_connections: config.max_connections,
             routes: Routes::new(&config.uds_path),
             registry,
-            connections: Connections::default(),
+            connections: Connections::new(Places::new(config.max_connections)),
             clients: Clients::default(),
             deadlines: Deadlines::default(),
-            resets: Resets::default(),
-            ready: SlotList::default(),
+            pending: Pending::default(),
             flushable: SlotList::default(),
+            nobody_at: None,
             next_host_port: RandomState::new().build_hasher().finish() as u32,
+            cost: 0,
             counters: Counters::default(),
         }
     }
@@ -116,6 +105,16 @@ impl VsockThreadBackend {
     /// The counters, for whoever else sees things happen.
     pub fn counters(&mut self) -> &mut Counters {
         &mut self.counters
+    }
+
+    /// What was done since the last call, in the units of [`cost`].
+    pub fn take_cost(&mut self) -> usize {
+        std::mem::take(&mut self.cost)
+    }
+
+    /// Notes what others have done for it.
+    pub fn add_cost(&mut self, cost: usize) {
+        self.cost += cost;
     }
 
     /// How many connections there are.
@@ -141,12 +140,19 @@ impl VsockThreadBackend {
 
 // Between the guest and the connections.
 impl VsockThreadBackend {
-    /// Takes packets from the guest. Each is consumed, whatever it is.
+    /// Whether packets can be taken from the guest. Where not, they are to be left in the ring: the guest must take answers
+    /// first.
+    pub fn takes_packets(&self) -> bool {
+        self.pending.resets.takes_batch()
+    }
+
+    /// Takes packets from the guest, at most [`MAX_BATCH`]. Each is consumed, whatever it is.
     pub fn send_pkts(&mut self, batch: &TxBatch<'_>) {
         let mut rest = batch.packets();
         let len = |packet: &VsockPacket| u64::from(packet.header().len);
         self.counters.from_guest.packets += rest.len() as u64;
         self.counters.from_guest.bytes += rest.iter().map(len).sum::<u64>();
+        self.nobody_at = None;
         while let Some(first) = rest.first() {
             let (packets, after) = rest.split_at(run_length(first.header(), rest));
             self.send_run(batch, packets);
@@ -154,44 +160,57 @@ impl VsockThreadBackend {
         }
     }
 
-    /// How many bytes of payload the guest's next buffers are to hold: 0 for a packet without payload, none when nothing is
-    /// pending.
-    pub fn rx_size(&self) -> Option<usize> {
-        if !self.resets.is_empty() {
-            return Some(0);
+    /// Whether something is pending for the guest.
+    pub fn has_pending(&self, source: RxSource) -> bool {
+        !self.pending.is_empty(source)
+    }
+
+    /// How many bytes of payload the guest's next buffers are to hold: 0 for a packet without payload, none when nothing of
+    /// this source is pending.
+    pub fn rx_size(&self, source: RxSource) -> Option<usize> {
+        if source == RxSource::Resets {
+            return self.has_pending(source).then_some(0);
         }
-        let token = self.connections.token(self.ready.first()?)?;
+        let token = self.connections.token(self.pending.first(source)?)?;
         self.connections.get(token)?.conn.rx_size()
     }
 
-    /// Puts what is pending first into `batch`, which was made for [`VsockThreadBackend::rx_size`] and is not empty.
-    pub fn recv_pkts(&mut self, batch: &mut RxBatch<'_>) {
-        if let Some(reset) = self.resets.pop() {
-            batch.fill_header(&reset);
+    /// Puts what is pending first of `source` into `batch`, which was made for [`VsockThreadBackend::rx_size`] and is not
+    /// empty.
+    pub fn recv_pkts(&mut self, source: RxSource, batch: &mut RxBatch<'_>) {
+        if source == RxSource::Resets {
+            if let Some(reset) = self.pending.resets.pop() {
+                batch.fill_header(&reset);
+            }
         } else if let Some(token) = self
-            .ready
-            .pop()
+            .pending
+            .pop(source)
             .and_then(|slot| self.connections.token(slot))
             && let Some(entry) = self.connections.get_mut(token)
         {
-            let is_stalled = entry.conn.pending() == Some(RxOps::CreditRequest);
+            let op = entry.conn.pending();
             let verdict = entry.conn.recv_pkt(batch);
-            self.counters.credit_stalls += u64::from(is_stalled);
+            if op == Some(RxOps::Rw) {
+                self.cost += cost::TRANSFER;
+            }
+            self.counters.credit_stalls += u64::from(op == Some(RxOps::CreditRequest));
             self.settle(token, verdict);
         }
         let filled = batch.filled();
+        let bytes = filled.iter().map(RxBuffer::payload).sum::<u64>();
         self.counters.to_guest.packets += filled.len() as u64;
-        self.counters.to_guest.bytes += filled.iter().map(RxBuffer::payload).sum::<u64>();
+        self.counters.to_guest.bytes += bytes;
+        self.cost += filled.len() * cost::PACKET + bytes as usize;
     }
 
     /// The guest has got what [`VsockThreadBackend::recv_pkts`] has filled.
     pub fn rx_delivered(&mut self) {
-        self.resets.close_sent();
+        self.pending.resets.close_sent();
     }
 
     /// The guest has no buffers now.
     pub fn rx_starved(&mut self) {
-        self.resets.close_waiting();
+        self.pending.resets.starved();
     }
 
     /// Takes one packet, or consecutive RW packets of one connection.
@@ -210,7 +229,10 @@ impl VsockThreadBackend {
             && let Some(entry) = self.connections.get_mut(token)
         {
             let verdict = match header.op {
-                Op::Rw => entry.conn.send_payload(batch, packets),
+                Op::Rw => {
+                    self.cost += cost::TRANSFER;
+                    entry.conn.send_payload(batch, packets)
+                }
                 _ => entry.conn.send_pkt(header),
             };
             self.settle(token, verdict);
@@ -231,7 +253,7 @@ impl VsockThreadBackend {
 
     fn push_reset(&mut self, reset: VsockHeader, socket: Option<HostSocket>) {
         self.counters.resets += 1;
-        if self.resets.push(reset, socket).is_err() {
+        if self.pending.resets.push(reset, socket).is_err() {
             self.counters.resets_lost += 1;
             let lost = self.counters.resets_lost;
             debug!("{lost} resets lost so far: the guest takes none");
@@ -265,175 +287,24 @@ impl VsockThreadBackend {
         }
     }
 
-    /// Goes on flushing connections whose last flush has ended at its limit and not at a full socket. False when there was
-    /// none.
-    pub fn flush(&mut self) -> bool {
-        let count = self.flushable.len().min(MAX_FLUSHES);
-        for _ in 0..count {
-            if let Some(token) = self
-                .flushable
-                .pop()
-                .and_then(|slot| self.connections.token(slot))
-                && let Some(entry) = self.connections.get_mut(token)
-            {
-                let verdict = entry.conn.flush();
-                self.settle(token, verdict);
-            }
-        }
-        count > 0
+    /// Whether [`VsockThreadBackend::flush`] has something to do.
+    pub fn can_flush(&self) -> bool {
+        self.flushable.len() > 0
     }
 
-    /// Takes a host program that has just connected.
-    pub fn add_client(&mut self, socket: HostSocket) {
-        self.counters.clients += 1;
-        let mut client = Client::new(socket);
-        // Most clients write their line right after connecting.
-        match client.read_line() {
-            Progress::Complete { port, .. } => self.connect_guest(client.socket, GuestPort(port)),
-            Progress::Incomplete => self.await_line(client),
-            Progress::Invalid => self.drop_client("no CONNECT line"),
-        }
-    }
-
-    /// Takes an event of a client's socket.
-    pub fn client_ready(&mut self, token: Token) {
-        let Some(client) = self.clients.get_mut(token) else {
-            return;
-        };
-        match client.read_line() {
-            Progress::Incomplete => {}
-            Progress::Invalid => {
-                self.clients.remove(token);
-                self.drop_client("no CONNECT line");
-            }
-            Progress::Complete { port, .. } => {
-                if let Some(client) = self.clients.remove(token) {
-                    self.connect_guest(client.socket, GuestPort(port));
-                }
-            }
-        }
-    }
-
-    fn await_line(&mut self, client: Client) {
-        if self.clients.is_full()
-            && let Some(oldest) = self.clients.oldest()
+    /// Goes on flushing the connection that has waited longest.
+    pub fn flush(&mut self) {
+        if let Some(token) = self
+            .flushable
+            .pop()
+            .and_then(|slot| self.connections.token(slot))
+            && let Some(entry) = self.connections.get_mut(token)
         {
-            self.clients.remove(oldest);
-            self.drop_client("too many without a CONNECT line, this is the oldest");
+            let before = entry.conn.buffered();
+            let verdict = entry.conn.flush();
+            self.cost += cost::TRANSFER + (before - entry.conn.buffered());
+            self.settle(token, verdict);
         }
-        let registry = &self.registry;
-        let added = self.clients.try_insert(|token| {
-            registry.register(client.socket.as_fd(), EventSource::Client(token))?;
-            io::Result::Ok(client)
-        });
-        if let Err(error) = added {
-            self.drop_client(&format!("can't watch the socket: {error}"));
-        }
-    }
-
-    fn drop_client(&mut self, why: &str) {
-        self.counters.clients_dropped += 1;
-        debug!("a client was closed: {why}");
-    }
-}
-
-// Opening connections.
-impl VsockThreadBackend {
-    /// Opens the connection that a guest's REQUEST asks for, or refuses it.
-    fn open(&mut self, request: &VsockHeader) {
-        match self.try_open(request) {
-            Ok(token) => {
-                self.counters.opened[Side::Guest as usize] += 1;
-                debug!("{} opened by the guest", name(ConnKey::of(request)));
-                self.settle(token, Verdict::Open);
-            }
-            Err(error) => {
-                debug!("{} refused: {error}", name(ConnKey::of(request)));
-                self.counters.refused += 1;
-                self.refuse(request);
-            }
-        }
-    }
-
-    fn try_open(&mut self, request: &VsockHeader) -> Result<Token, OpenError> {
-        self.check_limit()?;
-        // The peer is asked first: a lingering connection makes room for a connection, not for an attempt at one.
-        let dialed = self.routes.dial(request.peer, request.packet_type)?;
-        self.make_room();
-        let conn = match dialed {
-            Dialed::Connected(socket) => {
-                VsockConnection::accepted(request, socket, self.tx_buffer_size)
-            }
-            Dialed::Connecting(socket) => {
-                let dialing = Dialing::Connect;
-                VsockConnection::dialing(request, socket, dialing, self.tx_buffer_size)
-            }
-        };
-        Ok(self.insert(conn)?)
-    }
-
-    /// Connects a host program to the guest's `port`, which it has asked for.
-    fn connect_guest(&mut self, socket: HostSocket, port: GuestPort) {
-        match self.try_connect_guest(socket, port) {
-            Ok(token) => {
-                self.counters.opened[Side::Host as usize] += 1;
-                self.settle(token, Verdict::Open);
-            }
-            Err(error) => self.drop_client(&format!("guest port {}: {error}", port.0)),
-        }
-    }
-
-    fn try_connect_guest(
-        &mut self,
-        socket: HostSocket,
-        port: GuestPort,
-    ) -> Result<Token, OpenError> {
-        self.check_limit()?;
-        let key = self.free_key(port).ok_or(OpenError::Limit)?;
-        self.make_room();
-        let conn = VsockConnection::requested(self.guest_cid, key, socket, self.tx_buffer_size);
-        let token = self.insert(conn)?;
-        debug!("{} requested by a client", name(key));
-        Ok(token)
-    }
-
-    /// A key for a new connection to the guest's `port`, with the next host port that is free with it.
-    fn free_key(&mut self, port: GuestPort) -> Option<ConnKey> {
-        (0..HOST_PORTS).find_map(|_| {
-            self.next_host_port = self.next_host_port.wrapping_add(1);
-            let key = ConnKey {
-                guest: port,
-                peer: PeerAddr::host(FIRST_HOST_PORT + self.next_host_port % HOST_PORTS),
-            };
-            (!self.connections.contains(&key)).then_some(key)
-        })
-    }
-
-    fn check_limit(&self) -> Result<(), OpenError> {
-        if self.connections.open() < self.max_connections {
-            Ok(())
-        } else {
-            Err(OpenError::Limit)
-        }
-    }
-
-    /// Closes the oldest lingering connection if one more connection would exceed the limit.
-    fn make_room(&mut self) {
-        if self.connections.len() < self.max_connections {
-            return;
-        }
-        if let Some(oldest) = self.connections.oldest_lingering() {
-            self.close(oldest, CloseReason::Evicted);
-        }
-    }
-
-    /// Puts a connection into the table, and its socket into the event loop.
-    fn insert(&mut self, conn: VsockConnection) -> io::Result<Token> {
-        let registry = &self.registry;
-        self.connections.try_insert(|token| {
-            registry.register(conn.socket(), EventSource::Connection(token))?;
-            Ok(conn)
-        })
     }
 }
 
@@ -441,8 +312,12 @@ impl VsockThreadBackend {
 impl VsockThreadBackend {
     /// The earliest time at which [`VsockThreadBackend::expire`] has something to do.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let (connections, clients) = (self.deadlines.next(), self.clients.next_deadline());
-        connections.into_iter().chain(clients).min()
+        let deadlines = [
+            self.deadlines.next(),
+            self.clients.next_deadline(),
+            self.pending.resets.deadline(),
+        ];
+        deadlines.into_iter().flatten().min()
     }
 
     /// Ends what has not come to its end in time.
@@ -454,6 +329,7 @@ impl VsockThreadBackend {
             self.clients.remove(token);
             self.drop_client("no CONNECT line in time");
         }
+        self.pending.resets.expire(now);
     }
 
     /// The device starts anew: the guest has lost all its connections. Bytes that belong to host programs are still kept for
@@ -463,7 +339,7 @@ impl VsockThreadBackend {
         for token in open {
             self.close(token, CloseReason::DeviceReset);
         }
-        self.resets.clear();
+        self.pending.resets.clear();
     }
 
     /// There is no guest any more: closes its connections, and the clients that wait for one.
@@ -489,15 +365,16 @@ impl VsockThreadBackend {
         let (old, new) = (entry.deadline, entry.conn.deadline());
         entry.deadline = new;
         self.deadlines.replace(token, old, new);
-        if entry.conn.rx_size().is_some() {
-            self.ready.push(token.slot);
-        } else {
-            self.ready.remove(token.slot);
-        }
+        self.pending.replace(token.slot, &entry.conn);
         if entry.conn.can_flush() {
             self.flushable.push(token.slot);
         } else {
             self.flushable.remove(token.slot);
+        }
+        if entry.conn.is_deserted() {
+            self.connections.desert(token);
+        } else {
+            self.connections.resume(token);
         }
     }
 
@@ -529,7 +406,7 @@ impl VsockThreadBackend {
         let (key, is_flushing) = (entry.conn.key(), entry.conn.is_flushing());
         let can_flush = entry.conn.can_flush();
         self.deadlines.remove(token, deadline);
-        self.ready.remove(token.slot);
+        self.pending.remove(token.slot);
         self.flushable.remove(token.slot);
         if !self.connections.is_lingering(token) {
             debug!("{} closed: {}", name(key), reason.name());

@@ -6,12 +6,13 @@
 //! interrupts and the host's sockets meet here:
 //!
 //! ```text
-//! epoll --> turn:  round, round, …   each: RX ring, TX ring, flushes, new clients
+//! epoll --> turn:  round, round, …   each: steps at the RX ring, the TX ring, what is buffered, new clients
 //!           nothing left to do: busy poll for a while, ask the driver to kick again, sleep
 //! ```
 //!
 //! A turn has a bounded number of rounds, and a round a bounded amount of work, so that the VMM's messages come in between.
-//! Whatever is left is the next turn's, which follows without waiting.
+//! Whatever is left is the next turn's, which follows without waiting. Which step is next is decided by what the steps have cost
+//! so far ([`shares`]), so that nothing that a guest or its host programs do in any number keeps others from theirs.
 
 mod acceptor;
 mod busy_poll;
@@ -20,6 +21,10 @@ mod limits;
 mod log_limit;
 mod ring;
 mod rings;
+mod round;
+mod rx_ring;
+mod shares;
+mod tx_ring;
 #[cfg(test)]
 mod tests;
 
@@ -31,30 +36,28 @@ use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 use vhost_user_backend::{VringMutex, VringT};
-use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use virtio_queue::Queue;
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::config::VmConfig;
-use crate::host::socket::HostSocket;
 use crate::metrics::counters::VmSnapshot;
-use crate::packet::{PacketError, RxBatch, RxStorage, TxChains, TxStorage};
+use crate::packet::{PacketError, RxStorage, TxStorage};
 use crate::syscalls::Syscall;
 use crate::thread_backend::VsockThreadBackend;
 use crate::thread_backend::event_source::EventSource;
-use acceptor::{Accepted, Acceptor};
+use acceptor::Acceptor;
 use busy_poll::BusyPoll;
 use epoll::SocketRegistry;
 pub use epoll::{Epoll, EventBuffer, Wait};
-use limits::{
-    MAX_ACCEPTS, MAX_QUIET_BYTES, MAX_ROUNDS, MAX_RX_BATCHES, MAX_RX_DESCRIPTORS, MAX_TX_BYTES,
-    MAX_TX_DESCRIPTORS, MAX_TX_PACKETS,
-};
+use limits::{MAX_ROUNDS, MAX_TX_PACKETS};
 use log_limit::LogLimit;
 pub use ring::GuestMemoryHandle;
-use ring::{has_entries, needs_interrupt, return_buffer};
 use rings::{Rings, Start};
+use round::Queues;
+use rx_ring::Quiet;
+use shares::Shares;
 
 /// To set the timer, to wake the worker, and to give way to others while polling.
 const SYSCALLS: &[Syscall] = &[
@@ -101,17 +104,13 @@ pub struct VhostUserVsockThread {
     started: bool,
     notify_on_empty: bool,
     rings: Rings,
+    shares: Shares,
     busy_poll: BusyPoll,
     malformed_log: LogLimit,
     tx_storage: TxStorage,
     rx_storage: RxStorage,
+    quiet: Quiet,
     heads: Vec<u16>,
-}
-
-/// The two rings that carry packets, for the time of a turn. One that can't be worked on is not there.
-struct Queues<'q> {
-    memory: &'q GuestMemoryMmap,
-    queues: [Option<&'q mut Queue>; 2],
 }
 
 impl VhostUserVsockThread {
@@ -137,10 +136,12 @@ impl VhostUserVsockThread {
             notify_on_empty: false,
             rings: Rings::new(epoll.clone()),
             epoll,
+            shares: Shares::default(),
             busy_poll: BusyPoll::new(config.busy_poll),
             malformed_log: LogLimit::default(),
             tx_storage: TxStorage::default(),
             rx_storage: RxStorage::default(),
+            quiet: Quiet::default(),
             heads: Vec::with_capacity(MAX_TX_PACKETS),
         })
     }
@@ -280,11 +281,7 @@ impl VhostUserVsockThread {
             // The events of the first round came with the wait. A second round is short where the first has done
             // everything, and then waiting or polling brings the new ones.
             let has_events = round > 1 && self.poll_events();
-            let worked = match &mut queues {
-                Some(queues) => self.serve_rings(queues),
-                None => false,
-            };
-            if has_events | worked | self.backend.flush() | self.accept() {
+            if has_events | self.round(&mut queues) {
                 continue;
             }
             if let Some(queues) = &mut queues
@@ -331,36 +328,13 @@ impl VhostUserVsockThread {
         }
     }
 
-    /// Accepts clients. Without a driver to talk to, they are closed at once. False when nobody is waiting.
-    fn accept(&mut self) -> bool {
-        if !self.acceptor.is_pending() {
-            return false;
-        }
-        for _ in 0..MAX_ACCEPTS {
-            match self.acceptor.accept() {
-                Accepted::Client(socket) if self.started => {
-                    self.backend.add_client(HostSocket::new(socket));
-                }
-                Accepted::Client(_) => {
-                    debug!("closed a client: the guest's driver has not started the device");
-                }
-                Accepted::Shortage => self.backend.counters().shortages += 1,
-                Accepted::Nobody => break,
-            }
-        }
-        true
-    }
-
     /// Polls for work for a short while, if that has paid lately. True when there is some.
     fn busy_poll(&mut self, queues: &mut Queues<'_>) -> bool {
         let Some(until) = self.busy_poll.until() else {
             return false;
         };
         while Instant::now() < until {
-            let has_packets = self.with_queue(queues, TX_RING, |_, queue, memory| {
-                has_entries(queue, memory)
-            });
-            if has_packets || self.poll_events() {
+            if self.has_packets(queues) || self.poll_events() {
                 return true;
             }
             // What is waited for may need this processor.
@@ -368,222 +342,6 @@ impl VhostUserVsockThread {
         }
         self.busy_poll.was_in_vain();
         false
-    }
-}
-
-// The rings.
-impl VhostUserVsockThread {
-    /// Works on a ring if it can be worked on, and stops it where it turns out to be broken. False when there was nothing to
-    /// do.
-    fn with_queue(
-        &mut self,
-        queues: &mut Queues<'_>,
-        index: usize,
-        work: impl FnOnce(&mut Self, &mut Queue, &GuestMemoryMmap) -> Result<bool, QueueError>,
-    ) -> bool {
-        let Some(queue) = &mut queues.queues[index] else {
-            return false;
-        };
-        let result = work(self, queue, queues.memory);
-        self.rings.set_position(index, queue.next_avail());
-        result.unwrap_or_else(|error| {
-            queues.queues[index] = None;
-            self.rings.stop_broken(index, &error);
-            false
-        })
-    }
-
-    /// Moves packets both ways. False when there were none.
-    fn serve_rings(&mut self, queues: &mut Queues<'_>) -> bool {
-        // What is pending already goes first: it makes room for the answers to what comes.
-        let received = self.with_queue(queues, RX_RING, Self::serve_rx);
-        let sent = self.with_queue(queues, TX_RING, Self::serve_tx);
-        self.started |= queues.queues.iter().all(Option::is_some);
-        if queues.queues[RX_RING].is_none() {
-            self.backend.rx_starved();
-        }
-        received | sent
-    }
-
-    /// Takes a batch of packets from the guest.
-    fn serve_tx(
-        &mut self,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-    ) -> Result<bool, QueueError> {
-        if !has_entries(queue, memory)? {
-            return Ok(false);
-        }
-        self.rings.disable_kicks(TX_RING, queue, memory)?;
-        let ring_size = queue.size();
-        let mut chains = TxChains::new(memory, std::mem::take(&mut self.tx_storage));
-        self.heads.clear();
-        for chain in queue.iter(memory)? {
-            self.heads.push(chain.head_index());
-            if let Err(error) = chains.push(chain, ring_size) {
-                self.count_malformed(&error);
-            }
-            let is_full =
-                chains.bytes() >= MAX_TX_BYTES || chains.descriptors() >= MAX_TX_DESCRIPTORS;
-            if is_full || self.heads.len() == MAX_TX_PACKETS {
-                break;
-            }
-        }
-        let batch = chains.parse(|error| self.count_malformed(&error));
-        self.backend.send_pkts(&batch);
-        self.tx_storage = batch.into_storage();
-        for head in &self.heads {
-            return_buffer(queue, memory, *head, 0)?;
-        }
-        self.notify(TX_RING, queue, memory)?;
-        Ok(true)
-    }
-
-    /// Gives the guest what is pending for it, as far as it has buffers.
-    fn serve_rx(
-        &mut self,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-    ) -> Result<bool, QueueError> {
-        if self.backend.rx_size().is_none() {
-            return Ok(false);
-        }
-        self.rings.disable_kicks(RX_RING, queue, memory)?;
-        let mut batch = RxBatch::new(memory, std::mem::take(&mut self.rx_storage));
-        let worked = self.fill_batches(queue, memory, &mut batch);
-        self.rx_storage = batch.into_storage();
-        self.backend.rx_delivered();
-        worked
-    }
-
-    fn fill_batches(
-        &mut self,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-        batch: &mut RxBatch<'_>,
-    ) -> Result<bool, QueueError> {
-        let mut worked = false;
-        let mut quiet = 0;
-        for _ in 0..MAX_RX_BATCHES {
-            let Some(size) = self.backend.rx_size() else {
-                break;
-            };
-            worked |= self.gather(queue, memory, batch, size)?;
-            if batch.is_empty() {
-                if batch.descriptors() < MAX_RX_DESCRIPTORS {
-                    self.backend.rx_starved();
-                }
-                break;
-            }
-            worked = true;
-            let first = queue.next_avail().wrapping_sub(batch.len() as u16);
-            self.backend.recv_pkts(batch);
-            for buffer in batch.filled() {
-                return_buffer(queue, memory, buffer.head(), buffer.used())?;
-                quiet += buffer.used() as usize;
-            }
-            queue.set_next_avail(first.wrapping_add(batch.filled().len() as u16));
-            if quiet >= MAX_QUIET_BYTES {
-                self.notify(RX_RING, queue, memory)?;
-                quiet = 0;
-            }
-            if batch.descriptors() >= MAX_RX_DESCRIPTORS {
-                break;
-            }
-        }
-        if quiet > 0 {
-            self.notify(RX_RING, queue, memory)?;
-        }
-        Ok(worked)
-    }
-
-    /// Takes buffers for `size` bytes of payload out of the RX ring, or one buffer when that is 0. A buffer that can take no
-    /// packet is returned unused at once; then the answer is true.
-    fn gather(
-        &mut self,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-        batch: &mut RxBatch<'_>,
-        size: usize,
-    ) -> Result<bool, QueueError> {
-        batch.clear();
-        let mut rejected = 0;
-        loop {
-            match self.gather_sound(queue, memory, batch, size)? {
-                None => break,
-                // Used buffers keep their order: those before it go first, and it comes up again.
-                Some(_) if !batch.is_empty() => {
-                    queue.go_to_previous_position();
-                    break;
-                }
-                Some(head) => {
-                    return_buffer(queue, memory, head, 0)?;
-                    rejected += 1;
-                    // A guest that offers such buffers again and again would never let this end.
-                    if rejected == queue.size() || batch.descriptors() >= MAX_RX_DESCRIPTORS {
-                        break;
-                    }
-                }
-            }
-        }
-        if rejected > 0 {
-            self.notify(RX_RING, queue, memory)?;
-        }
-        Ok(rejected > 0)
-    }
-
-    /// Takes buffers until the batch holds `size` bytes, and returns the head of a buffer that can take no packet.
-    fn gather_sound(
-        &mut self,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-        batch: &mut RxBatch<'_>,
-        size: usize,
-    ) -> Result<Option<u16>, QueueError> {
-        let ring_size = queue.size();
-        for chain in queue.iter(memory)? {
-            let head = chain.head_index();
-            match batch.push(chain, ring_size, size - batch.capacity()) {
-                Ok(()) => {}
-                Err(error) => {
-                    self.count_malformed(&error);
-                    return Ok(Some(head));
-                }
-            }
-            let is_full = batch.is_full() || batch.descriptors() >= MAX_RX_DESCRIPTORS;
-            if batch.capacity() >= size || is_full {
-                break;
-            }
-        }
-        Ok(None)
-    }
-
-    /// Interrupts the guest if it wants to know of the buffers that were returned to it.
-    fn notify(
-        &mut self,
-        index: usize,
-        queue: &mut Queue,
-        memory: &GuestMemoryMmap,
-    ) -> Result<(), QueueError> {
-        let wanted = needs_interrupt(queue, memory)?;
-        if wanted || (self.notify_on_empty && !has_entries(queue, memory)?) {
-            self.backend.counters().interrupts += 1;
-            self.rings.interrupt(index);
-        }
-        Ok(())
-    }
-
-    /// Asks the driver to kick for what the worker would go on with. True when some of it is there already.
-    fn enable_kicks(&mut self, queues: &mut Queues<'_>) -> bool {
-        let enable = |index: usize| {
-            move |worker: &mut Self, queue: &mut Queue, memory: &GuestMemoryMmap| {
-                worker.rings.enable_kicks(index, queue, memory)
-            }
-        };
-        let has_packets = self.with_queue(queues, TX_RING, enable(TX_RING));
-        // Only where buffers are missing is there a reason to hear of new ones.
-        let is_starved = self.backend.rx_size().is_some();
-        has_packets | (is_starved && self.with_queue(queues, RX_RING, enable(RX_RING)))
     }
 
     /// Counts what the guest's driver has got wrong, and logs it now and then.

@@ -91,6 +91,8 @@ pub struct VsockConnection {
     credit: Credit,
     /// A CREDIT_REQUEST was sent since there was last credit.
     credit_requested: bool,
+    /// The client has closed before the guest has answered.
+    client_left: bool,
     mover: StreamMover,
     shutdown: Shutdown,
 }
@@ -135,6 +137,7 @@ impl VsockConnection {
             rx_queue: RxQueue::default(),
             credit: Credit::new(buf_alloc),
             credit_requested: false,
+            client_left: false,
             mover: StreamMover::new(socket, buf_alloc),
             shutdown: Shutdown::default(),
         }
@@ -163,6 +166,21 @@ impl VsockConnection {
     /// Whether the guest has closed it properly and bytes still wait for the host program, to which they belong.
     pub fn is_flushing(&self) -> bool {
         matches!(self.state, State::Flushing) && self.mover.buffered() > 0
+    }
+
+    /// How many bytes wait for the host program.
+    pub fn buffered(&self) -> usize {
+        self.mover.buffered()
+    }
+
+    /// Whether its client has left, and it only goes on for what the guest knows of it or may still want to read.
+    pub fn is_deserted(&self) -> bool {
+        self.client_left && matches!(self.state, State::Requested)
+    }
+
+    /// Whether the payload that is pending is a part of a stream of much more.
+    pub fn is_stream(&self) -> bool {
+        self.mover.receives_much()
     }
 
     /// Whether bytes wait for the host program although its socket may have room, so that [`VsockConnection::flush`] must
@@ -292,11 +310,15 @@ impl VsockConnection {
         if (was_waiting && !ready.writable) || (!was_waiting && ready == Readiness::WRITABLE) {
             self.probe_receiver();
         }
-        if ready.hung_up && !matches!(self.state, State::Requested) {
+        if ready.hung_up {
+            if matches!(self.state, State::Requested) {
+                return self.client_closed();
+            }
             self.host_closed();
         }
         let dropped = was_waiting && self.mover.buffered() == 0;
-        let verdict = if dropped || self.mover.can_flush() {
+        let verdict = if dropped {
+            // Nothing is left to be flushed, but what was to happen behind the last byte is.
             self.flush_buffered()
         } else {
             Verdict::Open
@@ -451,6 +473,18 @@ impl VsockConnection {
         self.host_closed();
         if !matches!(self.mover.socket().peek(&mut [0]), Ok(1)) {
             self.shutdown.host |= ShutdownFlags::SEND;
+        }
+    }
+
+    /// The client has left before the guest has answered. Where the guest knows nothing of it, and nothing was written for it,
+    /// it never will.
+    fn client_closed(&mut self) -> Verdict {
+        self.client_left = true;
+        let has_written = matches!(self.mover.socket().peek(&mut [0]), Ok(1));
+        if has_written || self.known_to_guest() {
+            Verdict::Open
+        } else {
+            Verdict::Close(CloseReason::HostGone)
         }
     }
 

@@ -27,6 +27,14 @@ pub enum DialError {
     },
 }
 
+impl DialError {
+    /// Nobody listens, and asking again at once would bring the same answer.
+    pub fn is_nobody(&self) -> bool {
+        use io::ErrorKind::{ConnectionRefused, NotFound};
+        matches!(self, Self::Connect { error, .. } if matches!(error.kind(), ConnectionRefused | NotFound))
+    }
+}
+
 /// A connection that was begun.
 #[derive(Debug)]
 pub enum Dialed {

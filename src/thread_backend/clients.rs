@@ -43,6 +43,8 @@ pub(super) struct Clients {
     slots: Slots<Client>,
     /// Oldest first, and so by deadline too.
     order: SlotList,
+    /// Those that have written something, in the order in which they are served.
+    ready: SlotList,
 }
 
 impl Clients {
@@ -71,7 +73,24 @@ impl Clients {
     pub(super) fn remove(&mut self, token: Token) -> Option<Client> {
         let client = self.slots.remove(token)?;
         self.order.remove(token.slot);
+        self.ready.remove(token.slot);
         Some(client)
+    }
+
+    /// A client has written something.
+    pub(super) fn set_ready(&mut self, token: Token) {
+        if self.slots.get(token).is_some() {
+            self.ready.push(token.slot);
+        }
+    }
+
+    pub(super) fn has_ready(&self) -> bool {
+        self.ready.len() > 0
+    }
+
+    /// The client that has waited longest since it has written something.
+    pub(super) fn next_ready(&mut self) -> Option<Token> {
+        self.slots.token(self.ready.pop()?)
     }
 
     pub(super) fn oldest(&self) -> Option<Token> {

@@ -6,40 +6,96 @@ use std::time::Instant;
 use super::event_source::Token;
 use super::slot_list::SlotList;
 use super::slots::Slots;
+use crate::metrics::counters::Side;
 use crate::vsock_conn::{ConnKey, VsockConnection};
 
 /// A connection, and what the table remembers of it.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) conn: Box<VsockConnection>,
+    /// Who has opened it.
+    opened_by: Side,
     /// The deadline that is in the table of deadlines.
     pub(super) deadline: Option<Instant>,
 }
 
-/// All connections. One that is *lingering* has given its ports back: the guest knows no more of it, and only bytes for its
-/// host program are left.
-#[derive(Debug, Default)]
+/// How many connections there may be.
+///
+/// Each side, the guest and the host programs, may have `per_side` connections of its own. Both together may have a third
+/// more: so a quarter of all places is kept for each, however many the other wants.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Places {
+    per_side: usize,
+}
+
+impl Places {
+    pub(super) fn new(per_side: usize) -> Self {
+        Self { per_side }
+    }
+
+    fn total(self) -> usize {
+        self.per_side + self.per_side / 3
+    }
+}
+
+/// All connections. Two kinds take no place, and give way where there are too many:
+///
+/// - A *lingering* one has given its ports back: the guest knows no more of it, and only bytes for its host program are left.
+/// - The client of a *deserted* one has left before the guest has answered.
+#[derive(Debug)]
 pub(super) struct Connections {
     slots: Slots<Entry>,
     by_key: HashMap<ConnKey, Token>,
+    places: Places,
+    /// How many places each side has taken.
+    taken: [usize; 2],
     /// Oldest first.
     lingering: SlotList,
+    /// Oldest first.
+    deserted: SlotList,
 }
 
 impl Connections {
+    pub(super) fn new(places: Places) -> Self {
+        Self {
+            slots: Slots::default(),
+            by_key: HashMap::new(),
+            places,
+            taken: [0; 2],
+            lingering: SlotList::default(),
+            deserted: SlotList::default(),
+        }
+    }
+
     /// How many have their ports.
     pub(super) fn open(&self) -> usize {
         self.by_key.len()
     }
 
-    /// How many there are, lingering ones included.
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.slots.len()
+    }
+
+    /// Whether one more that `side` opens has a place.
+    pub(super) fn has_place(&self, side: Side) -> bool {
+        self.taken[side as usize] < self.places.per_side
+            && self.taken.iter().sum::<usize>() < self.places.total()
+    }
+
+    /// The connection that is to give way to a new one, where there are too many.
+    pub(super) fn surplus(&self) -> Option<Token> {
+        if self.slots.len() < self.places.total() {
+            return None;
+        }
+        let oldest = self.lingering.first().or_else(|| self.deserted.first());
+        self.token(oldest?)
     }
 
     /// Adds the connection that `make` returns for its token.
     pub(super) fn try_insert<E>(
         &mut self,
+        opened_by: Side,
         make: impl FnOnce(Token) -> Result<VsockConnection, E>,
     ) -> Result<Token, E> {
         let mut key = None;
@@ -48,10 +104,12 @@ impl Connections {
             key = Some(conn.key());
             Ok(Entry {
                 conn,
+                opened_by,
                 deadline: None,
             })
         })?;
         self.by_key.extend(key.map(|key| (key, token)));
+        self.taken[opened_by as usize] += 1;
         Ok(token)
     }
 
@@ -79,25 +137,54 @@ impl Connections {
         self.lingering.contains(token.slot)
     }
 
-    /// Gives the ports of a connection back.
+    /// Whether a connection takes a place.
+    fn has_taken(&self, token: Token) -> bool {
+        !self.is_lingering(token) && !self.deserted.contains(token.slot)
+    }
+
+    /// Gives the ports and the place of a connection back.
     pub(super) fn linger(&mut self, token: Token) {
+        self.give_place_back(token);
+        self.deserted.remove(token.slot);
         if let Some(entry) = self.slots.get(token) {
             self.by_key.remove(&entry.conn.key());
             self.lingering.push(token.slot);
         }
     }
 
-    pub(super) fn oldest_lingering(&self) -> Option<Token> {
-        self.token(self.lingering.first()?)
+    /// The client of a connection has left: gives its place back.
+    pub(super) fn desert(&mut self, token: Token) {
+        self.give_place_back(token);
+        self.deserted.push(token.slot);
+    }
+
+    /// The guest has answered, and what the client has left for it is on the way: the connection takes a place again.
+    pub(super) fn resume(&mut self, token: Token) {
+        if let Some(entry) = self.slots.get(token)
+            && self.deserted.contains(token.slot)
+        {
+            self.taken[entry.opened_by as usize] += 1;
+            self.deserted.remove(token.slot);
+        }
+    }
+
+    fn give_place_back(&mut self, token: Token) {
+        if let Some(entry) = self.slots.get(token)
+            && self.has_taken(token)
+        {
+            self.taken[entry.opened_by as usize] -= 1;
+        }
     }
 
     pub(super) fn remove(&mut self, token: Token) -> Option<Entry> {
+        self.give_place_back(token);
         let entry = self.slots.remove(token)?;
         // The ports of a lingering connection may be another's by now.
         if !self.is_lingering(token) {
             self.by_key.remove(&entry.conn.key());
         }
         self.lingering.remove(token.slot);
+        self.deserted.remove(token.slot);
         Some(entry)
     }
 

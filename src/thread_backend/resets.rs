@@ -1,20 +1,33 @@
 //! RSTs that wait for a buffer of the guest's.
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
+use super::MAX_BATCH;
 use crate::host::socket::HostSocket;
 use crate::packet::header::VsockHeader;
 
-/// How many resets may wait. One more is dropped: a guest that provokes so many and takes none has lost its own.
+/// How many resets may wait until the guest's packets are left in the TX ring.
 pub(super) const MAX_RESETS: usize = 1024;
+
+/// How long packets are left in the TX ring of a guest that offers no buffer for the resets.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The RSTs, in order. Where one ends a connection, its host socket is closed only after the guest has got the RST: when the
 /// host program sees the end, the guest's ports must be free.
+///
+/// No packet is taken whose reset might find no place (virtio 1.2, 5.10.6.1: the device stops where it has no room for replies).
+/// Both sides would wait for each other if the driver did the same, so a guest that takes nothing for [`PATIENCE`] loses
+/// resets instead. Resets that no packet has caused always find a place: there is at most one for each connection that
+/// the guest knows, and opening one takes a packet.
 #[derive(Debug, Default)]
 pub(super) struct Resets {
     waiting: VecDeque<(VsockHeader, Option<HostSocket>)>,
     /// The sockets of those that are in the guest's buffers.
     sent: Vec<HostSocket>,
+    /// When the guest has lost what exceeds the limit.
+    gives_up_at: Option<Instant>,
+    gave_up: bool,
 }
 
 /// The reset was dropped: there are too many.
@@ -26,12 +39,17 @@ impl Resets {
         self.waiting.is_empty()
     }
 
+    /// Whether a batch of the guest's packets is to be taken, each of which may cause a reset.
+    pub(super) fn takes_batch(&self) -> bool {
+        self.gave_up || self.waiting.len() + MAX_BATCH <= MAX_RESETS
+    }
+
     pub(super) fn push(
         &mut self,
         header: VsockHeader,
         socket: Option<HostSocket>,
     ) -> Result<(), Dropped> {
-        if self.waiting.len() >= MAX_RESETS {
+        if self.gave_up && self.waiting.len() >= MAX_RESETS {
             return Err(Dropped);
         }
         self.waiting.push_back((header, socket));
@@ -42,6 +60,8 @@ impl Resets {
     pub(super) fn pop(&mut self) -> Option<VsockHeader> {
         let (header, socket) = self.waiting.pop_front()?;
         self.sent.extend(socket);
+        self.gives_up_at = None;
+        self.gave_up = false;
         Some(header)
     }
 
@@ -50,16 +70,31 @@ impl Resets {
         self.sent.clear();
     }
 
-    /// Closes all sockets: the guest takes no packets now, and the host programs must not wait for that.
-    pub(super) fn close_waiting(&mut self) {
+    /// The guest takes no packets now. The sockets are closed: the host programs must not wait for that.
+    pub(super) fn starved(&mut self) {
         for (_, socket) in &mut self.waiting {
             *socket = None;
+        }
+        if !self.takes_batch() && self.gives_up_at.is_none() {
+            self.gives_up_at = Some(Instant::now() + PATIENCE);
+        }
+    }
+
+    /// When to call [`Resets::expire`].
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.gives_up_at
+    }
+
+    /// Gives up on a guest that has taken nothing for too long.
+    pub(super) fn expire(&mut self, now: Instant) {
+        if self.gives_up_at.is_some_and(|at| at <= now) {
+            self.gives_up_at = None;
+            self.gave_up = true;
         }
     }
 
     pub(super) fn clear(&mut self) {
-        self.waiting.clear();
-        self.sent.clear();
+        *self = Self::default();
     }
 
     #[cfg(test)]

@@ -3,11 +3,14 @@ use std::thread;
 
 use tempfile::TempDir;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT};
-use vm_memory::{Bytes, GuestAddress};
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::limits::{MAX_ROUND_COST, MAX_TX_BYTES, MAX_TX_DESCRIPTORS};
 use super::*;
 use crate::packet::header::{Cid, GuestPort, Op, PeerAddr, VsockHeader};
 use crate::testing::{self, WRITE, tx_batch};
+use crate::thread_backend::cost;
 
 /// Where the rings' descriptors lie, their avail and used rings, a packet or buffer, and an indirect table.
 const DESCRIPTORS: [u64; 2] = [0x1_0000, 0x2_0000];
@@ -102,12 +105,31 @@ impl Endless {
         )
     }
 
-    /// Lets the guest owe so many resets.
-    fn owe_resets(&mut self, count: u32) {
+    /// Lays a buffer over an indirect table of so many descriptors, all but the last of which have no length.
+    fn write_buffer_table(&self, descriptors: u16, len: u32) -> testing::Area {
+        for index in 0..descriptors {
+            let is_last = index + 1 == descriptors;
+            let area = if is_last {
+                (BUFFER, len, WRITE)
+            } else {
+                (BUFFER, 0, WRITE | VRING_DESC_F_NEXT as u16)
+            };
+            self.write_descriptor(TABLE + 16 * u64::from(index), area, index + 1);
+        }
+        (
+            TABLE,
+            16 * u32::from(descriptors),
+            VRING_DESC_F_INDIRECT as u16,
+        )
+    }
+
+    /// Makes so many resets pending for the guest.
+    fn add_resets(&mut self, count: u32) {
         let memory = testing::memory();
-        for port in 0..count {
-            let packets = [(packet(port, Op::CreditRequest), &b""[..])];
-            self.worker.backend.send_pkts(&tx_batch(&memory, &packets));
+        let packets = [(packet(1, Op::CreditRequest), &b""[..]); 100];
+        for rest in (0..count).rev().step_by(packets.len()) {
+            let packets = &packets[..packets.len().min(rest as usize + 1)];
+            self.worker.backend.send_pkts(&tx_batch(&memory, packets));
         }
     }
 
@@ -145,6 +167,11 @@ fn assert_bounded(mut endless: Endless, ring: usize, limit: usize) {
     }
 }
 
+/// How many steps a round has at most that cost so much each, one of which may begin right before the limit.
+fn steps(cost: usize) -> usize {
+    MAX_ROUND_COST / cost + 1
+}
+
 #[test]
 fn a_turn_takes_a_bounded_number_of_packets() {
     let mut endless = Endless::new(1024);
@@ -154,7 +181,8 @@ fn a_turn_takes_a_bounded_number_of_packets() {
         .write_slice(&header, GuestAddress(BUFFER))
         .unwrap();
     endless.start(TX_RING, (BUFFER, 44, 0));
-    assert_bounded(endless, TX_RING, MAX_ROUNDS * MAX_TX_PACKETS);
+    let steps = steps(MAX_TX_PACKETS * cost::PACKET);
+    assert_bounded(endless, TX_RING, MAX_ROUNDS * steps * MAX_TX_PACKETS);
 }
 
 #[test]
@@ -164,8 +192,9 @@ fn a_turn_takes_a_bounded_number_of_descriptors() {
         let mut endless = Endless::new(1024);
         let table = endless.write_table(&packet(1, Op::Rst).to_tx(), descriptors);
         endless.start(TX_RING, table);
-        let chains_in_a_round = MAX_TX_DESCRIPTORS / 1024 + 1;
-        assert_bounded(endless, TX_RING, MAX_ROUNDS * chains_in_a_round);
+        let chains_in_a_step = MAX_TX_DESCRIPTORS / 1024 + 1;
+        let steps = steps(MAX_TX_DESCRIPTORS * cost::DESCRIPTOR);
+        assert_bounded(endless, TX_RING, MAX_ROUNDS * steps * chains_in_a_step);
     }
 }
 
@@ -181,7 +210,9 @@ fn a_turn_takes_a_bounded_number_of_bytes() {
         .write_slice(&header.to_tx(), GuestAddress(BUFFER))
         .unwrap();
     endless.start(TX_RING, (BUFFER, 44 + 60_000, 0));
-    assert_bounded(endless, TX_RING, MAX_ROUNDS * (MAX_TX_BYTES / 60_000 + 1));
+    let packets_in_a_step = MAX_TX_BYTES / 60_000 + 1;
+    let steps = steps(MAX_TX_BYTES);
+    assert_bounded(endless, TX_RING, MAX_ROUNDS * steps * packets_in_a_step);
 }
 
 #[test]
@@ -189,8 +220,24 @@ fn a_turn_gives_a_bounded_number_of_bad_buffers_back() {
     for bad in [(BUFFER, 43, WRITE), (BUFFER, 100, 0), (1 << 40, 100, WRITE)] {
         let mut endless = Endless::new(64);
         endless.start(RX_RING, bad);
-        endless.owe_resets(1);
-        assert_bounded(endless, RX_RING, MAX_ROUNDS * 64);
+        endless.add_resets(1);
+        assert_bounded(endless, RX_RING, MAX_ROUNDS * steps(cost::PACKET));
+    }
+}
+
+#[test]
+fn a_turn_reads_a_bounded_number_of_descriptors_without_length() {
+    // The last one has room for a header: it is a buffer. Or for less: it is given back.
+    for len in [44, 43] {
+        let mut endless = Endless::new(1024);
+        let table = endless.write_buffer_table(1024, len);
+        endless.start(RX_RING, table);
+        endless.add_resets(1024);
+        assert_bounded(
+            endless,
+            RX_RING,
+            MAX_ROUNDS * (steps(1024 * cost::DESCRIPTOR) + 1),
+        );
     }
 }
 
@@ -198,8 +245,23 @@ fn a_turn_gives_a_bounded_number_of_bad_buffers_back() {
 fn a_turn_gives_the_guest_a_bounded_number_of_packets() {
     let mut endless = Endless::new(64);
     endless.start(RX_RING, (BUFFER, 100, WRITE));
-    endless.owe_resets(1024);
-    let (_, given, wait) = endless.turn(RX_RING);
-    assert_eq!(usize::from(given), MAX_ROUNDS * MAX_RX_BATCHES);
-    assert_eq!(wait, Wait::Not);
+    endless.add_resets(120_000);
+    assert_bounded(endless, RX_RING, MAX_ROUNDS * steps(cost::PACKET));
+}
+
+#[test]
+fn packets_whose_resets_the_guest_does_not_take_are_left_in_the_ring() {
+    let mut endless = Endless::new(1024);
+    let header = packet(1, Op::CreditRequest).to_tx();
+    endless
+        .memory
+        .write_slice(&header, GuestAddress(BUFFER))
+        .unwrap();
+    endless.start(TX_RING, (BUFFER, 44, 0));
+    let (endless, taken, wait) = endless.turn(TX_RING);
+    assert_eq!(usize::from(taken), 1024);
+    assert_eq!(wait, Wait::ForEvents, "it spins");
+    let (mut endless, taken, wait) = endless.turn(TX_RING);
+    assert_eq!((taken, wait), (0, Wait::ForEvents));
+    assert_eq!(endless.worker.backend.counters().resets_lost, 0);
 }

@@ -179,6 +179,11 @@ impl StreamMover {
         self.receive_size.min(batch).min(credit)
     }
 
+    /// Whether the last receive has brought so much that the next may bring more than the least.
+    pub(super) fn receives_much(&self) -> bool {
+        self.receive_size > 2 * RECEIVE_SIZE.0
+    }
+
     /// Receives into the guest's buffers, and returns how many bytes; 0 at the end of the stream.
     pub(super) fn receive(&mut self, batch: &RxBatch<'_>) -> Result<usize, ReceiveError> {
         let received = match self.socket.receive(batch) {

@@ -102,11 +102,16 @@ impl Ends {
         })
     }
 
+    /// Room in the socket, and what the table does next.
     fn writable(&mut self) -> Verdict {
-        self.conn.socket_ready(Readiness {
+        let verdict = self.conn.socket_ready(Readiness {
             writable: true,
             ..Readiness::default()
-        })
+        });
+        if verdict == Verdict::Open && self.conn.can_flush() {
+            return self.conn.flush();
+        }
+        verdict
     }
 
     fn gone(&mut self) -> Verdict {

@@ -1,0 +1,48 @@
+//! Steps at the TX ring.
+
+use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+
+use super::limits::{MAX_TX_BYTES, MAX_TX_DESCRIPTORS, MAX_TX_PACKETS};
+use super::ring::{has_entries, return_buffer};
+use super::{TX_RING, VhostUserVsockThread};
+use crate::packet::TxChains;
+use crate::thread_backend::cost;
+
+impl VhostUserVsockThread {
+    /// Takes a batch of packets from the guest. False when there was none.
+    pub(super) fn serve_tx(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, QueueError> {
+        if !has_entries(queue, memory)? {
+            return Ok(false);
+        }
+        self.rings.disable_kicks(TX_RING, queue, memory)?;
+        let ring_size = queue.size();
+        let mut chains = TxChains::new(memory, std::mem::take(&mut self.tx_storage));
+        self.heads.clear();
+        for chain in queue.iter(memory)? {
+            self.heads.push(chain.head_index());
+            if let Err(error) = chains.push(chain, ring_size) {
+                self.count_malformed(&error);
+            }
+            let is_full =
+                chains.bytes() >= MAX_TX_BYTES || chains.descriptors() >= MAX_TX_DESCRIPTORS;
+            if is_full || self.heads.len() == MAX_TX_PACKETS {
+                break;
+            }
+        }
+        let read = chains.bytes() + chains.descriptors() * cost::DESCRIPTOR;
+        self.backend.add_cost(read + self.heads.len() * cost::PACKET);
+        let batch = chains.parse(|error| self.count_malformed(&error));
+        self.backend.send_pkts(&batch);
+        self.tx_storage = batch.into_storage();
+        for head in &self.heads {
+            return_buffer(queue, memory, *head, 0)?;
+        }
+        self.notify(TX_RING, queue, memory)?;
+        Ok(true)
+    }
+}
