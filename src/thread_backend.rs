@@ -158,6 +158,7 @@ impl VsockThreadBackend {
             self.send_run(batch, packets);
             rest = after;
         }
+        self.routes.rest();
     }
 
     /// Whether something is pending for the guest.

@@ -51,7 +51,7 @@ use acceptor::Acceptor;
 use busy_poll::BusyPoll;
 use epoll::SocketRegistry;
 pub use epoll::{Epoll, EventBuffer, Wait};
-use limits::{MAX_ROUNDS, MAX_TX_PACKETS};
+use limits::{MAX_POLLS, MAX_ROUNDS, MAX_TX_PACKETS};
 use log_limit::LogLimit;
 pub use ring::GuestMemoryHandle;
 use rings::{Rings, Start};
@@ -295,12 +295,18 @@ impl VhostUserVsockThread {
         Wait::Not
     }
 
-    /// Takes the events that are there now. False when there are none.
+    /// Takes the events that are there now, up to a limit. False when there are none.
     fn poll_events(&mut self) -> bool {
         let mut events = std::mem::take(&mut self.events);
-        self.epoll.wait(&mut events, Wait::Not);
-        self.take_events(&events);
-        let has_events = !events.is_empty();
+        let mut has_events = false;
+        for _ in 0..MAX_POLLS {
+            self.epoll.wait(&mut events, Wait::Not);
+            self.take_events(&events);
+            has_events |= !events.is_empty();
+            if !events.is_full() {
+                break;
+            }
+        }
         self.events = events;
         has_events
     }

@@ -247,23 +247,33 @@ impl App for Echo {
     }
 }
 
-/// A program beside a flood: connections to `DISCARD_PORT` are read and discarded, and REQUESTs to `CLOSED_PORT` sent as
+/// REQUESTs that are refused, as many as the device takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Requests {
+    /// How many descriptors of the TX ring they may use.
+    pub descriptors: u16,
+    /// How many ports they go to, in turn.
+    pub ports: u32,
+}
+
+/// A program beside a flood: connections to `DISCARD_PORT` are read and discarded, and REQUESTs to closed ports sent as
 /// fast as the device takes them.
 pub struct Flooded<A> {
     app: A,
     shared: Arc<Shared>,
-    /// How many descriptors of the TX ring the REQUESTs may use.
-    requests: u16,
+    requests: Option<Requests>,
+    next_port: u32,
     discarded: HashSet<ConnId>,
 }
 
 impl<A> Flooded<A> {
-    /// Puts `app` beside a flood, in which REQUESTs use up to `requests` descriptors of the TX ring.
-    pub fn new(app: A, shared: Arc<Shared>, requests: u16) -> Self {
+    /// Puts `app` beside a flood, which has these REQUESTs of the guest's.
+    pub fn new(app: A, shared: Arc<Shared>, requests: Option<Requests>) -> Self {
         Self {
             app,
             shared,
             requests,
+            next_port: 0,
             discarded: HashSet::new(),
         }
     }
@@ -286,9 +296,12 @@ impl<A: App> App for Flooded<A> {
         // It runs first, and finds a place in the ring whenever the device has returned a buffer: what the flood costs it
         // beyond that is up to the device.
         self.app.run(guest)?;
-        if self.shared.flooding() {
+        if let Some(requests) = self.requests
+            && self.shared.flooding()
+        {
             let mut sent = 0;
-            while guest.request(CLOSED_PORT, self.requests) {
+            while guest.request(CLOSED_PORT + self.next_port, requests.descriptors) {
+                self.next_port = (self.next_port + 1) % requests.ports;
                 sent += 1;
             }
             self.shared.add_flood_ops(sent);

@@ -1,6 +1,6 @@
 //! The cases, and one run of a case against one daemon.
 
-use crate::apps::After;
+use crate::apps::{After, Requests};
 use crate::daemon::{Binary, Daemon};
 use crate::floods::{self, Flood, Measured};
 use crate::guest::RING_SIZE;
@@ -95,6 +95,11 @@ const fn flooded(name: &'static str, measured: Measured, flood: Flood) -> Case {
     other(name, Kind::Flooded { measured, flood }, None)
 }
 
+/// REQUESTs to so many ports on which nobody listens, in so many descriptors of the TX ring.
+const fn refused(descriptors: u16, ports: u32) -> Flood {
+    Flood::RefusedRequests(Requests { descriptors, ports })
+}
+
 /// All cases, in the order of the report.
 pub const CASES: &[Case] = &[
     stream("guest to host 64 KiB", Direction::ToHost, 64 << 10),
@@ -124,12 +129,17 @@ pub const CASES: &[Case] = &[
     flooded(
         "stream out, refused REQUESTs",
         Measured::ToHost,
-        Flood::RefusedRequests(RING_SIZE),
+        refused(RING_SIZE, 1),
     ),
     flooded(
         "stream out, REQUESTs in half the ring",
         Measured::ToHost,
-        Flood::RefusedRequests(RING_SIZE / 2),
+        refused(RING_SIZE / 2, 1),
+    ),
+    flooded(
+        "stream out, REQUESTs to 1000 ports",
+        Measured::ToHost,
+        refused(RING_SIZE, 1000),
     ),
     flooded(
         "stream out, 64 streams in",
@@ -140,7 +150,12 @@ pub const CASES: &[Case] = &[
     flooded(
         "stream in, refused REQUESTs",
         Measured::ToGuest,
-        Flood::RefusedRequests(RING_SIZE),
+        refused(RING_SIZE, 1),
+    ),
+    flooded(
+        "stream in, REQUESTs to 1000 ports",
+        Measured::ToGuest,
+        refused(RING_SIZE, 1000),
     ),
     flooded(
         "stream in, refused CONNECTs",
@@ -161,7 +176,12 @@ pub const CASES: &[Case] = &[
     flooded(
         "echo, refused REQUESTs",
         Measured::Echo,
-        Flood::RefusedRequests(RING_SIZE),
+        refused(RING_SIZE, 1),
+    ),
+    flooded(
+        "echo, REQUESTs to 1000 ports",
+        Measured::Echo,
+        refused(RING_SIZE, 1000),
     ),
     flooded(
         "echo, refused CONNECTs",
@@ -183,7 +203,7 @@ pub const CASES: &[Case] = &[
     flooded(
         "CONNECT, refused REQUESTs",
         Measured::Connect,
-        Flood::RefusedRequests(RING_SIZE),
+        refused(RING_SIZE, 1),
     ),
 ];
 

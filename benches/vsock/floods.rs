@@ -1,6 +1,6 @@
 //! What is left of a stream, of round trips and of connections beside a flood, and whether the flood gets its answers.
 
-use crate::apps::{Echo, Flooded, Sender, Streams};
+use crate::apps::{Echo, Flooded, Requests, Sender, Streams};
 use crate::flooders::{self, Writers};
 use crate::guest::{App, CLOSED_PORT, DISCARD_PORT};
 use crate::host::{self, HOST_PORT};
@@ -37,8 +37,8 @@ impl Measured {
 pub enum Flood {
     /// Nobody.
     None,
-    /// The guest, with REQUESTs to a port on which nobody listens, in so many descriptors of its TX ring.
-    RefusedRequests(u16),
+    /// The guest, with REQUESTs to ports on which nobody listens.
+    RefusedRequests(Requests),
     /// Host programs, with CONNECTs to a port on which nobody listens.
     RefusedConnects,
     /// Host programs, with CONNECTs that are accepted, and closed at once.
@@ -116,8 +116,8 @@ fn beside<A: App + Send + 'static>(
     host_program: impl FnOnce(&Shared) -> Result<Vec<u64>, String> + Send + 'static,
 ) -> Result<Sample, String> {
     let requests = match flood {
-        Flood::RefusedRequests(descriptors) => descriptors,
-        _ => 0,
+        Flood::RefusedRequests(requests) => Some(requests),
+        _ => None,
     };
     let app = Flooded::new(app, session.shared.clone(), requests);
     let guest = session.start_guest(app)?;
@@ -131,7 +131,7 @@ fn beside<A: App + Send + 'static>(
     join_all(flooder.into_iter().collect())?;
     let window = window?;
     let mut sample = window.beside_flood();
-    if requests > 0 {
+    if requests.is_some() {
         sample.insert(key::FLOOD_ANSWERED, window.flood_answered());
     }
     sample.extend(percentiles(&mut latencies.unwrap_or_default()));

@@ -26,8 +26,8 @@ use crate::shared::Shared;
 pub const GUEST_PORT: u32 = 1234;
 /// The port of a program that reads and discards, as in RFC 863.
 pub const DISCARD_PORT: u32 = 9;
-/// A port on which nobody listens, in the guest or on the host.
-pub const CLOSED_PORT: u32 = 1;
+/// From this port on nobody listens, in the guest or on the host.
+pub const CLOSED_PORT: u32 = 1_000_000;
 
 /// The size of each ring, as in QEMU.
 pub const RING_SIZE: u16 = 128;

@@ -399,7 +399,7 @@ mod tests {
         let path = directory.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();
         let mut waiting = Vec::new();
-        while let Ok(stream) = HostSocket::connect(&path) {
+        while let Ok(stream) = HostSocket::connect(&path, &mut None) {
             waiting.push(stream);
         }
         assert!(matches!(bind(&path), Err(ListenerError::InUse(_))));

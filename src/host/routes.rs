@@ -1,6 +1,7 @@
 //! Where a guest's connection leads: the host program, or the peer, that a destination stands for.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -49,9 +50,11 @@ pub enum Dialed {
 }
 
 /// Where the destinations of one guest lead.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Routes {
     uds_path: PathBuf,
+    /// A socket that could not be connected.
+    spare: Option<OwnedFd>,
 }
 
 impl Routes {
@@ -59,11 +62,12 @@ impl Routes {
     pub fn new(uds_path: &Path) -> Self {
         Self {
             uds_path: uds_path.to_owned(),
+            spare: None,
         }
     }
 
     /// Connects to the destination `peer`, without waiting.
-    pub fn dial(&self, peer: PeerAddr, packet_type: PacketType) -> Result<Dialed, DialError> {
+    pub fn dial(&mut self, peer: PeerAddr, packet_type: PacketType) -> Result<Dialed, DialError> {
         if packet_type != PacketType::Stream {
             return Err(DialError::Type(packet_type));
         }
@@ -71,10 +75,15 @@ impl Routes {
             return Err(DialError::NoSuchCid(peer.cid));
         }
         let path = self.host_path(peer.port);
-        match HostSocket::connect(&path) {
+        match HostSocket::connect(&path, &mut self.spare) {
             Ok(socket) => Ok(Dialed::Connected(socket)),
             Err(error) => Err(DialError::Connect { path, error }),
         }
+    }
+
+    /// Nothing will be dialed for a while.
+    pub fn rest(&mut self) {
+        self.spare = None;
     }
 
     /// Where a host program listens for the guest's connections to `port`.

@@ -102,12 +102,21 @@ impl HostSocket {
         Self(socket)
     }
 
-    /// Connects to who listens at `path`, without waiting: a full backlog is `WouldBlock`.
-    pub fn connect(path: &Path) -> io::Result<Self> {
+    /// Connects to who listens at `path`, without waiting: a full backlog is `WouldBlock`. A socket that could not be connected is
+    /// left in `spare`, and used by the next call: a guest may ask for nobody again and again.
+    pub fn connect(path: &Path, spare: &mut Option<OwnedFd>) -> io::Result<Self> {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-        Ok(Self::new(socket))
+        let socket = match spare.take() {
+            Some(socket) => socket,
+            None => socket(AddressFamily::Unix, SockType::Stream, flags, None)?,
+        };
+        match connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+            Ok(()) => Ok(Self::new(socket)),
+            Err(error) => {
+                *spare = Some(socket);
+                Err(error.into())
+            }
+        }
     }
 
     /// How a connect that has not waited has ended, once the socket has become writable.

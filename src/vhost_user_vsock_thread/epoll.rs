@@ -125,6 +125,11 @@ impl EventBuffer {
         self.count == 0
     }
 
+    /// Whether there may be more events than the last wait could bring.
+    pub(super) fn is_full(&self) -> bool {
+        self.count == MAX_EVENTS
+    }
+
     /// The events that the last wait brought: their sources, and what they say of a socket.
     pub(super) fn iter(&self) -> impl Iterator<Item = (EventSource, Readiness)> + '_ {
         self.events[..self.count].iter().filter_map(|event| {

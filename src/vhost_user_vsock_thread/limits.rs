@@ -6,6 +6,9 @@ use crate::thread_backend::MAX_BATCH;
 pub(super) const MAX_ROUNDS: usize = 16;
 /// How much a round does, in units of cost; then it looks for new events. It ends with the first step that exceeds this.
 pub(super) const MAX_ROUND_COST: usize = 1024 * 1024;
+/// How often a round takes as many events as one call brings: sockets that have waited should all be in line before the first of
+/// them is served.
+pub(super) const MAX_POLLS: usize = 8;
 /// How many packets, and about how many bytes and descriptors, a step takes from the guest.
 pub(super) const MAX_TX_PACKETS: usize = MAX_BATCH;
 pub(super) const MAX_TX_BYTES: usize = 256 * 1024;

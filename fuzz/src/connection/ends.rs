@@ -381,8 +381,12 @@ impl Ends<'_> {
         let Some(called) = self.call(|conn| conn.socket_ready(ready)) else {
             return;
         };
+        let is_requested = self.opening == Opening::Requested && !self.is_established;
         let expected = if self.is_dialing() {
             self.dialed()
+        } else if is_requested && ready.hung_up && !self.has_request && self.to_guest.sent == 0 {
+            // The guest knows nothing of it, and there is nothing for it.
+            Verdict::Close(CloseReason::HostGone)
         } else {
             called.flushed()
         };
