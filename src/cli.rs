@@ -72,7 +72,8 @@ pub struct Args {
     #[arg(long, value_name = "ENTRIES", default_value_t = VmConfig::DEFAULT_QUEUE_SIZE)]
     queue_size: u16,
 
-    /// Maximum number of connections; further ones are refused
+    /// Maximum number of connections that the guest has opened, and of those that host programs have; a third more for both
+    /// together. Further ones are refused
     #[arg(long, value_name = "COUNT", default_value_t = VmConfig::DEFAULT_MAX_CONNECTIONS)]
     max_connections: usize,
 

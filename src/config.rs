@@ -56,7 +56,8 @@ pub struct VmConfig {
     pub tx_buffer_size: u32,
     /// The largest ring that is offered to the guest, in entries: a power of two from 2 to 32768.
     pub queue_size: u16,
-    /// The most connections at once, at least 1.
+    /// The most connections at once that the guest has opened, and the most that host programs have; at least 1. Both together
+    /// may have a third more, so that a quarter of all places is kept for each.
     pub max_connections: usize,
     /// How long the worker polls for more work before it sleeps, at most 10 ms. Zero turns busy polling off.
     pub busy_poll: Duration,

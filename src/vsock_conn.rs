@@ -33,6 +33,7 @@
 
 pub mod credit;
 mod dialing;
+mod filling;
 mod key;
 mod readiness;
 mod shutdown;
@@ -47,7 +48,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::host::connect_line;
-use crate::host::socket::{HostSocket, ReceiveError};
+use crate::host::socket::HostSocket;
 use crate::metrics::counters::{CloseReason, ConnectionStats, Side};
 use crate::packet::header::{Cid, Op, ShutdownFlags, VsockHeader};
 use crate::packet::{Payload, RxBatch, TxBatch, VsockPacket};
@@ -520,70 +521,8 @@ impl VsockConnection {
     }
 }
 
-// Packets for the guest.
+// What is pending for the guest.
 impl VsockConnection {
-    fn header(&self, op: Op) -> VsockHeader {
-        VsockHeader::new(self.guest_cid, self.key.guest, self.key.peer, op)
-    }
-
-    fn fill(&mut self, batch: &mut RxBatch<'_>, op: Op) -> Verdict {
-        let mut header = self.header(op);
-        self.credit.write_to(&mut header);
-        batch.fill_header(&header);
-        Verdict::Open
-    }
-
-    fn fill_shutdown(&mut self, batch: &mut RxBatch<'_>) -> Verdict {
-        let mut header = self.header(Op::Shutdown);
-        header.flags = self.shutdown.host.bits();
-        self.credit.write_to(&mut header);
-        batch.fill_header(&header);
-        self.shutdown.sent = self.shutdown.host;
-        if self.shutdown.sent.is_all() {
-            self.state = State::Closing;
-            self.deadline = Some(Instant::now() + CLOSE_TIMEOUT);
-        }
-        Verdict::Open
-    }
-
-    fn fill_payload(&mut self, batch: &mut RxBatch<'_>) -> Verdict {
-        if batch.capacity() == 0 {
-            return Verdict::Open;
-        }
-        match self.mover.receive(batch) {
-            Ok(0) => self.host_sends_no_more(),
-            Ok(bytes) => {
-                let mut header = self.header(Op::Rw);
-                self.credit.write_to(&mut header);
-                self.credit.count_sent(bytes);
-                batch.fill(&header, bytes);
-            }
-            Err(ReceiveError::Empty) => {}
-            Err(ReceiveError::Reset) => {
-                self.host_closed();
-                self.host_sends_no_more();
-            }
-            Err(ReceiveError::GuestMemory) => {
-                // The stream to the guest has a hole, but that to the host program has none.
-                self.state = State::Flushing;
-                self.rx_queue.clear();
-                return Verdict::Reset(CloseReason::Protocol);
-            }
-            Err(ReceiveError::Failed(_)) => return Verdict::Reset(CloseReason::HostGone),
-        }
-        Verdict::Open
-    }
-
-    /// The host program's last byte was read. Whether it has closed or only stopped writing is asked, for the event that
-    /// says so may not have come yet.
-    fn host_sends_no_more(&mut self) {
-        self.shutdown.host |= ShutdownFlags::SEND;
-        if !self.shutdown.host_closed && self.mover.socket().peer_closed() {
-            self.shutdown.host_closed = true;
-            self.stop_delivering();
-        }
-    }
-
     /// Brings the pending operations in line with the connection's state.
     fn update_pending(&mut self) {
         if !matches!(self.state, State::Established | State::Closing) {

@@ -6,7 +6,7 @@
 /// To read or write a packet and its entry in a ring.
 pub const PACKET: usize = 512;
 /// To read a descriptor.
-pub const DESCRIPTOR: usize = 64;
+pub const DESCRIPTOR: usize = 128;
 /// To move bytes through a socket, however many.
 pub const TRANSFER: usize = 2 * 1024;
 /// To connect to a host program, or to find that nobody listens.

@@ -179,9 +179,9 @@ impl StreamMover {
         self.receive_size.min(batch).min(credit)
     }
 
-    /// Whether the last receive has brought so much that the next may bring more than the least.
+    /// Whether the last receives have brought more than messages do.
     pub(super) fn receives_much(&self) -> bool {
-        self.receive_size > 2 * RECEIVE_SIZE.0
+        self.receive_size > 4 * RECEIVE_SIZE.0
     }
 
     /// Receives into the guest's buffers, and returns how many bytes; 0 at the end of the stream.
