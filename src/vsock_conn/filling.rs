@@ -22,6 +22,13 @@ impl VsockConnection {
     }
 
     pub(super) fn fill_shutdown(&mut self, batch: &mut RxBatch<'_>) -> Verdict {
+        if !self.shutdown.host_closed && self.shutdown.host == ShutdownFlags::RECEIVE {
+            // A program that closes stops receiving an instant before it is seen to have closed.
+            self.receiver_closed();
+            if !self.shutdown.is_due() {
+                return Verdict::Open;
+            }
+        }
         let mut header = self.header(Op::Shutdown);
         header.flags = self.shutdown.host.bits();
         self.credit.write_to(&mut header);
