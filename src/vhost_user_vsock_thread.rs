@@ -75,6 +75,7 @@ pub(crate) fn syscalls() -> Vec<Syscall> {
         &ring::syscalls(),
         &crate::host::syscalls(),
         &crate::packet::syscalls(),
+        crate::txbuf::SYSCALLS,
     ]
     .concat()
 }
