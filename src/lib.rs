@@ -38,6 +38,7 @@
 //! host/                          the host's side: sockets, listeners, the CONNECT line, routes
 //! metrics/                       counters, and the texts that show them
 //! packet (+ header, chain, iov)  packets in guest memory; iov is the only unsafe code
+//! memory                         how it goes back to the system
 //! syscalls                       how a file lists the system calls that it makes
 //! ```
 //!
@@ -71,6 +72,7 @@ macro_rules! internal {
 
 internal! {
     host
+    memory
     packet
     rxops
     rxqueue

@@ -1,16 +1,37 @@
 //! The bytes of one connection that the guest has sent and the host program has not taken yet.
+//!
+//! They are in memory that is mapped for them and unmapped when they are gone. On the heap, one that stays would keep the memory
+//! of all that were there before it. One mapping a thread is kept for the next bytes: where a host program is just a little too
+//! slow, buffers come and go all the time, and new pages cost more than the copy into them.
 
-use std::collections::TryReserveError;
-use std::io::IoSlice;
+use std::cell::Cell;
+use std::io::{self, IoSlice};
 
-/// The smallest allocation, in bytes.
-const FIRST_ALLOCATION: usize = 16 * 1024;
+use memmap2::MmapMut;
 
-/// A ring of bytes with a limit. It allocates only when something is put into it, grows by doubling, and frees its memory
-/// when the last byte has left: a connection whose host program keeps up needs none.
+use crate::syscalls::{NOT_EXECUTABLE, Syscall};
+
+/// To map and unmap memory.
+pub(crate) const SYSCALLS: &[Syscall] = &[
+    Syscall::only(libc::SYS_mmap, NOT_EXECUTABLE),
+    Syscall::any(libc::SYS_munmap),
+];
+
+/// The smallest ring, in bytes.
+const MIN_RING: usize = 16 * 1024;
+
+/// The largest ring that is kept for the next bytes, in bytes.
+const MAX_SPARE: usize = 256 * 1024;
+
+thread_local! {
+    static SPARE: Cell<Option<MmapMut>> = const { Cell::new(None) };
+}
+
+/// A ring of bytes with a limit. It has memory only while there are bytes in it, and grows by doubling: a connection whose host
+/// program keeps up needs none.
 #[derive(Debug)]
 pub struct LocalTxBuf {
-    ring: Box<[u8]>,
+    ring: Option<MmapMut>,
     limit: usize,
     start: usize,
     len: usize,
@@ -20,7 +41,7 @@ impl LocalTxBuf {
     /// An empty buffer for at most `limit` bytes.
     pub fn new(limit: u32) -> Self {
         Self {
-            ring: Box::default(),
+            ring: None,
             limit: limit as usize,
             start: 0,
             len: 0,
@@ -47,12 +68,13 @@ impl LocalTxBuf {
             return false;
         }
         let end = self.wrap(self.start + self.len);
-        let first = count.min(self.ring.len() - end);
+        let ring = self.ring.as_deref_mut().unwrap_or_default();
+        let first = count.min(ring.len() - end);
         if first > 0 {
-            copy(0, &mut self.ring[end..end + first]);
+            copy(0, &mut ring[end..end + first]);
         }
         if count > first {
-            copy(first, &mut self.ring[..count - first]);
+            copy(first, &mut ring[..count - first]);
         }
         self.len += count;
         true
@@ -71,51 +93,71 @@ impl LocalTxBuf {
         self.start = self.wrap(self.start + written);
         self.len -= written;
         if self.is_empty() {
-            self.clear();
+            self.spare();
         }
         Ok(written)
     }
 
-    /// Drops the bytes, and frees the memory.
+    /// Drops the bytes, and the memory.
     pub fn clear(&mut self) {
-        self.ring = Box::default();
+        self.ring = None;
         self.start = 0;
         self.len = 0;
     }
 
+    /// Keeps the memory for the next bytes, whichever connection's, unless there is more already.
+    fn spare(&mut self) {
+        if let Some(ring) = self.ring.take_if(|ring| ring.len() <= MAX_SPARE) {
+            let spare = SPARE.take();
+            let is_larger = |spare: &MmapMut| spare.len() > ring.len();
+            SPARE.set(Some(spare.filter(is_larger).unwrap_or(ring)));
+        }
+        self.clear();
+    }
+
+    fn ring(&self) -> &[u8] {
+        self.ring.as_deref().unwrap_or_default()
+    }
+
     fn parts(&self) -> (&[u8], &[u8]) {
-        let first = self.len.min(self.ring.len() - self.start);
+        let ring = self.ring();
+        let first = self.len.min(ring.len() - self.start);
         (
-            &self.ring[self.start..self.start + first],
-            &self.ring[..self.len - first],
+            &ring[self.start..self.start + first],
+            &ring[..self.len - first],
         )
     }
 
     fn wrap(&self, index: usize) -> usize {
-        if index >= self.ring.len() {
-            index - self.ring.len()
-        } else {
-            index
-        }
+        let size = self.ring().len();
+        if index >= size { index - size } else { index }
     }
 
-    fn reserve(&mut self, len: usize) -> Result<(), TryReserveError> {
-        if len <= self.ring.len() {
+    fn reserve(&mut self, len: usize) -> io::Result<()> {
+        if len <= self.ring().len() {
             return Ok(());
         }
         let size = len
             .next_power_of_two()
-            .clamp(FIRST_ALLOCATION, self.limit.max(FIRST_ALLOCATION));
-        let mut ring = Vec::new();
-        ring.try_reserve_exact(size)?;
-        ring.resize(size, 0);
-        let mut ring = ring.into_boxed_slice();
+            .clamp(MIN_RING, self.limit.max(MIN_RING));
+        let mut ring = allocate(size)?;
         let (first, second) = self.parts();
         ring[..first.len()].copy_from_slice(first);
         ring[first.len()..self.len].copy_from_slice(second);
-        self.ring = ring;
+        self.ring = Some(ring);
         self.start = 0;
         Ok(())
+    }
+}
+
+/// A ring of at least `size` bytes, which may hold what was in it before.
+fn allocate(size: usize) -> io::Result<MmapMut> {
+    match SPARE.take() {
+        Some(spare) if spare.len() >= size => Ok(spare),
+        smaller => {
+            SPARE.set(smaller);
+            MmapMut::map_anon(size)
+        }
     }
 }
 
@@ -159,13 +201,13 @@ mod tests {
     }
 
     #[test]
-    fn it_allocates_only_while_it_holds_bytes() {
+    fn it_has_memory_only_while_it_holds_bytes() {
         let mut buffer = LocalTxBuf::new(1 << 20);
-        assert_eq!(buffer.ring.len(), 0);
+        assert!(buffer.ring.is_none());
         assert!(push(&mut buffer, b"x"));
-        assert_eq!(buffer.ring.len(), FIRST_ALLOCATION);
+        assert_eq!(buffer.ring().len(), MIN_RING);
         assert_eq!(flush_to(&mut buffer, Vec::new()).unwrap(), 1);
-        assert_eq!(buffer.ring.len(), 0);
+        assert!(buffer.ring.is_none());
     }
 
     #[test]
@@ -178,6 +220,18 @@ mod tests {
         let mut out = Vec::new();
         flush_to(&mut buffer, &mut out).unwrap();
         assert_eq!(out, b"here");
+    }
+
+    #[test]
+    fn a_ring_that_is_used_again_shows_nothing_of_what_was_in_it() {
+        let mut buffer = LocalTxBuf::new(300_000);
+        for (byte, len) in [(1, 20_000), (2, 300_000), (3, 10), (4, 200_000), (5, 40_000)] {
+            assert!(push(&mut buffer, &vec![byte; len]));
+            let mut out = Vec::new();
+            flush_to(&mut buffer, &mut out).unwrap();
+            assert_eq!(out, vec![byte; len]);
+            assert!(buffer.is_empty() && buffer.ring.is_none());
+        }
     }
 
     #[test]

@@ -72,9 +72,10 @@ pub(crate) fn syscalls() -> Vec<Syscall> {
         acceptor::SYSCALLS,
         busy_poll::SYSCALLS,
         epoll::SYSCALLS,
-        ring::SYSCALLS,
+        &ring::syscalls(),
         &crate::host::syscalls(),
         &crate::packet::syscalls(),
+        crate::txbuf::SYSCALLS,
     ]
     .concat()
 }

@@ -209,7 +209,9 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Makes the sockets of a VM and serves it, in two threads. There is no sandbox: that is for a process of its own.
+    /// Makes the sockets of a VM and serves it, in two threads, and a third while a VMM is connected. There is no sandbox: that is
+    /// for a process of its own. The third thread interrupts the others with SIGURG where a VMM blocks them, and installs a
+    /// handler for that signal.
     ///
     /// # Errors
     /// The configuration can't work, a socket can't be made, or the system has no threads or descriptors left.

@@ -7,6 +7,7 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
+use crate::memory::give_back;
 use crate::packet::header::{Cid, GuestPort, PeerAddr};
 
 /// An end of a connection.
@@ -166,6 +167,12 @@ pub struct VmSnapshot {
     pub counters: Counters,
     /// Its connections, in no particular order. Must stay the last field, see `json`.
     pub connections: Vec<ConnectionStats>,
+}
+
+impl Drop for VmSnapshot {
+    fn drop(&mut self) {
+        give_back(&mut self.connections);
+    }
 }
 
 /// Every VM of the process at one moment.

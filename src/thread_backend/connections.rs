@@ -1,6 +1,6 @@
 //! The connections, by token and by the ports that name them.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::event_source::Token;
@@ -12,7 +12,7 @@ use crate::vsock_conn::{ConnKey, VsockConnection};
 /// A connection, and what the table remembers of it.
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub(super) conn: Box<VsockConnection>,
+    pub(super) conn: VsockConnection,
     /// Who has opened it.
     opened_by: Side,
     /// The deadline that is in the table of deadlines.
@@ -45,7 +45,7 @@ impl Places {
 #[derive(Debug)]
 pub(super) struct Connections {
     slots: Slots<Entry>,
-    by_key: HashMap<ConnKey, Token>,
+    by_key: BTreeMap<ConnKey, Token>,
     places: Places,
     /// How many places each side has taken.
     taken: [usize; 2],
@@ -59,7 +59,7 @@ impl Connections {
     pub(super) fn new(places: Places) -> Self {
         Self {
             slots: Slots::default(),
-            by_key: HashMap::new(),
+            by_key: BTreeMap::new(),
             places,
             taken: [0; 2],
             lingering: SlotList::default(),
@@ -100,7 +100,7 @@ impl Connections {
     ) -> Result<Token, E> {
         let mut key = None;
         let token = self.slots.try_insert(|token| {
-            let conn = Box::new(make(token)?);
+            let conn = make(token)?;
             key = Some(conn.key());
             Ok(Entry {
                 conn,
@@ -194,6 +194,6 @@ impl Connections {
             .slots
             .iter()
             .filter(|(token, _)| !self.is_lingering(*token));
-        open.map(|(token, entry)| (token, &*entry.conn))
+        open.map(|(token, entry)| (token, &entry.conn))
     }
 }

@@ -1,20 +1,30 @@
 //! A table whose entries are named by tokens.
 
-use slab::Slab;
-
 use super::event_source::Token;
+use crate::memory::give_back;
 
-/// Entries by token.
+/// Entries by token. Without entries, it takes little memory.
 #[derive(Debug)]
 pub(super) struct Slots<T> {
-    entries: Slab<(u32, T)>,
+    slots: Vec<Slot<T>>,
+    /// The first of the vacant slots.
+    vacant: Option<u32>,
+    len: usize,
     next_serial: u32,
+}
+
+#[derive(Debug)]
+enum Slot<T> {
+    Occupied { serial: u32, entry: T },
+    Vacant { next: Option<u32> },
 }
 
 impl<T> Default for Slots<T> {
     fn default() -> Self {
         Self {
-            entries: Slab::new(),
+            slots: Vec::new(),
+            vacant: None,
+            len: 0,
             next_serial: 0,
         }
     }
@@ -22,7 +32,7 @@ impl<T> Default for Slots<T> {
 
 impl<T> Slots<T> {
     pub(super) fn len(&self) -> usize {
-        self.entries.len()
+        self.len
     }
 
     /// Adds the entry that `make` returns for its token. Where that fails, there is none.
@@ -30,48 +40,75 @@ impl<T> Slots<T> {
         &mut self,
         make: impl FnOnce(Token) -> Result<T, E>,
     ) -> Result<Token, E> {
-        let vacant = self.entries.vacant_entry();
         let token = Token {
-            slot: vacant.key() as u32,
+            slot: self.vacant.unwrap_or(self.slots.len() as u32),
             serial: self.next_serial,
         };
-        vacant.insert((token.serial, make(token)?));
+        let slot = Slot::Occupied {
+            serial: token.serial,
+            entry: make(token)?,
+        };
+        match self.slots.get_mut(token.slot as usize) {
+            Some(place) => {
+                if let Slot::Vacant { next } = std::mem::replace(place, slot) {
+                    self.vacant = next;
+                }
+            }
+            None => self.slots.push(slot),
+        }
+        self.len += 1;
         self.next_serial = Token::next_serial(self.next_serial);
         Ok(token)
     }
 
     /// The token of the entry in a slot.
     pub(super) fn token(&self, slot: u32) -> Option<Token> {
-        let (serial, _) = self.entries.get(slot as usize)?;
-        Some(Token {
-            slot,
-            serial: *serial,
-        })
+        match self.slots.get(slot as usize)? {
+            Slot::Occupied { serial, .. } => Some(Token {
+                slot,
+                serial: *serial,
+            }),
+            Slot::Vacant { .. } => None,
+        }
     }
 
     pub(super) fn get(&self, token: Token) -> Option<&T> {
-        let (serial, entry) = self.entries.get(token.slot as usize)?;
-        (*serial == token.serial).then_some(entry)
+        match self.slots.get(token.slot as usize)? {
+            Slot::Occupied { serial, entry } if *serial == token.serial => Some(entry),
+            _ => None,
+        }
     }
 
     pub(super) fn get_mut(&mut self, token: Token) -> Option<&mut T> {
-        let (serial, entry) = self.entries.get_mut(token.slot as usize)?;
-        (*serial == token.serial).then_some(entry)
+        match self.slots.get_mut(token.slot as usize)? {
+            Slot::Occupied { serial, entry } if *serial == token.serial => Some(entry),
+            _ => None,
+        }
     }
 
     pub(super) fn remove(&mut self, token: Token) -> Option<T> {
         self.get(token)?;
-        let (_, entry) = self.entries.try_remove(token.slot as usize)?;
-        Some(entry)
+        let next = self.vacant.replace(token.slot);
+        let place = self.slots.get_mut(token.slot as usize)?;
+        let removed = std::mem::replace(place, Slot::Vacant { next });
+        self.len -= 1;
+        if self.len == 0 {
+            give_back(&mut self.slots);
+            self.vacant = None;
+        }
+        match removed {
+            Slot::Occupied { entry, .. } => Some(entry),
+            Slot::Vacant { .. } => None,
+        }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (Token, &T)> {
-        self.entries.iter().map(|(slot, (serial, entry))| {
-            let token = Token {
-                slot: slot as u32,
-                serial: *serial,
-            };
-            (token, entry)
+        (0..).zip(&self.slots).filter_map(|(slot, place)| match place {
+            Slot::Occupied { serial, entry } => {
+                let serial = *serial;
+                Some((Token { slot, serial }, entry))
+            }
+            Slot::Vacant { .. } => None,
         })
     }
 }

@@ -1,7 +1,10 @@
 //! What the worker knows of a ring besides the ring itself, and its events.
 
+mod watchdog;
+
 use std::fs::File;
-use std::io::Write;
+use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -10,38 +13,55 @@ use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::syscalls::{Argument, Syscall};
+pub(super) use watchdog::Watchdog;
+use watchdog::Writes;
 
-/// To signal the VMM's events, which must not block.
-pub(super) const SYSCALLS: &[Syscall] = &[
+/// To signal the VMM's events.
+const SYSCALLS: &[Syscall] = &[
     Syscall::any(libc::SYS_write),
     Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_GETFL)]),
     Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_SETFL)]),
 ];
+
+pub(super) fn syscalls() -> Vec<Syscall> {
+    [SYSCALLS, watchdog::SYSCALLS].concat()
+}
 
 /// The guest's memory. All clones see the same, whatever the VMM makes of it.
 pub type GuestMemoryHandle = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// An eventfd of the VMM's to signal: its interrupt of the guest, or its notice of an error.
 #[derive(Debug)]
-pub(super) struct VmmEvent(File);
+pub(super) struct VmmEvent {
+    file: File,
+    writes: Arc<Writes>,
+}
+
+/// An event of the VMM's blocks who signals it. It is not to be signalled again.
+#[derive(Debug)]
+pub(super) struct Blocked;
 
 impl VmmEvent {
-    pub(super) fn new(file: File) -> Self {
-        let event = Self(file);
+    pub(super) fn new(file: File, watchdog: &Watchdog) -> Self {
+        let writes = watchdog.writes();
+        let event = Self { file, writes };
         event.unblock();
         event
     }
 
     /// The VMM shares the flags of the open file, so this is undone where it clears them.
     fn unblock(&self) {
-        let flags = fcntl(&self.0, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        let flags = fcntl(&self.file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
         let flags = flags.unwrap_or(OFlag::empty()) | OFlag::O_NONBLOCK;
-        let _ = fcntl(&self.0, FcntlArg::F_SETFL(flags));
+        let _ = fcntl(&self.file, FcntlArg::F_SETFL(flags));
     }
 
     /// Signals it. One that is full was signalled before and not read since.
-    pub(super) fn signal(&self) {
-        let _ = (&self.0).write(&1u64.to_ne_bytes());
+    fn signal(&self) -> Result<(), Blocked> {
+        match self.writes.write(&self.file, &1u64.to_ne_bytes()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(Blocked),
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 }
 
@@ -75,19 +95,24 @@ pub(super) struct Ring {
 
 impl Ring {
     /// Interrupts the guest. A VMM without an eventfd for that polls.
-    pub(super) fn interrupt(&self) {
-        if let Some(call) = &self.call {
-            call.signal();
-        }
+    pub(super) fn interrupt(&mut self) -> Result<(), Blocked> {
+        signal(&mut self.call)
     }
 
     /// The ring is unusable: says so to the VMM.
-    pub(super) fn set_broken(&mut self) {
+    pub(super) fn set_broken(&mut self) -> Result<(), Blocked> {
         self.state = RingState::Broken;
-        if let Some(err) = &self.err {
-            err.signal();
-        }
+        signal(&mut self.err)
     }
+}
+
+/// Signals an event if there is one, and gives up one that blocks.
+fn signal(event: &mut Option<VmmEvent>) -> Result<(), Blocked> {
+    let signalled = event.as_ref().map_or(Ok(()), VmmEvent::signal);
+    if signalled.is_err() {
+        *event = None;
+    }
+    signalled
 }
 
 /// Whether the driver has made entries available that were not taken yet.

@@ -11,7 +11,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use super::NUM_RINGS;
 use super::epoll::Epoll;
 use super::log_limit::LogLimit;
-use super::ring::{GuestMemoryHandle, Ring, RingState, VmmEvent, rewind_to_used};
+use super::ring::{Blocked, GuestMemoryHandle, Ring, RingState, VmmEvent, Watchdog, rewind_to_used};
 use crate::thread_backend::event_source::EventSource;
 
 /// How a ring goes on when the VMM starts it.
@@ -29,7 +29,10 @@ pub(super) struct Rings {
     epoll: Arc<Epoll>,
     rings: [Ring; NUM_RINGS],
     memory: Option<GuestMemoryHandle>,
+    /// Of the VMM's events, while there are any.
+    watchdog: Option<Watchdog>,
     broken_log: LogLimit,
+    blocked_log: LogLimit,
 }
 
 impl Rings {
@@ -39,7 +42,9 @@ impl Rings {
             epoll,
             rings: Default::default(),
             memory: None,
+            watchdog: None,
             broken_log: LogLimit::default(),
+            blocked_log: LogLimit::default(),
         }
     }
 
@@ -71,13 +76,25 @@ impl Rings {
 
     /// Takes the eventfd for interrupts. It is signalled once: the ring may have run without it before.
     pub(super) fn set_call(&mut self, index: usize, call: Option<File>) {
-        self.rings[index].call = call.map(VmmEvent::new);
-        self.rings[index].interrupt();
+        self.rings[index].call = call.and_then(|file| self.event(index, file));
+        self.interrupt(index);
     }
 
     /// Takes the eventfd for errors.
     pub(super) fn set_err(&mut self, index: usize, err: Option<File>) {
-        self.rings[index].err = err.map(VmmEvent::new);
+        self.rings[index].err = err.and_then(|file| self.event(index, file));
+    }
+
+    fn event(&mut self, index: usize, file: File) -> Option<VmmEvent> {
+        let watchdog = match self.watchdog.take() {
+            Some(watchdog) => Ok(watchdog),
+            None => Watchdog::start(),
+        };
+        let watchdog = watchdog.inspect_err(|error| {
+            warn!("ring {index}: can't signal the VMM: no watchdog: {error}");
+        });
+        let watchdog = self.watchdog.insert(watchdog.ok()?);
+        Some(VmmEvent::new(file, watchdog))
     }
 
     pub(super) fn is_started(&self, index: usize) -> bool {
@@ -128,6 +145,7 @@ impl Rings {
         self.reset();
         self.rings = Default::default();
         self.memory = None;
+        self.watchdog = None;
     }
 
     /// The queue of a ring that can be worked on. One that was started since is checked first.
@@ -157,7 +175,8 @@ impl Rings {
 
     /// A ring is unusable until it is started again. The VMM is told, and the log.
     pub(super) fn stop_broken(&mut self, index: usize, error: &QueueError) {
-        self.rings[index].set_broken();
+        let told = self.rings[index].set_broken();
+        self.note_blocked(index, told);
         self.broken_log
             .log(|| warn!("ring {index} stops until it is started again: {error}"));
     }
@@ -167,8 +186,17 @@ impl Rings {
         self.rings[index].position = Some(position);
     }
 
-    pub(super) fn interrupt(&self, index: usize) {
-        self.rings[index].interrupt();
+    pub(super) fn interrupt(&mut self, index: usize) {
+        let interrupted = self.rings[index].interrupt();
+        self.note_blocked(index, interrupted);
+    }
+
+    fn note_blocked(&mut self, index: usize, signalled: Result<(), Blocked>) {
+        if signalled.is_err() {
+            self.blocked_log.log(|| {
+                warn!("ring {index}: a descriptor of the VMM's blocks, and is not signalled again");
+            });
+        }
     }
 
     /// Asks the driver to kick. True when there is something in the ring already.

@@ -4,7 +4,7 @@ use crate::packet::header::{GuestPort, PeerAddr, VsockHeader};
 
 /// What names a connection: the addresses of its two ends, without the guest's CID, which is always the same. Who began it
 /// does not matter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnKey {
     /// The guest's port.
     pub guest: GuestPort,
