@@ -12,6 +12,6 @@ pub const TRANSFER: usize = 2 * 1024;
 /// To connect to a host program, or to find that nobody listens.
 pub const DIAL: usize = 8 * 1024;
 /// To accept a client.
-pub const ACCEPT: usize = 16 * 1024;
+pub const ACCEPT: usize = 32 * 1024;
 /// To read on at a client's CONNECT line, and to open its connection.
 pub const CONNECT_LINE: usize = 16 * 1024;
