@@ -126,6 +126,7 @@ enum Step {
     /// Host programs ask for a guest port and leave without waiting for the answer.
     ClientsLeave {
         clients: u8,
+        is_known: bool,
     },
 }
 

@@ -94,6 +94,8 @@ impl<'m> World<'m> {
         let window = (u32::from(setup.tx_buffer_size) + 1) * (1 + u32::from(setup.factor) % 4);
         let config = VmConfig {
             tx_buffer_size: window,
+            // Programs that are gone must not keep others out.
+            max_connections: MAX_CONNS,
             busy_poll: Duration::ZERO,
             ..VmConfig::new(CID, "", host.uds_path())
         };
@@ -200,7 +202,9 @@ impl<'m> World<'m> {
             Step::Restart { reset, breaks } => self.restart(reset, breaks),
             Step::GuestFloods { requests } => self.flood(requests),
             Step::GuestOffersHollow { buffers, len } => self.offer_hollow(1 + buffers % 8, len),
-            Step::ClientsLeave { clients } => self.clients_leave(1 + clients % 32),
+            Step::ClientsLeave { clients, is_known } => {
+                self.clients_leave(1 + clients % 32, is_known)
+            }
         }
     }
 }
@@ -430,19 +434,25 @@ impl World<'_> {
         self.unwelcome.push(program);
     }
 
-    fn clients_leave(&mut self, clients: u8) {
+    /// Host programs leave without an answer. The worker may have seen them before.
+    fn clients_leave(&mut self, clients: u8, is_known: bool) {
+        let mut programs = Vec::new();
         for _ in 0..clients {
             if self.departures == MAX_DEPARTED {
-                return;
+                break;
             }
             let Ok(mut program) = self.host.connect() else {
-                return;
+                break;
             };
             let port = FIRST_DEPARTED + self.departures;
             program
                 .write_all(format!("CONNECT {port}\n").as_bytes())
                 .unwrap();
             self.departures += 1;
+            programs.push(program);
+        }
+        if is_known {
+            self.run();
         }
     }
 
