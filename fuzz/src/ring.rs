@@ -83,6 +83,9 @@ impl Layout {
 /// The most bytes that a chain holds in any layout.
 pub const MAX_PACKET: usize = SLOT - 16 * MAX_PARTS;
 
+/// The most bytes of a buffer whose slot has a table of [`MAX_SIZE`] descriptors too.
+const MAX_HOLLOW: usize = SLOT - 16 * MAX_SIZE as usize;
+
 /// A chain that the device has.
 struct Offer {
     slots: Vec<u16>,
@@ -285,6 +288,29 @@ impl<'m> Ring<'m> {
             .clear(self.buffers + u64::from(head) * SLOT as u64, SLOT);
         let areas = layout.areas(self.buffers + u64::from(head) * SLOT as u64, len);
         self.offer_areas(areas, layout.table, [WRITE; 2], true);
+    }
+
+    /// Offers an empty buffer for a packet of at most `len` bytes, behind as many descriptors without a byte as a chain may have.
+    pub fn offer_hollow_buffer(&mut self, len: usize) {
+        let Some(head) = self.free.pop() else { return };
+        let table = self.buffers + u64::from(head) * SLOT as u64;
+        let buffer = table + 16 * u64::from(MAX_SIZE);
+        self.memory.clear(table, SLOT);
+        let last = self.size - 1;
+        for index in 0..last {
+            let place = table + 16 * u64::from(index);
+            self.write_descriptor(place, buffer, 0, WRITE | NEXT, index + 1);
+        }
+        let len = len.min(MAX_HOLLOW) as u32;
+        self.write_descriptor(table + 16 * u64::from(last), buffer, len, WRITE, 0);
+        let place = self.desc + 16 * u64::from(head);
+        self.write_descriptor(place, table, 16 * u32::from(self.size), INDIRECT, 0);
+        self.offers.push_back(Offer {
+            slots: vec![head],
+            areas: vec![(buffer, len)],
+            is_sound: true,
+        });
+        self.push_avail(head);
     }
 
     /// Offers a chain that breaks the rules.

@@ -114,6 +114,20 @@ enum Step {
         reset: bool,
         breaks: u8,
     },
+    /// The guest requests many connections to where nobody listens.
+    GuestFloods {
+        requests: u8,
+    },
+    /// The guest offers buffers in as many descriptors as a chain may have, most of which are empty.
+    GuestOffersHollow {
+        buffers: u8,
+        len: u16,
+    },
+    /// Host programs ask for a guest port and leave without waiting for the answer.
+    ClientsLeave {
+        clients: u8,
+        is_known: bool,
+    },
 }
 
 /// How the device is set up.

@@ -8,7 +8,7 @@ use super::common::daemon::{Daemon, PATIENCE};
 
 /// How much more memory of its own than after the warm-up is no leak, in KiB. In use is the same then as now, but the
 /// allocator keeps what was freed, and how much depends on which connections came together.
-const MEMORY_MARGIN: u64 = 2048;
+const MEMORY_MARGIN: u64 = 1024;
 
 /// What the daemon has at rest.
 #[derive(Clone, Copy, Debug)]

@@ -12,6 +12,10 @@ use super::course::{Course, Fault};
 use super::ends;
 use super::plan::{Kind, Plan, Side};
 
+/// A port where nobody listens, on either side, and one where a host program takes floods.
+pub const NOBODY: u32 = 19_000;
+pub const FLOODED: u32 = 19_001;
+
 /// Who waits for the guest's connections, in the order of the plans.
 pub struct Doors(Vec<Option<Listener>>);
 
@@ -22,6 +26,15 @@ impl Doors {
             wanted.then(|| Listener::bind(daemon, plan.port()))
         };
         Self(plans.iter().map(door).collect())
+    }
+}
+
+/// So many programs ask for a guest port where nobody listens, and leave without waiting for the answer.
+pub fn desert(daemon: &Daemon, count: usize) {
+    for _ in 0..count {
+        let mut client = UnixStream::connect(daemon.uds_path()).unwrap();
+        // Without a VMM the daemon closes first.
+        let _ = client.write_all(format!("CONNECT {NOBODY}\n").as_bytes());
     }
 }
 

@@ -53,7 +53,7 @@ trait SoakGuest: Sized {
     fn begin(&self, daemon: &Daemon, course: &Arc<Course>) -> Self::Parts;
     /// Waits until they have come to their end.
     fn finish(&self, parts: Self::Parts, course: &Course);
-    fn suffer(&self, blow: Blow);
+    fn suffer(&self, daemon: &Daemon, blow: Blow) -> Result<(), String>;
 }
 
 /// When to stop.
@@ -251,7 +251,10 @@ fn play_round<G: SoakGuest>(
         if matches!(blow, Blow::Killed) {
             course.expect_kill();
         }
-        guest.suffer(blow);
+        if let Err(what) = guest.suffer(daemon, blow) {
+            course.fail(format!("{blow:?}: {what}"));
+        }
+        Tally::add(&tally.floods, blow.connections() as u64);
     }
     join(ends, &course);
     guest.finish(parts, &course);

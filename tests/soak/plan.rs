@@ -17,6 +17,9 @@ const MAX_WRITE: usize = 1 << 18;
 /// closed 8 s later, with what was not read by then.
 const MAX_STALL: u64 = 800;
 
+/// The most connections of a flood.
+const MAX_FLOOD: usize = 500;
+
 /// In milliseconds, within which all connections of a round begin, and all that befalls the guest.
 const ROUND: u64 = 1500;
 
@@ -158,8 +161,24 @@ pub enum Blow {
     NoBuffers(Duration),
     /// The VMM pauses it for a while.
     Paused(Duration),
+    /// It requests so many connections at once where nobody listens.
+    Refused(usize),
+    /// It opens so many connections at once to a host program that closes them.
+    Accepted(usize),
+    /// So many host programs ask for one of its ports and leave at once.
+    Deserted(usize),
     /// The VMM is killed.
     Killed,
+}
+
+impl Blow {
+    /// How many connections it is made of.
+    pub fn connections(self) -> usize {
+        match self {
+            Self::Refused(count) | Self::Accepted(count) | Self::Deserted(count) => count,
+            Self::NoBuffers(_) | Self::Paused(_) | Self::Killed => 0,
+        }
+    }
 }
 
 /// Connections at once, and what befalls the guest at which time.
@@ -176,8 +195,8 @@ pub struct Abilities {
     pub connections: usize,
     /// Its programs can reset a connection.
     pub resets: bool,
-    /// What may befall it, besides its end.
-    pub blows: fn(Duration) -> [Blow; 2],
+    /// What may befall it for a time, or with so many connections, besides its end.
+    pub blows: fn(Duration, usize) -> Vec<Blow>,
 }
 
 /// Draws what happens.
@@ -220,7 +239,8 @@ impl Dice {
         let mut blows: Vec<_> = (0..self.rng.random_range(0..=3))
             .map(|_| {
                 let stall = self.stall();
-                let kinds = (self.abilities.blows)(stall);
+                let flood = self.rng.random_range(1..=MAX_FLOOD);
+                let kinds = (self.abilities.blows)(stall, flood);
                 (self.moment(), *self.one_of(&kinds))
             })
             .collect();

@@ -6,10 +6,12 @@ use std::thread::{self, JoinHandle, sleep};
 
 use super::SoakGuest;
 use super::common::daemon::Daemon;
+use super::common::host::Listener;
 use super::common::sim::ring::Indirect;
 use super::common::sim::{GuestStack, HeaderPlace, Setup, SimGuest, TxLayout};
 use super::course::{Course, Fault};
 use super::ends;
+use super::host;
 use super::plan::{Abilities, Blow, Dice, Kind, Plan, Side};
 
 /// The sockets of a simulated guest.
@@ -20,7 +22,15 @@ impl SoakGuest for Sim {
     const ABILITIES: Abilities = Abilities {
         connections: 60,
         resets: true,
-        blows: |time| [Blow::NoBuffers(time), Blow::Paused(time)],
+        blows: |time, count| {
+            vec![
+                Blow::NoBuffers(time),
+                Blow::Paused(time),
+                Blow::Refused(count),
+                Blow::Accepted(count),
+                Blow::Deserted(count),
+            ]
+        },
     };
     type Parts = Vec<JoinHandle<()>>;
 
@@ -56,7 +66,7 @@ impl SoakGuest for Sim {
         super::join(parts, course);
     }
 
-    fn suffer(&self, blow: Blow) {
+    fn suffer(&self, daemon: &Daemon, blow: Blow) -> Result<(), String> {
         match blow {
             Blow::NoBuffers(time) => {
                 self.0.with_guest(|guest| guest.auto_repost = false);
@@ -71,13 +81,33 @@ impl SoakGuest for Sim {
                 sleep(time);
                 self.0.resume();
             }
+            Blow::Refused(count) => self.flood(host::NOBODY, count, 0)?,
+            Blow::Accepted(count) => {
+                let _program = Listener::bind(daemon, host::FLOODED);
+                self.flood(host::FLOODED, count, count)?;
+            }
+            Blow::Deserted(count) => host::desert(daemon, count),
             Blow::Killed => self.0.kill(),
+        }
+        Ok(())
+    }
+}
+
+impl Sim {
+    /// Connects so many times at once. Of these, so many are accepted.
+    fn flood(&self, port: u32, count: usize, accepted: usize) -> Result<(), String> {
+        let streams = self.0.connect_many(port, count);
+        let streams = streams.map_err(|error| format!("not all are answered: {error}"))?;
+        if streams.len() == accepted {
+            Ok(())
+        } else {
+            Err(format!("{} of {count} were accepted", streams.len()))
         }
     }
 }
 
 /// How the guest's driver may have set its device up.
-fn drivers() -> [Setup; 3] {
+fn drivers() -> [Setup; 4] {
     let linux = Setup::default();
     let newer = Setup {
         queues: 3,
@@ -101,7 +131,12 @@ fn drivers() -> [Setup; 3] {
         call_first: true,
         ..linux.clone()
     };
-    [linux, newer, other]
+    let wasteful = Setup {
+        indirect: Indirect::Whole,
+        rx: [vec![0; 30], vec![4096]].concat(),
+        ..linux.clone()
+    };
+    [linux, newer, other, wasteful]
 }
 
 fn play(stack: &GuestStack, plan: &Plan, course: &Course) -> Result<(), Fault> {

@@ -12,6 +12,7 @@ use super::common::host::Listener;
 use super::common::scenarios::spawn_peer;
 use super::common::uml::Uml;
 use super::course::Course;
+use super::host;
 use super::plan::{Abilities, Blow, Dice, Part, Plan};
 
 /// The host port where the guest's program says that it listens everywhere.
@@ -25,7 +26,7 @@ impl SoakGuest for RealGuest {
     const ABILITIES: Abilities = Abilities {
         connections: 30,
         resets: false,
-        blows: |time| [Blow::Paused(time); 2],
+        blows: |time, count| vec![Blow::Paused(time), Blow::Deserted(count)],
     };
     type Parts = GuestProcess;
 
@@ -58,9 +59,13 @@ impl SoakGuest for RealGuest {
         }
     }
 
-    fn suffer(&self, blow: Blow) {
+    fn suffer(&self, daemon: &Daemon, blow: Blow) -> Result<(), String> {
         match blow {
-            Blow::NoBuffers(time) | Blow::Paused(time) => {
+            Blow::Deserted(count) => host::desert(daemon, count),
+            Blow::Refused(_) | Blow::Accepted(_) | Blow::NoBuffers(_) => {
+                unreachable!("not among its abilities")
+            }
+            Blow::Paused(time) => {
                 self.with(|uml| uml.freeze(true));
                 sleep(time);
                 self.with(|uml| uml.freeze(false));
@@ -73,6 +78,7 @@ impl SoakGuest for RealGuest {
                 .into_iter()
                 .for_each(Uml::kill),
         }
+        Ok(())
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod guest_side;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -32,6 +32,16 @@ const CID: Cid = Cid::from_raw(4);
 /// The first guest port that a host program asks for. Each asks for one of its own.
 const FIRST_CLIENT: u32 = 10_000;
 
+/// The first guest port that host programs ask for which leave at once. Each asks for one of its own.
+const FIRST_DEPARTED: u32 = 20_000;
+
+/// The first guest port of a flood of requests, and the host port that they are for. Each is from a port of its own.
+const FIRST_FLOOD: u32 = 50_000;
+const NOBODY: u32 = 3000;
+
+/// How many requests of floods may be unanswered at a time. So many resets wait for the guest as long as it takes.
+const MAX_REFUSED: usize = 512;
+
 /// How many turns a worker with nothing to do may take at most.
 const MAX_TURNS: usize = 1000;
 
@@ -39,6 +49,7 @@ const MAX_TURNS: usize = 1000;
 /// longer than anything else, and more of them do nothing that these do not.
 const MAX_CONNS: usize = 16;
 const MAX_UNWELCOME: usize = 4;
+const MAX_DEPARTED: u32 = 64;
 const MAX_RESTARTS: usize = 4;
 
 pub(super) struct World<'m> {
@@ -66,6 +77,12 @@ pub(super) struct World<'m> {
     replies: VecDeque<VsockHeader>,
     /// How many packets with these addresses and this type may still be answered with an RST, since there is no such connection.
     resets: HashMap<(ConnKey, u16), u32>,
+    /// Requests of floods, each of which must be answered with one RST. How many there were.
+    refused: HashSet<ConnKey>,
+    floods: u32,
+    /// Connections that host programs have asked for which were gone by then, as far as the guest knows them. How many there were.
+    departed: HashSet<ConnKey>,
+    departures: u32,
     /// Host programs that must be closed.
     unwelcome: Vec<UnixStream>,
     restarts: usize,
@@ -77,6 +94,8 @@ impl<'m> World<'m> {
         let window = (u32::from(setup.tx_buffer_size) + 1) * (1 + u32::from(setup.factor) % 4);
         let config = VmConfig {
             tx_buffer_size: window,
+            // Programs that are gone must not keep others out.
+            max_connections: MAX_CONNS,
             busy_poll: Duration::ZERO,
             ..VmConfig::new(CID, "", host.uds_path())
         };
@@ -110,6 +129,10 @@ impl<'m> World<'m> {
             consumed: 0,
             replies: VecDeque::new(),
             resets: HashMap::new(),
+            refused: HashSet::new(),
+            floods: 0,
+            departed: HashSet::new(),
+            departures: 0,
             unwelcome: Vec::new(),
             restarts: 0,
             is_eager: setup.is_eager,
@@ -177,6 +200,11 @@ impl<'m> World<'m> {
             Step::GuestWantsInterrupts { wanted } => self.arm(wanted),
             Step::Pause { is_rx } => self.pause(if is_rx { RX_RING } else { TX_RING }),
             Step::Restart { reset, breaks } => self.restart(reset, breaks),
+            Step::GuestFloods { requests } => self.flood(requests),
+            Step::GuestOffersHollow { buffers, len } => self.offer_hollow(1 + buffers % 8, len),
+            Step::ClientsLeave { clients, is_known } => {
+                self.clients_leave(1 + clients % 32, is_known)
+            }
         }
     }
 }
@@ -249,6 +277,8 @@ impl World<'_> {
         self.asking.clear();
         self.replies.clear();
         self.resets.clear();
+        self.refused.clear();
+        self.departed.clear();
         for conn in &mut self.conns {
             conn.abort();
             if !has_all_packets {
@@ -404,6 +434,28 @@ impl World<'_> {
         self.unwelcome.push(program);
     }
 
+    /// Host programs leave without an answer. The worker may have seen them before.
+    fn clients_leave(&mut self, clients: u8, is_known: bool) {
+        let mut programs = Vec::new();
+        for _ in 0..clients {
+            if self.departures == MAX_DEPARTED {
+                break;
+            }
+            let Ok(mut program) = self.host.connect() else {
+                break;
+            };
+            let port = FIRST_DEPARTED + self.departures;
+            program
+                .write_all(format!("CONNECT {port}\n").as_bytes())
+                .unwrap();
+            self.departures += 1;
+            programs.push(program);
+        }
+        if is_known {
+            self.run();
+        }
+    }
+
     fn listen(&mut self, port: u8, wanted: bool) {
         self.run();
         // Requests on the way would find one or the other.
@@ -423,7 +475,14 @@ impl World<'_> {
         self.run();
         while self.receive_all() {}
         self.resets.clear();
+        self.check_refused();
         true
+    }
+
+    /// Every request of a flood was answered.
+    fn check_refused(&self) {
+        let lost = self.refused.len();
+        assert!(lost == 0, "{lost} requests without an answer");
     }
 
     fn receive_all(&mut self) -> bool {
@@ -456,6 +515,8 @@ impl World<'_> {
             self.asking.is_empty() && self.replies.is_empty(),
             "the guest's packets are not taken"
         );
+        self.check_refused();
+        self.check_places();
         self.conns.iter().for_each(Conn::check_settled);
         for program in &mut self.unwelcome {
             let read = program.read(&mut [0]);
@@ -467,6 +528,18 @@ impl World<'_> {
         }
         let writable: Vec<_> = self.rings.iter().flat_map(Ring::writable).collect();
         self.memory.check(&writable);
+    }
+
+    /// Host programs that were gone before the guest has answered take no place, and neither does what is over.
+    fn check_places(&self) {
+        let departed = self.departed.len();
+        assert!(
+            departed == 0,
+            "{departed} connections of programs that are gone"
+        );
+        let (_, taken) = self.worker.status();
+        let open = self.conns.iter().filter(|conn| conn.state != State::Over);
+        assert!(taken <= open.count(), "{taken} places are taken");
     }
 
     /// Both ends of a connection take what there is. False when there is nothing.

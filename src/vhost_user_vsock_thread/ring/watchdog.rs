@@ -13,14 +13,13 @@ use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use log::warn;
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
-use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::signal::{register_signal_handler, unblock_signal};
 
 use crate::syscalls::{Argument, Syscall};
@@ -65,7 +64,7 @@ impl Watchdog {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        self.0.state.lock().is_over = true;
+        self.0.lock().is_over = true;
         self.0.changed.notify_one();
     }
 }
@@ -94,12 +93,17 @@ impl Writes {
         unblock();
         self.begin();
         let written = file.write(bytes);
-        self.state.lock().writer = None;
+        self.lock().writer = None;
         written
     }
 
+    /// A lock of parking_lot's would allocate when a thread first has to wait for one.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn begin(&self) {
-        let mut state = self.state.lock();
+        let mut state = self.lock();
         state.writer = Some(pthread_self());
         state.count = state.count.wrapping_add(1);
         if !std::mem::replace(&mut state.is_awake, true) {
@@ -110,13 +114,14 @@ impl Writes {
 
     /// Interrupts writes that block, until the watchdog is dropped.
     fn watch(&self) {
-        let mut state = self.state.lock();
+        let mut state = self.lock();
         let mut seen = state.count;
         while !state.is_over {
             match state.writer {
                 None if state.count == seen => {
                     state.is_awake = false;
-                    self.changed.wait(&mut state);
+                    let woken = self.changed.wait(state);
+                    state = woken.unwrap_or_else(PoisonError::into_inner);
                     continue;
                 }
                 Some(writer) if state.count == seen => {
@@ -125,7 +130,8 @@ impl Writes {
                 }
                 _ => seen = state.count,
             }
-            self.changed.wait_for(&mut state, INTERVAL);
+            let woken = self.changed.wait_timeout(state, INTERVAL);
+            (state, _) = woken.unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

@@ -163,6 +163,24 @@ impl GuestStack {
 
     /// Connects to a host port.
     pub fn connect(&self, port: u32) -> io::Result<GuestStream> {
+        let stream = self.request(port)?;
+        self.shared.wake();
+        self.answered(stream)
+    }
+
+    /// Connects to a host port so many times at once. Returns the connections that were accepted; all others were refused.
+    pub fn connect_many(&self, port: u32, count: usize) -> io::Result<Vec<GuestStream>> {
+        let requests = (0..count).map(|_| self.request(port));
+        let requests = requests.collect::<io::Result<Vec<_>>>()?;
+        self.shared.wake();
+        let answers = requests.into_iter().map(|stream| self.answered(stream));
+        let accepted = answers.filter(
+            |answer| !matches!(answer, Err(error) if error.kind() == ErrorKind::ConnectionRefused),
+        );
+        accepted.collect()
+    }
+
+    fn request(&self, port: u32) -> io::Result<GuestStream> {
         let mut state = self.shared.lock();
         if state.stop {
             return Err(ErrorKind::NotConnected.into());
@@ -173,12 +191,14 @@ impl GuestStack {
         let key = (flow.guest_port, flow.host_port);
         state.control.push_back(flow.packet(Op::Request));
         state.conns.insert(key, Conn::new(flow, Phase::Asked));
-        drop(state);
-        self.shared.wake();
-        let stream = GuestStream {
+        Ok(GuestStream {
             shared: self.shared.clone(),
             key,
-        };
+        })
+    }
+
+    fn answered(&self, stream: GuestStream) -> io::Result<GuestStream> {
+        let key = stream.key;
         let answered = self
             .shared
             .wait(|state| (state.conns.get(&key)?.phase != Phase::Asked).then_some(()));

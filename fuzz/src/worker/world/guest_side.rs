@@ -10,7 +10,9 @@ use super::super::super::guest::{self, MAX_PAYLOAD};
 use super::super::super::ring::{Layout, MAX_PACKET, Malformed};
 use super::super::conn::{Conn, Promise, State};
 use super::super::host::PORTS;
-use super::{CID, MAX_CONNS, World};
+use super::{
+    CID, FIRST_DEPARTED, FIRST_FLOOD, MAX_CONNS, MAX_DEPARTED, MAX_REFUSED, NOBODY, World,
+};
 
 // What it sends.
 impl World<'_> {
@@ -31,6 +33,10 @@ impl World<'_> {
             let key = (ConnKey::of(&header), header.packet_type.into());
             *self.resets.entry(key).or_default() += 1;
         }
+        self.put(header, payload, layout);
+    }
+
+    fn put(&mut self, header: VsockHeader, payload: &[u8], layout: Layout) {
         self.sent += 1;
         let ring = &mut self.rings[TX_RING];
         ring.offer(layout, &guest::bytes(&header, payload));
@@ -93,6 +99,23 @@ impl World<'_> {
         self.conns
             .push(Conn::new(number, key, State::Asking, self.window));
         self.send_for(self.conns.len() - 1, Op::Request, |_| {});
+    }
+
+    /// Requests connections to where nobody listens. Each is answered with an RST, once.
+    pub(super) fn flood(&mut self, requests: u8) {
+        for _ in 0..=requests {
+            if self.refused.len() == MAX_REFUSED || !self.make_room() {
+                return;
+            }
+            let key = ConnKey {
+                guest: GuestPort(FIRST_FLOOD + self.floods),
+                peer: PeerAddr::host(NOBODY),
+            };
+            self.floods += 1;
+            self.refused.insert(key);
+            let header = VsockHeader::new(CID, key.guest, key.peer, Op::Request);
+            self.put(header, &[], Layout::PLAIN);
+        }
     }
 
     pub(super) fn write(&mut self, conn: u8, len: u16, part: u16, layout: Layout) {
@@ -232,6 +255,16 @@ impl World<'_> {
         ring.kick();
     }
 
+    pub(super) fn offer_hollow(&mut self, buffers: u8, len: u16) {
+        let ring = &mut self.rings[RX_RING];
+        for _ in 0..buffers {
+            if ring.has_room() {
+                ring.offer_hollow_buffer(HEADER_LEN + 1 + usize::from(len) % MAX_PAYLOAD);
+            }
+        }
+        ring.kick();
+    }
+
     /// The driver asks for an interrupt, or for none.
     pub(super) fn arm(&mut self, wanted: bool) {
         for (ring, armed) in self.rings.iter_mut().zip(&mut self.armed) {
@@ -282,6 +315,9 @@ impl World<'_> {
             (Cid::HOST, PacketType::Stream)
         );
         let is_request = header.op == Op::Request;
+        if is_departed(key) {
+            return self.receive_departed(header, key);
+        }
         let is_it = |conn: &Conn| match conn.state {
             State::Over => false,
             State::Unknown => is_request && conn.key.guest == key.guest,
@@ -310,7 +346,35 @@ impl World<'_> {
         }
     }
 
+    /// Takes a packet of a connection whose host program was gone before it was known. The guest refuses every other one.
+    fn receive_departed(&mut self, header: &VsockHeader, key: ConnKey) {
+        let mut reply = VsockHeader::new(CID, key.guest, key.peer, Op::Rst);
+        match header.op {
+            Op::Request => {
+                assert!(self.departed.insert(key), "requested twice: {header:?}");
+                if key.guest.0.is_multiple_of(2) {
+                    self.departed.remove(&key);
+                } else {
+                    reply.op = Op::Response;
+                }
+            }
+            Op::Shutdown if ShutdownFlags::from_bits_truncate(header.flags).is_all() => {
+                self.departed.remove(&key);
+            }
+            Op::Shutdown | Op::CreditUpdate => return,
+            _ => panic!("from nobody: {header:?}"),
+        }
+        self.replies.push_back(reply);
+    }
+
     fn receive_reset(&mut self, header: &VsockHeader, key: ConnKey) {
+        if key.peer == PeerAddr::host(NOBODY) {
+            return assert!(self.refused.remove(&key), "reset twice: {header:?}");
+        }
+        if is_departed(key) {
+            self.departed.remove(&key);
+            return;
+        }
         // One that answers a packet of another type is not about the connection.
         let is_it = |conn: &&mut Conn| {
             header.packet_type == PacketType::Stream
@@ -331,4 +395,8 @@ impl World<'_> {
             *allowed.unwrap_or_else(|| panic!("nothing is to be reset: {header:?}")) -= 1;
         }
     }
+}
+
+fn is_departed(key: ConnKey) -> bool {
+    (FIRST_DEPARTED..FIRST_DEPARTED + MAX_DEPARTED).contains(&key.guest.0)
 }
