@@ -140,10 +140,16 @@ impl VsockThreadBackend {
 
 // Between the guest and the connections.
 impl VsockThreadBackend {
-    /// Whether packets can be taken from the guest. Where not, they are to be left in the ring: the guest must take answers
-    /// first.
-    pub fn takes_packets(&self) -> bool {
-        self.pending.resets.takes_batch()
+    /// Whether there is room for the answers to more packets from the guest. Where not, packets are to be left in the ring: the
+    /// guest must take answers first.
+    pub fn has_room(&self) -> bool {
+        self.pending.resets.has_room()
+    }
+
+    /// Whether packets are to be taken although there is no room, if the guest has no buffers now: it has taken none for so long
+    /// that it loses answers.
+    pub fn gave_up(&self) -> bool {
+        self.pending.resets.gave_up()
     }
 
     /// Takes packets from the guest, at most [`MAX_BATCH`]. Each is consumed, whatever it is.

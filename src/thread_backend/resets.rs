@@ -39,9 +39,14 @@ impl Resets {
         self.waiting.is_empty()
     }
 
-    /// Whether a batch of the guest's packets is to be taken, each of which may cause a reset.
-    pub(super) fn takes_batch(&self) -> bool {
-        self.gave_up || self.waiting.len() + MAX_BATCH <= MAX_RESETS
+    /// Whether there is room for the resets that a batch of the guest's packets may cause.
+    pub(super) fn has_room(&self) -> bool {
+        self.waiting.len() + MAX_BATCH <= MAX_RESETS
+    }
+
+    /// Whether the guest has taken nothing for so long that it loses what there is no room for.
+    pub(super) fn gave_up(&self) -> bool {
+        self.gave_up
     }
 
     pub(super) fn push(
@@ -75,7 +80,7 @@ impl Resets {
         for (_, socket) in &mut self.waiting {
             *socket = None;
         }
-        if !self.takes_batch() && self.gives_up_at.is_none() {
+        if !self.has_room() && !self.gave_up && self.gives_up_at.is_none() {
             self.gives_up_at = Some(Instant::now() + PATIENCE);
         }
     }

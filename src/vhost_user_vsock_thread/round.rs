@@ -46,7 +46,10 @@ impl VhostUserVsockThread {
             let (backend, acceptor) = (&self.backend, &self.acceptor);
             let next = self.shares.next(|work| match work {
                 Work::Rx(source) => round.has_buffers && backend.has_pending(source),
-                Work::Tx => round.has_packets && backend.takes_packets(),
+                Work::Tx => {
+                    let takes = backend.has_room() || !round.has_buffers && backend.gave_up();
+                    round.has_packets && takes
+                }
                 Work::Flush => backend.can_flush(),
                 Work::Clients => acceptor.is_pending() || backend.has_ready_clients(),
             });
@@ -151,9 +154,14 @@ impl VhostUserVsockThread {
         Ok(())
     }
 
+    /// Whether packets are taken from the guest. Where a round has left resets, it has found that the guest has no buffers.
+    fn takes_packets(&self) -> bool {
+        self.backend.has_room() || self.backend.gave_up()
+    }
+
     /// Whether there are packets that are to be taken from the guest.
     pub(super) fn has_packets(&mut self, queues: &mut Queues<'_>) -> bool {
-        self.backend.takes_packets()
+        self.takes_packets()
             && self.with_queue(queues, TX_RING, |_, queue, memory| {
                 has_entries(queue, memory)
             })
@@ -167,7 +175,7 @@ impl VhostUserVsockThread {
             }
         };
         // Packets that are left in their ring are gone on with when the guest has given buffers for the answers.
-        let has_packets = self.backend.takes_packets()
+        let has_packets = self.takes_packets()
             && self.with_queue(queues, TX_RING, enable(TX_RING));
         // Only where buffers are missing is there a reason to hear of new ones.
         let is_starved = RxSource::ALL

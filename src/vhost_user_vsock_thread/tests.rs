@@ -6,6 +6,8 @@ use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::shares::Work;
+use crate::thread_backend::RxSource;
 use super::limits::{MAX_ROUND_COST, MAX_TX_BYTES, MAX_TX_DESCRIPTORS};
 use super::*;
 use crate::packet::header::{Cid, GuestPort, Op, PeerAddr, VsockHeader};
@@ -263,5 +265,26 @@ fn packets_whose_resets_the_guest_does_not_take_are_left_in_the_ring() {
     assert_eq!(wait, Wait::ForEvents, "it spins");
     let (mut endless, taken, wait) = endless.turn(TX_RING);
     assert_eq!((taken, wait), (0, Wait::ForEvents));
+    assert_eq!(endless.worker.backend.counters().resets_lost, 0);
+}
+
+#[test]
+fn a_guest_that_was_given_up_loses_nothing_once_it_has_buffers() {
+    let mut endless = Endless::new(64);
+    let header = packet(1, Op::CreditRequest).to_tx();
+    endless
+        .memory
+        .write_slice(&header, GuestAddress(BUFFER))
+        .unwrap();
+    endless.start(TX_RING, (BUFFER, 44, 0));
+    let (mut endless, _, wait) = endless.turn(TX_RING);
+    assert_eq!(wait, Wait::ForEvents);
+    let deadline = endless.worker.backend.next_deadline().unwrap();
+    endless.worker.backend.expire(deadline);
+    endless.start(RX_RING, (BUFFER, 100, WRITE));
+    // Even where it is the TX ring's turn.
+    let resets = Work::Rx(RxSource::Resets);
+    endless.worker.shares.charge(resets, 1 << 30);
+    let (mut endless, _, _) = endless.turn(TX_RING);
     assert_eq!(endless.worker.backend.counters().resets_lost, 0);
 }
