@@ -18,19 +18,19 @@ const PATIENCE: Duration = Duration::from_secs(1);
 ///
 /// No packet is taken whose reset might find no place (virtio 1.2, 5.10.6.1: the device stops where it has no room for replies).
 /// Both sides would wait for each other if the driver did the same, so a guest that takes nothing for [`PATIENCE`] loses
-/// resets instead. Resets that no packet has caused always find a place: there is at most one for each connection that
+/// the oldest resets instead. Resets that no packet has caused always find a place: there is at most one for each connection that
 /// the guest knows, and opening one takes a packet.
 #[derive(Debug, Default)]
 pub(super) struct Resets {
     waiting: VecDeque<(VsockHeader, Option<HostSocket>)>,
     /// The sockets of those that are in the guest's buffers.
     sent: Vec<HostSocket>,
-    /// When the guest has lost what exceeds the limit.
+    /// When the guest begins to lose what exceeds the limit.
     gives_up_at: Option<Instant>,
     gave_up: bool,
 }
 
-/// The reset was dropped: there are too many.
+/// The oldest reset was dropped: there are too many.
 #[derive(Debug)]
 pub(super) struct Dropped;
 
@@ -54,10 +54,12 @@ impl Resets {
         header: VsockHeader,
         socket: Option<HostSocket>,
     ) -> Result<(), Dropped> {
-        if self.gave_up && self.waiting.len() >= MAX_RESETS {
+        self.waiting.push_back((header, socket));
+        if self.gave_up && self.waiting.len() > MAX_RESETS {
+            // The guest may offer buffers just now, and wait for the newest.
+            self.waiting.pop_front();
             return Err(Dropped);
         }
-        self.waiting.push_back((header, socket));
         Ok(())
     }
 
@@ -100,6 +102,11 @@ impl Resets {
 
     pub(super) fn clear(&mut self) {
         *self = Self::default();
+    }
+
+    #[cfg(test)]
+    pub(super) fn newest(&self) -> Option<&VsockHeader> {
+        self.waiting.back().map(|(header, _)| header)
     }
 
     #[cfg(test)]

@@ -112,6 +112,10 @@ fn a_guest_that_takes_nothing_for_long_loses_resets() {
     assert_eq!(table.backend.pending.resets.len(), MAX_RESETS);
     assert_eq!(table.backend.counters.resets_lost, 2 * MAX_RESETS as u64);
     assert_eq!(table.backend.next_deadline(), None);
+    // The newest is kept: it may be waited for.
+    table.send(7777, Op::CreditRequest);
+    let newest = table.backend.pending.resets.newest().unwrap();
+    assert_eq!(newest.guest_port, GuestPort(7777));
     // It takes one again.
     assert!(table.take_reset());
     assert!(!table.backend.gave_up() && !table.backend.has_room());
