@@ -132,13 +132,13 @@ fn packets_cost_no_allocation() {
         }
     };
     // Storage grows to its largest size.
-    (0..20).for_each(|seed| round(&mut guest, seed));
+    (0..100).for_each(|seed| round(&mut guest, seed));
     assert!(
         ALLOCATIONS.load(Ordering::Relaxed) > 0,
         "nothing is counted"
     );
     let before = ALLOCATIONS.load(Ordering::Relaxed);
-    (20..60).for_each(|seed| round(&mut guest, seed));
+    (100..140).for_each(|seed| round(&mut guest, seed));
     let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
     assert_eq!(allocations, 0, "over some 12,000 packets");
     vm.stop();

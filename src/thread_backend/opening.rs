@@ -205,9 +205,13 @@ impl VsockThreadBackend {
     /// Puts a connection into the table, and its socket into the event loop.
     fn insert(&mut self, side: Side, conn: VsockConnection) -> io::Result<Token> {
         let registry = &self.registry;
-        self.connections.try_insert(side, |token| {
+        let token = self.connections.try_insert(side, |token| {
             registry.register(conn.socket(), EventSource::Connection(token))?;
-            Ok(conn)
-        })
+            io::Result::Ok(conn)
+        })?;
+        // So that a packet costs no allocation later.
+        self.pending.make_room(token.slot);
+        self.flushable.make_room(token.slot);
+        Ok(token)
     }
 }

@@ -39,6 +39,12 @@ impl Pending {
         }
     }
 
+    /// Allocates what a connection in this slot takes, whatever it will have pending.
+    pub(super) fn make_room(&mut self, slot: u32) {
+        self.packets.make_room(slot);
+        self.streams.make_room(slot);
+    }
+
     /// Puts a connection where its next packets belong.
     pub(super) fn replace(&mut self, slot: u32, conn: &VsockConnection) {
         let (list, other) = match conn.pending() {

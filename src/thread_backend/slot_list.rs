@@ -35,14 +35,19 @@ impl SlotList {
         self.link(slot).is_some()
     }
 
+    /// Allocates what adding this slot takes.
+    pub(super) fn make_room(&mut self, slot: u32) {
+        if self.links.len() <= slot as usize {
+            self.links.resize(slot as usize + 1, None);
+        }
+    }
+
     /// Adds a slot at the end, unless it is in the set.
     pub(super) fn push(&mut self, slot: u32) {
         if self.contains(slot) {
             return;
         }
-        if self.links.len() <= slot as usize {
-            self.links.resize(slot as usize + 1, None);
-        }
+        self.make_room(slot);
         let previous = self.ends.map(|ends| ends.last);
         self.links[slot as usize] = Some(Link {
             previous,
