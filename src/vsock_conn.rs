@@ -376,7 +376,7 @@ impl VsockConnection {
         match self.mover.socket().send_bytes(&slices) {
             Ok(sent) if sent == line.len() => Verdict::Open,
             // It has left, but what it wrote before is still for the guest.
-            _ if matches!(self.mover.socket().peek(&mut [0]), Ok(1)) => {
+            _ if self.has_unread() => {
                 self.host_closed();
                 Verdict::Open
             }
@@ -472,7 +472,7 @@ impl VsockConnection {
             return self.stop_delivering();
         }
         self.host_closed();
-        if !matches!(self.mover.socket().peek(&mut [0]), Ok(1)) {
+        if !self.has_unread() {
             self.shutdown.host |= ShutdownFlags::SEND;
         }
     }
@@ -481,12 +481,16 @@ impl VsockConnection {
     /// it never will.
     fn client_closed(&mut self) -> Verdict {
         self.client_left = true;
-        let has_written = matches!(self.mover.socket().peek(&mut [0]), Ok(1));
-        if has_written || self.known_to_guest() {
+        if self.has_unread() || self.known_to_guest() {
             Verdict::Open
         } else {
             Verdict::Close(CloseReason::HostGone)
         }
+    }
+
+    /// Whether the host program has written something that was not read yet.
+    fn has_unread(&self) -> bool {
+        matches!(self.mover.socket().peek(&mut [0]), Ok(1))
     }
 
     /// Both directions of the socket are over. What it holds can still be read.

@@ -89,6 +89,14 @@ impl Endless {
         self.vrings[ring].set_enabled(true);
     }
 
+    /// Starts the TX ring, all of whose packets are the same, with as much payload as the header says.
+    fn start_sending(&mut self, header: VsockHeader) {
+        self.memory
+            .write_slice(&header.to_tx(), GuestAddress(BUFFER))
+            .unwrap();
+        self.start(TX_RING, (BUFFER, 44 + header.len, 0));
+    }
+
     /// Lays a packet over an indirect table of so many descriptors of one byte.
     fn write_table(&self, packet: &[u8], descriptors: u16) -> testing::Area {
         self.memory
@@ -177,12 +185,7 @@ fn steps(cost: usize) -> usize {
 #[test]
 fn a_turn_takes_a_bounded_number_of_packets() {
     let mut endless = Endless::new(1024);
-    let header = packet(1, Op::Rst).to_tx();
-    endless
-        .memory
-        .write_slice(&header, GuestAddress(BUFFER))
-        .unwrap();
-    endless.start(TX_RING, (BUFFER, 44, 0));
+    endless.start_sending(packet(1, Op::Rst));
     let steps = steps(MAX_TX_PACKETS * cost::PACKET);
     assert_bounded(endless, TX_RING, MAX_ROUNDS * steps * MAX_TX_PACKETS);
 }
@@ -207,11 +210,7 @@ fn a_turn_takes_a_bounded_number_of_bytes() {
         len: 60_000,
         ..packet(1, Op::Rw)
     };
-    endless
-        .memory
-        .write_slice(&header.to_tx(), GuestAddress(BUFFER))
-        .unwrap();
-    endless.start(TX_RING, (BUFFER, 44 + 60_000, 0));
+    endless.start_sending(header);
     let packets_in_a_step = MAX_TX_BYTES / 60_000 + 1;
     let steps = steps(MAX_TX_BYTES);
     assert_bounded(endless, TX_RING, MAX_ROUNDS * steps * packets_in_a_step);
@@ -254,12 +253,7 @@ fn a_turn_gives_the_guest_a_bounded_number_of_packets() {
 #[test]
 fn packets_whose_resets_the_guest_does_not_take_are_left_in_the_ring() {
     let mut endless = Endless::new(1024);
-    let header = packet(1, Op::CreditRequest).to_tx();
-    endless
-        .memory
-        .write_slice(&header, GuestAddress(BUFFER))
-        .unwrap();
-    endless.start(TX_RING, (BUFFER, 44, 0));
+    endless.start_sending(packet(1, Op::CreditRequest));
     let (endless, taken, wait) = endless.turn(TX_RING);
     assert_eq!(usize::from(taken), 1024);
     assert_eq!(wait, Wait::ForEvents, "it spins");
@@ -271,12 +265,7 @@ fn packets_whose_resets_the_guest_does_not_take_are_left_in_the_ring() {
 #[test]
 fn a_guest_that_was_given_up_loses_nothing_once_it_has_buffers() {
     let mut endless = Endless::new(64);
-    let header = packet(1, Op::CreditRequest).to_tx();
-    endless
-        .memory
-        .write_slice(&header, GuestAddress(BUFFER))
-        .unwrap();
-    endless.start(TX_RING, (BUFFER, 44, 0));
+    endless.start_sending(packet(1, Op::CreditRequest));
     let (mut endless, _, wait) = endless.turn(TX_RING);
     assert_eq!(wait, Wait::ForEvents);
     let deadline = endless.worker.backend.next_deadline().unwrap();
