@@ -10,7 +10,8 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{
-    ConfigError, ProcessConfig, Sandbox, Socket, SocketAccess, SocketGroup, SocketMode, VmConfig,
+    ConfigError, HostSide, ProcessConfig, Sandbox, Socket, SocketAccess, SocketGroup, SocketMode,
+    VmConfig,
 };
 use crate::packet::header::Cid;
 
@@ -232,7 +233,9 @@ impl Args {
             if let Some(fd) = self.fd.or(activation.socket) {
                 vm.socket = Socket::Inherited(fd);
             }
-            vm.uds_fd = activation.uds;
+            if let HostSide::Unix { fd, .. } = &mut vm.host {
+                *fd = activation.uds;
+            }
         }
         let access = SocketAccess::new(self.socket_mode, self.socket_group);
         for vm in &mut vms {
@@ -331,7 +334,11 @@ mod tests {
         let (socket, uds) = (Some(3), Some(4));
         let config = config(&THREE, Activation { socket, uds }).unwrap();
         assert_eq!(config.vms[0].socket, Socket::Inherited(3));
-        assert_eq!(config.vms[0].uds_fd, Some(4));
+        let uds = HostSide::Unix {
+            path: "/b".into(),
+            fd: Some(4),
+        };
+        assert_eq!(config.vms[0].host, uds);
     }
 
     #[test]
@@ -342,7 +349,7 @@ mod tests {
         assert_eq!(vm.guest_cid.get(), 5);
         assert_eq!((vm.tx_buffer_size, vm.queue_size), (9, 64));
         assert_eq!(vm.socket, Socket::Path("/a".into()));
-        assert_eq!(vm.uds_path, PathBuf::from("/b"));
+        assert_eq!(vm.host, HostSide::unix("/b"));
         for (text, mistake) in [
             ("guest-cid=5,socket=/a", "uds-path= is missing"),
             (

@@ -48,10 +48,19 @@ pub struct VmConfig {
     pub guest_cid: Cid,
     /// The vhost-user socket, for the VMM.
     pub socket: Socket,
-    /// Path of the socket for host programs, and with `_<port>` behind it the path where they listen.
-    pub uds_path: PathBuf,
-    /// The listening socket for host programs, if it is inherited instead of bound at `uds_path`.
-    pub uds_fd: Option<RawFd>,
+    /// Where host programs are.
+    pub host: HostSide,
+    /// Sockets for one port of the guest each: a program that connects to one is connected to that port, without a CONNECT line.
+    pub guest_ports: Vec<PortPath>,
+    /// Where the guest's connections to these ports of the host lead, in place of [`HostSide`].
+    pub host_ports: Vec<PortPath>,
+    /// The groups of VMs in this process that the guest belongs to. It reaches the guests of VMs with which it shares one.
+    pub groups: Vec<String>,
+    /// Directories of sockets through which the guests of other processes are reached, and reach this one. The guest with CID n
+    /// listens at `n.vsock` there.
+    pub sibling_dirs: Vec<PathBuf>,
+    /// How long a host program waits for a VMM, the guest's driver, or a guest program that listens. Zero: not at all.
+    pub wait_for_guest: Duration,
     /// How many bytes from the guest each connection buffers for its host program, from 1 to 2^30.
     pub tx_buffer_size: u32,
     /// The largest ring that is offered to the guest, in entries: a power of two from 2 to 32768.
@@ -63,6 +72,61 @@ pub struct VmConfig {
     pub busy_poll: Duration,
     /// Who may connect to the sockets of this VM.
     pub access: SocketAccess,
+}
+
+/// Where host programs are, for the connections between them and the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostSide {
+    /// Behind Unix sockets.
+    Unix {
+        /// Path of the socket for host programs, and with `_<port>` behind it the path where they listen.
+        path: PathBuf,
+        /// The listening socket for host programs, if it is inherited instead of bound at `path`.
+        fd: Option<RawFd>,
+    },
+    /// Behind AF_VSOCK sockets of the host.
+    Vsock {
+        /// The CID that the guest's connections lead to: to the same port there.
+        cid: Cid,
+        /// The ports of the host's AF_VSOCK, of any CID, that lead to the guest's ports of the same numbers.
+        listen: Vec<u32>,
+    },
+}
+
+impl HostSide {
+    /// Unix sockets; that for host programs is bound at `path`.
+    pub fn unix(path: impl Into<PathBuf>) -> Self {
+        Self::Unix {
+            path: path.into(),
+            fd: None,
+        }
+    }
+
+    /// The path of the socket for host programs.
+    pub fn uds_path(&self) -> Option<&Path> {
+        match self {
+            Self::Unix { path, .. } => Some(path),
+            Self::Vsock { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for HostSide {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix { path, .. } => path.display().fmt(f),
+            Self::Vsock { cid, .. } => write!(f, "CID {cid} of AF_VSOCK"),
+        }
+    }
+}
+
+/// A port, and the Unix socket that stands for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortPath {
+    /// The port.
+    pub port: u32,
+    /// Path of the socket.
+    pub path: PathBuf,
 }
 
 /// Where a listening socket comes from.
@@ -207,6 +271,8 @@ impl ProcessConfig {
 }
 
 impl VmConfig {
+    /// The group of a VM that names none.
+    pub const DEFAULT_GROUP: &str = "default";
     /// The default of [`tx_buffer_size`](Self::tx_buffer_size).
     pub const DEFAULT_TX_BUFFER_SIZE: u32 = 256 * 1024;
     /// The default of [`queue_size`](Self::queue_size).
@@ -222,8 +288,12 @@ impl VmConfig {
         Self {
             guest_cid: cid,
             socket: Socket::Path(socket.into()),
-            uds_path: uds_path.into(),
-            uds_fd: None,
+            host: HostSide::unix(uds_path),
+            guest_ports: Vec::new(),
+            host_ports: Vec::new(),
+            groups: vec![Self::DEFAULT_GROUP.into()],
+            sibling_dirs: Vec::new(),
+            wait_for_guest: Duration::ZERO,
             tx_buffer_size: Self::DEFAULT_TX_BUFFER_SIZE,
             queue_size: Self::DEFAULT_QUEUE_SIZE,
             max_connections: Self::DEFAULT_MAX_CONNECTIONS,
@@ -260,12 +330,12 @@ impl VmConfig {
             }),
             Socket::Inherited(_) => None,
         };
-        let uds = SocketPath {
+        let uds = self.host.uds_path().map(|path| SocketPath {
             option: "--uds-path",
-            path: &self.uds_path,
+            path,
             is_uds_path: true,
-        };
-        [uds].into_iter().chain(socket)
+        });
+        uds.into_iter().chain(socket)
     }
 }
 
@@ -342,7 +412,7 @@ mod tests {
     #[test]
     fn two_vms_share_no_path() {
         let mut vms = [vm(4), vm(5)];
-        vms[1].uds_path = "/tmp/vhost4".into();
+        vms[1].host = HostSide::unix("/tmp/vhost4");
         assert_refused(vms, "--uds-path /tmp/vhost4: ");
         let mut vms = [vm(4), vm(5)];
         vms[1].socket = Socket::Path("/tmp/./vhost4".into());
@@ -352,8 +422,8 @@ mod tests {
     #[test]
     fn a_guest_reaches_no_socket_of_another_vm_as_a_port() {
         let mut vms = [vm(4), vm(5)];
-        vms[0].uds_path = "/tmp/vm".into();
-        vms[1].uds_path = "/tmp/vm_4".into();
+        vms[0].host = HostSide::unix("/tmp/vm");
+        vms[1].host = HostSide::unix("/tmp/vm_4");
         let message = "--uds-path /tmp/vm_4: a guest's connections to a port of --uds-path /tmp/vm";
         assert_refused(vms.clone(), message);
         vms.reverse();

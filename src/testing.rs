@@ -10,7 +10,7 @@ use virtio_queue::mock::MockSplitQueue;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::config::{Socket, SocketAccess, VmConfig};
+use crate::config::VmConfig;
 use crate::packet::header::{Cid, VsockHeader};
 use crate::packet::{RxBatch, RxStorage, TxBatch, TxChains, TxStorage};
 
@@ -20,15 +20,10 @@ pub(crate) const RING_SIZE: u16 = 64;
 /// A small device whose sockets are in `folder`.
 pub(crate) fn config(folder: &Path) -> VmConfig {
     VmConfig {
-        guest_cid: Cid::from_raw(4),
-        socket: Socket::Path(folder.join("vhost")),
-        uds_path: folder.join("uds"),
-        uds_fd: None,
         tx_buffer_size: 1 << 16,
-        queue_size: 1024,
         max_connections: 16,
         busy_poll: Duration::ZERO,
-        access: SocketAccess::default(),
+        ..VmConfig::new(Cid::from_raw(4), folder.join("vhost"), folder.join("uds"))
     }
 }
 

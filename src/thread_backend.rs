@@ -88,7 +88,7 @@ impl VsockThreadBackend {
         Self {
             guest_cid: config.guest_cid,
             tx_buffer_size: config.tx_buffer_size,
-            routes: Routes::new(&config.uds_path),
+            routes: Routes::new(config),
             registry,
             connections: Connections::new(Places::new(config.max_connections)),
             clients: Clients::default(),

@@ -30,7 +30,6 @@ mod tests;
 
 use std::fs::File;
 use std::io;
-use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,12 +41,13 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::config::VmConfig;
+use crate::host::entry::EntrySocket;
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::{PacketError, RxStorage, TxStorage};
 use crate::syscalls::Syscall;
 use crate::thread_backend::VsockThreadBackend;
 use crate::thread_backend::event_source::EventSource;
-use acceptor::Acceptor;
+use acceptor::Acceptors;
 use busy_poll::BusyPoll;
 use epoll::SocketRegistry;
 pub use epoll::{Epoll, EventBuffer, Wait};
@@ -94,7 +94,7 @@ pub const NUM_RINGS: usize = 3;
 pub struct VhostUserVsockThread {
     epoll: Arc<Epoll>,
     events: EventBuffer,
-    acceptor: Acceptor,
+    acceptors: Acceptors,
     timer: TimerFd,
     /// When the timer fires.
     armed: Option<Instant>,
@@ -115,20 +115,19 @@ pub struct VhostUserVsockThread {
 }
 
 impl VhostUserVsockThread {
-    /// A worker without a VMM, for the host programs that connect to `listener`.
-    pub fn new(config: &VmConfig, listener: UnixListener) -> io::Result<Self> {
+    /// A worker without a VMM, for those who connect to `entries`.
+    pub fn new(config: &VmConfig, entries: Vec<EntrySocket>) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
-        let acceptor = Acceptor::new(listener)?;
+        let acceptors = Acceptors::new(entries, &epoll)?;
         let timer = TimerFd::new()?;
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        epoll.add_input(&acceptor, EventSource::Listener)?;
         epoll.add_input(&timer, EventSource::Timer)?;
         epoll.add_input(&wake, EventSource::Wake)?;
         let registry = Box::new(SocketRegistry(epoll.clone()));
         Ok(Self {
             backend: VsockThreadBackend::new(config, registry),
             events: EventBuffer::default(),
-            acceptor,
+            acceptors,
             timer,
             armed: None,
             wake,
@@ -253,7 +252,7 @@ impl VhostUserVsockThread {
                 EventSource::Connection(token) => self.backend.socket_ready(token, ready),
                 EventSource::Client(token) => self.backend.client_ready(token),
                 EventSource::Kick(_) => self.backend.counters().kicks += 1,
-                EventSource::Listener => self.acceptor.set_pending(),
+                EventSource::Listener(number) => self.acceptors.set_pending(number),
                 EventSource::Timer => self.timer_fired(),
                 EventSource::Wake => {}
             }
@@ -315,13 +314,13 @@ impl VhostUserVsockThread {
     fn timer_fired(&mut self) {
         let now = Instant::now();
         self.armed = None;
-        self.acceptor.resume(now);
+        self.acceptors.resume(now);
         self.backend.expire(now);
     }
 
     /// Sets the timer for the next deadline. A timer that fires too early does no harm, so it is only ever set earlier.
     fn set_timer(&mut self) {
-        let deadlines = [self.backend.next_deadline(), self.acceptor.deadline()];
+        let deadlines = [self.backend.next_deadline(), self.acceptors.deadline()];
         let Some(next) = deadlines.into_iter().flatten().min() else {
             return;
         };

@@ -8,7 +8,6 @@ mod memory;
 pub(crate) mod session;
 
 use std::io;
-use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -29,6 +28,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::VmConfig;
+use crate::host::entry::EntrySocket;
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::header::Cid;
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
@@ -87,13 +87,13 @@ pub struct VhostUserVsockBackend {
 }
 
 impl VhostUserVsockBackend {
-    /// The device that `config` describes. Host programs connect to `listener`, and `observer` gets its activity.
+    /// The device that `config` describes. Host programs connect to `entries`, and `observer` gets its activity.
     pub fn new(
         config: &VmConfig,
-        listener: UnixListener,
+        entries: Vec<EntrySocket>,
         observer: impl Fn(Activity) + Send + Sync + 'static,
     ) -> io::Result<Self> {
-        let worker = VhostUserVsockThread::new(config, listener)?;
+        let worker = VhostUserVsockThread::new(config, entries)?;
         let memory = GuestMemoryHandle::new(GuestMemoryMmap::new());
         let vring = |_| VsockVring::new(memory.clone(), config.queue_size);
         let vrings = (0..NUM_RINGS).map(vring).collect::<Result<_, _>>();

@@ -81,12 +81,22 @@ pub enum Verdict {
     Reset(CloseReason),
 }
 
+/// What a client hears when the guest has accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Greeting {
+    /// The line `OK` with its port.
+    Ok,
+    /// Nothing: what comes is the guest's.
+    Nothing,
+}
+
 /// A connection.
 #[derive(Debug)]
 pub struct VsockConnection {
     guest_cid: Cid,
     key: ConnKey,
     state: State,
+    greeting: Greeting,
     deadline: Option<Instant>,
     rx_queue: RxQueue,
     credit: Credit,
@@ -122,8 +132,15 @@ impl VsockConnection {
     }
 
     /// The connection that the host program behind `socket` asks for.
-    pub fn requested(guest_cid: Cid, key: ConnKey, socket: HostSocket, buf_alloc: u32) -> Self {
+    pub fn requested(
+        guest_cid: Cid,
+        key: ConnKey,
+        socket: HostSocket,
+        greeting: Greeting,
+        buf_alloc: u32,
+    ) -> Self {
         let mut conn = Self::new(guest_cid, key, socket, buf_alloc);
+        conn.greeting = greeting;
         conn.deadline = Some(Instant::now() + ANSWER_TIMEOUT);
         conn.rx_queue.add(RxOps::Request);
         conn
@@ -134,6 +151,7 @@ impl VsockConnection {
             guest_cid,
             key,
             state: State::Requested,
+            greeting: Greeting::Nothing,
             deadline: None,
             rx_queue: RxQueue::default(),
             credit: Credit::new(buf_alloc),
@@ -364,23 +382,34 @@ impl VsockConnection {
         }
     }
 
-    /// The guest has accepted, and the client gets its `OK`.
+    /// The guest has accepted, and a client that waits for `OK` gets it.
     fn take_response(&mut self) -> Verdict {
         if !matches!(self.state, State::Requested) || !self.known_to_guest() {
             return Verdict::Open;
         }
         self.state = State::Established;
         self.deadline = None;
-        let line = connect_line::answer(self.key.peer.port.0);
-        let slices = [IoSlice::new(line.as_bytes())];
-        match self.mover.socket().send_bytes(&slices) {
-            Ok(sent) if sent == line.len() => Verdict::Open,
+        if self.greet() {
+            Verdict::Open
+        } else if self.has_unread() {
             // It has left, but what it wrote before is still for the guest.
-            _ if self.has_unread() => {
-                self.host_closed();
-                Verdict::Open
+            self.host_closed();
+            Verdict::Open
+        } else {
+            Verdict::Reset(CloseReason::HostGone)
+        }
+    }
+
+    /// Sends the client's greeting. False when it has left.
+    fn greet(&self) -> bool {
+        let socket = self.mover.socket();
+        match self.greeting {
+            Greeting::Ok => {
+                let line = connect_line::answer(self.key.peer.port.0);
+                let sent = socket.send_bytes(&[IoSlice::new(line.as_bytes())]);
+                matches!(sent, Ok(sent) if sent == line.len())
             }
-            _ => Verdict::Reset(CloseReason::HostGone),
+            Greeting::Nothing => !socket.peer_closed(),
         }
     }
 

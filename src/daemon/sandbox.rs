@@ -193,7 +193,9 @@ fn restrict_files(config: &ProcessConfig) -> Result<(), Missing> {
         allow(directory, AccessFs::RemoveFile.into())?;
     }
     for vm in &config.vms {
-        allow(directory_of(&vm.uds_path), AccessFs::ResolveUnix.into())?;
+        if let Some(path) = vm.host.uds_path() {
+            allow(directory_of(path), AccessFs::ResolveUnix.into())?;
+        }
     }
     let status = ruleset.restrict_self()?;
     match status.landlock {

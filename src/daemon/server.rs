@@ -124,9 +124,7 @@ impl Server {
         for (vm, config) in bound.into_iter().zip(&config.vms) {
             info!(
                 "CID {}: waiting for a VMM at {}, for host programs at {}",
-                config.guest_cid,
-                config.socket,
-                config.uds_path.display()
+                config.guest_cid, config.socket, config.host
             );
             vms.push(vm.start(threads.clone())?);
         }

@@ -18,8 +18,10 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use vhost::vhost_user::Error as VhostUserError;
 
-use crate::config::{ConfigError, ProcessConfig, Sandbox, Socket, VmConfig};
+use crate::config::{ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig};
+use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
+use crate::packet::header::GuestPort;
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
@@ -125,7 +127,8 @@ impl Drop for Running {
 pub(super) struct BoundVm {
     name: String,
     vmm: VmmSocket,
-    uds: SocketFile,
+    /// Held for their files.
+    files: Vec<SocketFile>,
     device: Arc<VhostUserVsockBackend>,
     stop: Arc<Stop>,
 }
@@ -150,15 +153,17 @@ impl BoundVm {
                 Inherited::Stream(vmm) => VmmSocket::Connected(vmm),
             },
         };
-        let uds = match config.uds_fd {
-            Some(fd) => SocketFile::foreign(Inherited::take_listener(fd)?),
-            None => SocketFile::bind(&config.uds_path, config.access)?,
-        };
-        let device = VhostUserVsockBackend::new(config, uds.listener()?, observer)?;
+        let mut files = Vec::new();
+        let mut entries = Vec::new();
+        for (entry, file) in bind_entries(config)? {
+            entries.push(EntrySocket::new(entry, file.listener()?));
+            files.push(file);
+        }
+        let device = VhostUserVsockBackend::new(config, entries, observer)?;
         Ok(Self {
             name: config.guest_cid.to_string(),
             vmm,
-            uds,
+            files,
             device: Arc::new(device),
             stop: Arc::new(Stop::new()?),
         })
@@ -191,7 +196,7 @@ impl BoundVm {
             }
         };
         Ok(Vm {
-            sockets: Some((socket, self.uds)),
+            sockets: Some((socket, self.files)),
             device: self.device,
             stop: self.stop,
             threads,
@@ -199,10 +204,30 @@ impl BoundVm {
     }
 }
 
+/// Makes the listening sockets through which a guest is reached.
+fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
+    let mut entries = Vec::new();
+    match &config.host {
+        HostSide::Unix { path, fd } => {
+            let file = match fd {
+                Some(fd) => SocketFile::foreign(Inherited::take_listener(*fd)?),
+                None => SocketFile::bind(path, config.access)?,
+            };
+            entries.push((Entry::Host, file));
+        }
+        HostSide::Vsock { .. } => {}
+    }
+    for PortPath { port, path } in &config.guest_ports {
+        let file = SocketFile::bind(path, config.access)?;
+        entries.push((Entry::Port(GuestPort(*port)), file));
+    }
+    Ok(entries)
+}
+
 /// A VM that is served. When this is dropped, it no longer is.
 pub struct Vm {
     /// Held for their files.
-    sockets: Option<(Option<SocketFile>, SocketFile)>,
+    sockets: Option<(Option<SocketFile>, Vec<SocketFile>)>,
     device: Arc<VhostUserVsockBackend>,
     stop: Arc<Stop>,
     threads: Arc<Threads>,

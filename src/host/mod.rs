@@ -1,6 +1,7 @@
 //! The host's side: everything that is not the guest.
 //!
 //! ```text
+//! entry          what is behind each of the sockets that the daemon listens on
 //! listener       the sockets that the daemon makes, and their files
 //! socket         the host's end of a connection
 //! connect_line   CONNECT and OK
@@ -8,6 +9,7 @@
 //! ```
 
 pub mod connect_line;
+pub mod entry;
 pub mod listener;
 pub mod routes;
 pub mod socket;

@@ -2,11 +2,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use thiserror::Error;
 
 use super::socket::HostSocket;
+use crate::config::{HostSide, PortPath, VmConfig};
 use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort};
 
 /// Why a destination can't be reached.
@@ -52,16 +53,18 @@ pub enum Dialed {
 /// Where the destinations of one guest lead.
 #[derive(Debug)]
 pub struct Routes {
-    uds_path: PathBuf,
+    host: HostSide,
+    host_ports: Vec<PortPath>,
     /// A socket that could not be connected.
     spare: Option<OwnedFd>,
 }
 
 impl Routes {
-    /// The host's ports are at `uds_path` with `_` and the port behind it.
-    pub fn new(uds_path: &Path) -> Self {
+    /// The routes of the guest of `config`.
+    pub fn new(config: &VmConfig) -> Self {
         Self {
-            uds_path: uds_path.to_owned(),
+            host: config.host.clone(),
+            host_ports: config.host_ports.clone(),
             spare: None,
         }
     }
@@ -74,7 +77,7 @@ impl Routes {
         if peer.cid != Cid::HOST {
             return Err(DialError::NoSuchCid(peer.cid));
         }
-        let path = self.host_path(peer.port);
+        let path = self.host_path(peer.port).ok_or(DialError::NoSuchCid(peer.cid))?;
         match HostSocket::connect(&path, &mut self.spare) {
             Ok(socket) => Ok(Dialed::Connected(socket)),
             Err(error) => Err(DialError::Connect { path, error }),
@@ -87,9 +90,13 @@ impl Routes {
     }
 
     /// Where a host program listens for the guest's connections to `port`.
-    pub fn host_path(&self, port: PeerPort) -> PathBuf {
-        let mut path = self.uds_path.as_os_str().to_owned();
+    pub fn host_path(&self, port: PeerPort) -> Option<PathBuf> {
+        let named = self.host_ports.iter().find(|named| named.port == port.0);
+        if let Some(named) = named {
+            return Some(named.path.clone());
+        }
+        let mut path = self.host.uds_path()?.as_os_str().to_owned();
         path.push(format!("_{}", port.0));
-        path.into()
+        Some(path.into())
     }
 }

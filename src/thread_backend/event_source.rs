@@ -15,8 +15,8 @@ pub struct Token {
 pub enum EventSource {
     /// A ring's kick: this ring.
     Kick(u32),
-    /// The socket where host programs connect.
-    Listener,
+    /// The listening socket of this number.
+    Listener(u32),
     /// The timer for the next deadline.
     Timer,
     /// Another thread wants the worker to take a turn.
@@ -52,7 +52,7 @@ impl EventSource {
     pub fn to_data(self) -> u64 {
         let (kind, number) = match self {
             Self::Kick(ring) => (0, ring.into()),
-            Self::Listener => (1, 0),
+            Self::Listener(number) => (1, number.into()),
             Self::Timer => (2, 0),
             Self::Wake => (3, 0),
             Self::Client(token) => (4, token.number()),
@@ -66,7 +66,7 @@ impl EventSource {
         let token = Token::from_number(data);
         match data >> 56 {
             0 => Some(Self::Kick(data as u32)),
-            1 => Some(Self::Listener),
+            1 => Some(Self::Listener(data as u32)),
             2 => Some(Self::Timer),
             3 => Some(Self::Wake),
             4 => Some(Self::Client(token)),
@@ -88,7 +88,7 @@ mod tests {
         };
         for source in [
             EventSource::Kick(1),
-            EventSource::Listener,
+            EventSource::Listener(2),
             EventSource::Timer,
             EventSource::Wake,
             EventSource::Client(token),

@@ -10,11 +10,12 @@ use super::clients::Client;
 use super::event_source::{EventSource, Token};
 use super::{VsockThreadBackend, cost, name};
 use crate::host::connect_line::Progress;
+use crate::host::entry::Entry;
 use crate::host::routes::{DialError, Dialed};
 use crate::host::socket::HostSocket;
 use crate::metrics::counters::{CloseReason, Side};
 use crate::packet::header::{GuestPort, PeerAddr, VsockHeader};
-use crate::vsock_conn::{ConnKey, Dialing, Verdict, VsockConnection};
+use crate::vsock_conn::{ConnKey, Dialing, Greeting, Verdict, VsockConnection};
 
 /// The first host port that is given out. From here on to 65535 a port has at most five digits, which is all that
 /// some readers of the `OK` line expect.
@@ -36,13 +37,21 @@ enum OpenError {
 
 // For host programs.
 impl VsockThreadBackend {
-    /// Takes a host program that has just connected.
-    pub fn add_client(&mut self, socket: HostSocket) {
+    /// Takes a host program that has just connected to `entry`.
+    pub fn add_client(&mut self, entry: Entry, socket: HostSocket) {
         self.counters.clients += 1;
-        let mut client = Client::new(socket);
+        match entry {
+            Entry::Host => self.read_line(Client::new(socket)),
+            Entry::Port(port) => self.connect_guest(socket, port, Greeting::Nothing),
+        }
+    }
+
+    fn read_line(&mut self, mut client: Client) {
         // Most clients write their line right after connecting.
         match client.read_line() {
-            Progress::Complete { port, .. } => self.connect_guest(client.socket, GuestPort(port)),
+            Progress::Complete { port, .. } => {
+                self.connect_guest(client.socket, GuestPort(port), Greeting::Ok);
+            }
             Progress::Incomplete => self.await_line(client),
             Progress::Invalid => self.drop_client("no CONNECT line"),
         }
@@ -75,7 +84,7 @@ impl VsockThreadBackend {
             }
             Progress::Complete { port, .. } => {
                 if let Some(client) = self.clients.remove(token) {
-                    self.connect_guest(client.socket, GuestPort(port));
+                    self.connect_guest(client.socket, GuestPort(port), Greeting::Ok);
                 }
             }
         }
@@ -103,9 +112,9 @@ impl VsockThreadBackend {
         debug!("a client was closed: {why}");
     }
 
-    /// Connects a host program to the guest's `port`, which it has asked for.
-    fn connect_guest(&mut self, socket: HostSocket, port: GuestPort) {
-        match self.try_connect_guest(socket, port) {
+    /// Connects a host program to the guest's `port`.
+    fn connect_guest(&mut self, socket: HostSocket, port: GuestPort, greeting: Greeting) {
+        match self.try_connect_guest(socket, port, greeting) {
             Ok(token) => {
                 self.counters.opened[Side::Host as usize] += 1;
                 self.settle(token, Verdict::Open);
@@ -118,11 +127,12 @@ impl VsockThreadBackend {
         &mut self,
         socket: HostSocket,
         port: GuestPort,
+        greeting: Greeting,
     ) -> Result<Token, OpenError> {
         self.check_limit(Side::Host)?;
         let key = self.free_key(port).ok_or(OpenError::Limit)?;
         self.make_room();
-        let conn = VsockConnection::requested(self.guest_cid, key, socket, self.tx_buffer_size);
+        let conn = VsockConnection::requested(self.guest_cid, key, socket, greeting, self.tx_buffer_size);
         let token = self.insert(Side::Host, conn)?;
         debug!("{} requested by a client", name(key));
         Ok(token)

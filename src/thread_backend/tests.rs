@@ -7,7 +7,7 @@ use super::resets::MAX_RESETS;
 use super::*;
 use crate::metrics::counters::Side;
 use crate::packet::header::GuestPort;
-use crate::vsock_conn::VsockConnection;
+use crate::vsock_conn::{Greeting, VsockConnection};
 use crate::testing::{self, memory, tx_batch};
 
 /// An event loop in which nothing happens.
@@ -34,7 +34,7 @@ impl Table {
         let config = testing::config(folder.path());
         Self {
             backend: VsockThreadBackend::new(&config, Box::new(NoEvents)),
-            listener: UnixListener::bind(Routes::new(&config.uds_path).host_path(PEER.port))
+            listener: UnixListener::bind(Routes::new(&config).host_path(PEER.port).unwrap())
                 .unwrap(),
             _folder: folder,
         }
@@ -133,7 +133,7 @@ fn a_quarter_of_the_places_is_kept_for_each_side() {
                 let key = ConnKey { guest: port, peer: PEER };
                 let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
                 let conn =
-                    VsockConnection::requested(Cid::from_raw(4), key, socket.into(), 1 << 16);
+                    VsockConnection::requested(Cid::from_raw(4), key, socket.into(), Greeting::Ok, 1 << 16);
                 let inserted = connections.try_insert(side, |_| io::Result::Ok(conn));
                 inserted.unwrap();
                 taken[side as usize] += 1;

@@ -2,18 +2,19 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
+use libc::{SOCK_CLOEXEC, SOCK_NONBLOCK};
 use log::warn;
+use socket2::Socket;
 
-use crate::syscalls::{Argument, Syscall};
+use super::epoll::Epoll;
+use crate::host::entry::{Entry, EntrySocket};
+use crate::syscalls::Syscall;
+use crate::thread_backend::event_source::EventSource;
 
 /// To accept.
-pub(super) const SYSCALLS: &[Syscall] = &[
-    Syscall::any(libc::SYS_accept4),
-    Syscall::only(libc::SYS_ioctl, &[Argument::Is(1, libc::FIONBIO as i32)]),
-];
+pub(super) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_accept4)];
 
 /// How long nobody is accepted after an error.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -21,18 +22,73 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// What came of an attempt to accept.
 #[derive(Debug)]
 pub(super) enum Accepted {
-    /// A host program has connected.
-    Client(OwnedFd),
+    /// A host program has connected, to this entry.
+    Client(Entry, OwnedFd),
     /// Nobody is waiting.
     Nobody,
     /// The system refuses, for now, and did not before.
     Shortage,
 }
 
-/// The listener, and whether it is worth trying.
+/// The listening sockets of a VM. Each in its turn, so that no flood of one keeps the clients of another waiting.
 #[derive(Debug)]
-pub(super) struct Acceptor {
-    listener: UnixListener,
+pub(super) struct Acceptors {
+    all: Vec<Acceptor>,
+    /// The one that is looked at first when the next client is accepted.
+    next: usize,
+}
+
+impl Acceptors {
+    /// Takes the sockets, and adds them to the epoll set with their numbers.
+    pub(super) fn new(entries: Vec<EntrySocket>, epoll: &Epoll) -> io::Result<Self> {
+        let all: Vec<Acceptor> = entries.into_iter().map(Acceptor::new).collect();
+        for (number, acceptor) in (0..).zip(&all) {
+            epoll.add_input(acceptor, EventSource::Listener(number))?;
+        }
+        Ok(Self { all, next: 0 })
+    }
+
+    /// Somebody has connected to the socket of this number.
+    pub(super) fn set_pending(&mut self, number: u32) {
+        if let Some(acceptor) = self.all.get_mut(number as usize) {
+            acceptor.set_pending();
+        }
+    }
+
+    pub(super) fn is_pending(&self) -> bool {
+        self.all.iter().any(|acceptor| acceptor.pending)
+    }
+
+    /// When to call [`Acceptors::resume`].
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.all.iter().filter_map(|acceptor| acceptor.again).min()
+    }
+
+    /// Ends the pauses after failures that are over.
+    pub(super) fn resume(&mut self, now: Instant) {
+        for acceptor in &mut self.all {
+            acceptor.resume(now);
+        }
+    }
+
+    /// Accepts one host program, from the next socket where somebody may be waiting.
+    pub(super) fn accept(&mut self) -> Accepted {
+        let (before, from) = self.all.split_at_mut(self.next);
+        let at = from.iter().chain(&*before).position(|acceptor| acceptor.pending);
+        let Some(at) = at else {
+            return Accepted::Nobody;
+        };
+        let at = (self.next + at) % self.all.len();
+        self.next = (at + 1) % self.all.len();
+        self.all[at].accept()
+    }
+}
+
+/// A listening socket, and whether it is worth trying.
+#[derive(Debug)]
+struct Acceptor {
+    entry: Entry,
+    listener: Socket,
     /// Somebody may be waiting.
     pending: bool,
     /// The last attempt failed, and the log says so.
@@ -42,49 +98,34 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    pub(super) fn new(listener: UnixListener) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
-        Ok(Self {
-            listener,
+    fn new(socket: EntrySocket) -> Self {
+        Self {
+            entry: socket.entry,
+            listener: socket.listener.into(),
             pending: true,
             short: false,
             again: None,
-        })
+        }
     }
 
     /// Somebody has connected.
-    pub(super) fn set_pending(&mut self) {
+    fn set_pending(&mut self) {
         self.pending = self.again.is_none();
     }
 
-    pub(super) fn is_pending(&self) -> bool {
-        self.pending
-    }
-
-    /// When to call [`Acceptor::resume`].
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        self.again
-    }
-
-    /// Ends the pause after a failure if it is over.
-    pub(super) fn resume(&mut self, now: Instant) {
+    fn resume(&mut self, now: Instant) {
         if self.again.is_some_and(|again| again <= now) {
             self.again = None;
             self.pending = true;
         }
     }
 
-    /// Accepts one host program.
-    pub(super) fn accept(&mut self) -> Accepted {
+    fn accept(&mut self) -> Accepted {
         loop {
-            let accepted = self.listener.accept().and_then(|(stream, _)| {
-                stream.set_nonblocking(true)?;
-                Ok(OwnedFd::from(stream))
-            });
-            match accepted {
-                Ok(socket) => {
+            match self.listener.accept4(SOCK_NONBLOCK | SOCK_CLOEXEC) {
+                Ok((socket, _)) => {
                     self.short = false;
-                    return Accepted::Client(socket);
+                    return Accepted::Client(self.entry, socket.into());
                 }
                 Err(error) => match error.kind() {
                     // The client has left already, or a signal came.
@@ -122,21 +163,20 @@ impl AsRawFd for Acceptor {
 mod tests {
     use super::*;
     use nix::sys::socket::{Shutdown, shutdown};
-    use std::os::unix::net::UnixStream;
+    use std::os::unix::net::{UnixListener, UnixStream};
     use tempfile::TempDir;
 
     #[test]
     fn an_error_that_is_not_known_pauses_once() {
         // Not a listener at all: accept fails with EINVAL.
         let (socket, _other) = UnixStream::pair().unwrap();
-        let listener = UnixListener::from(OwnedFd::from(socket));
-        let mut acceptor = Acceptor::new(listener).unwrap();
+        let mut acceptor = Acceptor::new(EntrySocket::new(Entry::Host, socket));
         assert!(matches!(acceptor.accept(), Accepted::Shortage));
-        assert!(!acceptor.is_pending(), "it must not be tried again at once");
+        assert!(!acceptor.pending, "it must not be tried again at once");
         acceptor.set_pending();
-        assert!(!acceptor.is_pending(), "an event does not end the pause");
+        assert!(!acceptor.pending, "an event does not end the pause");
         acceptor.resume(Instant::now() + PAUSE);
-        assert!(acceptor.is_pending());
+        assert!(acceptor.pending);
         assert!(matches!(acceptor.accept(), Accepted::Nobody), "logged twice");
     }
 
@@ -145,11 +185,13 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        let mut acceptor = Acceptor::new(listener.try_clone().unwrap()).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let entry = EntrySocket::new(Entry::Host, listener.try_clone().unwrap());
+        let mut acceptor = Acceptor::new(entry);
         let _client = UnixStream::connect(&path).unwrap();
-        assert!(matches!(acceptor.accept(), Accepted::Client(_)));
+        assert!(matches!(acceptor.accept(), Accepted::Client(Entry::Host, _)));
         assert!(matches!(acceptor.accept(), Accepted::Nobody));
-        assert!(!acceptor.is_pending());
+        assert!(!acceptor.pending);
         // Whoever shares the listener may shut it down.
         shutdown(listener.as_raw_fd(), Shutdown::Both).unwrap();
         acceptor.set_pending();
@@ -157,6 +199,6 @@ mod tests {
             acceptor.accept(),
             Accepted::Shortage | Accepted::Nobody
         ));
-        assert!(!acceptor.is_pending());
+        assert!(!acceptor.pending);
     }
 }

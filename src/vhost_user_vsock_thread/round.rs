@@ -43,7 +43,7 @@ impl VhostUserVsockThread {
         let mut worked = false;
         let mut total = 0;
         while total < MAX_ROUND_COST {
-            let (backend, acceptor) = (&self.backend, &self.acceptor);
+            let (backend, acceptors) = (&self.backend, &self.acceptors);
             let next = self.shares.next(|work| match work {
                 Work::Rx(source) => round.has_buffers && backend.has_pending(source),
                 Work::Tx => {
@@ -51,7 +51,7 @@ impl VhostUserVsockThread {
                     round.has_packets && takes
                 }
                 Work::Flush => backend.can_flush(),
-                Work::Clients => acceptor.is_pending() || backend.has_ready_clients(),
+                Work::Clients => acceptors.is_pending() || backend.has_ready_clients(),
             });
             let Some(work) = next else { break };
             worked |= self.step(work, queues, &mut round);
@@ -100,15 +100,15 @@ impl VhostUserVsockThread {
     /// Accepts a client, and goes on with one that was accepted before. Without a driver to talk to, they are closed at once.
     fn serve_clients(&mut self) {
         self.backend.serve_client();
-        if !self.acceptor.is_pending() {
+        if !self.acceptors.is_pending() {
             return;
         }
         self.backend.add_cost(cost::ACCEPT);
-        match self.acceptor.accept() {
-            Accepted::Client(socket) if self.started => {
-                self.backend.add_client(HostSocket::new(socket));
+        match self.acceptors.accept() {
+            Accepted::Client(entry, socket) if self.started => {
+                self.backend.add_client(entry, HostSocket::new(socket));
             }
-            Accepted::Client(_) => {
+            Accepted::Client(..) => {
                 debug!("closed a client: the guest's driver has not started the device");
             }
             Accepted::Shortage => self.backend.counters().shortages += 1,

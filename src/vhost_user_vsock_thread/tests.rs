@@ -1,3 +1,4 @@
+use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
 use std::thread;
 
@@ -10,6 +11,7 @@ use super::shares::Work;
 use crate::thread_backend::RxSource;
 use super::limits::{MAX_ROUND_COST, MAX_TX_BYTES, MAX_TX_DESCRIPTORS};
 use super::*;
+use crate::host::entry::Entry;
 use crate::packet::header::{Cid, GuestPort, Op, PeerAddr, VsockHeader};
 use crate::testing::{self, WRITE, tx_batch};
 use crate::thread_backend::cost;
@@ -34,8 +36,9 @@ impl Endless {
     fn new(ring_size: u16) -> Self {
         let folder = TempDir::new().unwrap();
         let config = testing::config(folder.path());
-        let listener = UnixListener::bind(&config.uds_path).unwrap();
-        let mut worker = VhostUserVsockThread::new(&config, listener).unwrap();
+        let listener = UnixListener::bind(config.host.uds_path().unwrap()).unwrap();
+        let entry = EntrySocket::new(Entry::Host, listener);
+        let mut worker = VhostUserVsockThread::new(&config, vec![entry]).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let handle = GuestMemoryHandle::new(memory.clone());
         let ring = |index: usize| {

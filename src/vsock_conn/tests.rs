@@ -56,7 +56,7 @@ impl Ends {
 
     /// A connection that the host program has asked for and whose REQUEST is out.
     fn requested() -> Self {
-        let mut ends = Self::of(|stream| VsockConnection::requested(CID, KEY, stream, WINDOW));
+        let mut ends = Self::of(|stream| VsockConnection::requested(CID, KEY, stream, Greeting::Ok, WINDOW));
         assert_eq!(ends.ops(), [Op::Request]);
         ends
     }

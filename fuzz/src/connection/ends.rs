@@ -13,7 +13,9 @@ use vhost_user_vsock::host::connect_line::{Line, Progress};
 use vhost_user_vsock::host::socket::HostSocket;
 use vhost_user_vsock::metrics::counters::CloseReason;
 use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PeerAddr, ShutdownFlags, VsockHeader};
-use vhost_user_vsock::vsock_conn::{ConnKey, Dialing, Readiness, Verdict, VsockConnection};
+use vhost_user_vsock::vsock_conn::{
+    ConnKey, Dialing, Greeting, Readiness, Verdict, VsockConnection,
+};
 
 use super::super::connect_line::{Role, parse};
 use super::super::guest::{self, Guest, MAX_BATCH, MAX_PAYLOAD};
@@ -177,7 +179,9 @@ fn open(opening: Opening, input: &Input, socket: HostSocket) -> VsockConnection 
     };
     let window = input.window();
     let dialing = match opening {
-        Opening::Requested => return VsockConnection::requested(CID, KEY, socket, window),
+        Opening::Requested => {
+            return VsockConnection::requested(CID, KEY, socket, Greeting::Ok, window);
+        }
         Opening::Accepted => return VsockConnection::accepted(&request, socket, window),
         Opening::Connecting => Dialing::Connect,
         Opening::Answering(_) => Dialing::Answer(Line::answer()),

@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user_backend::VringT;
 use vhost_user_vsock::config::VmConfig;
 use vhost_user_vsock::host::connect_line::Progress;
+use vhost_user_vsock::host::entry::{Entry, EntrySocket};
 use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PeerAddr, VsockHeader};
 use vhost_user_vsock::vhost_user_vsock_thread::{
     Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, RX_RING, TX_RING, VhostUserVsockThread,
@@ -99,7 +100,11 @@ impl<'m> World<'m> {
             busy_poll: Duration::ZERO,
             ..VmConfig::new(CID, "", host.uds_path())
         };
-        let mut worker = VhostUserVsockThread::new(&config, host.listener()).unwrap();
+        let mut worker = VhostUserVsockThread::new(
+            &config,
+            vec![EntrySocket::new(Entry::Host, host.listener())],
+        )
+        .unwrap();
         let handle = GuestMemoryHandle::new(memory.map().clone());
         worker.set_memory(handle.clone());
         worker.set_notify_on_empty(setup.notify_on_empty);
