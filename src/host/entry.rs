@@ -18,7 +18,7 @@ pub enum Entry {
 pub struct EntrySocket {
     /// What is behind it.
     pub entry: Entry,
-    /// The socket. It does not block.
+    /// The socket.
     pub listener: OwnedFd,
 }
 

@@ -41,7 +41,8 @@ pub(super) struct Acceptors {
 impl Acceptors {
     /// Takes the sockets, and adds them to the epoll set with their numbers.
     pub(super) fn new(entries: Vec<EntrySocket>, epoll: &Epoll) -> io::Result<Self> {
-        let all: Vec<Acceptor> = entries.into_iter().map(Acceptor::new).collect();
+        let all = entries.into_iter().map(Acceptor::new);
+        let all = all.collect::<io::Result<Vec<_>>>()?;
         for (number, acceptor) in (0..).zip(&all) {
             epoll.add_input(acceptor, EventSource::Listener(number))?;
         }
@@ -98,14 +99,16 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    fn new(socket: EntrySocket) -> Self {
-        Self {
+    fn new(socket: EntrySocket) -> io::Result<Self> {
+        let listener = Socket::from(socket.listener);
+        listener.set_nonblocking(true)?;
+        Ok(Self {
             entry: socket.entry,
-            listener: socket.listener.into(),
+            listener,
             pending: true,
             short: false,
             again: None,
-        }
+        })
     }
 
     /// Somebody has connected.
@@ -170,7 +173,7 @@ mod tests {
     fn an_error_that_is_not_known_pauses_once() {
         // Not a listener at all: accept fails with EINVAL.
         let (socket, _other) = UnixStream::pair().unwrap();
-        let mut acceptor = Acceptor::new(EntrySocket::new(Entry::Host, socket));
+        let mut acceptor = Acceptor::new(EntrySocket::new(Entry::Host, socket)).unwrap();
         assert!(matches!(acceptor.accept(), Accepted::Shortage));
         assert!(!acceptor.pending, "it must not be tried again at once");
         acceptor.set_pending();
@@ -185,9 +188,8 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        listener.set_nonblocking(true).unwrap();
         let entry = EntrySocket::new(Entry::Host, listener.try_clone().unwrap());
-        let mut acceptor = Acceptor::new(entry);
+        let mut acceptor = Acceptor::new(entry).unwrap();
         let _client = UnixStream::connect(&path).unwrap();
         assert!(matches!(acceptor.accept(), Accepted::Client(Entry::Host, _)));
         assert!(matches!(acceptor.accept(), Accepted::Nobody));
