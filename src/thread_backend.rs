@@ -427,6 +427,10 @@ impl VsockThreadBackend {
             }
         }
         let entry = self.connections.remove(token)?;
+        if self.connections.is_empty() {
+            self.pending.give_back();
+            self.flushable.give_back();
+        }
         Some(entry.conn.into_socket())
     }
 }

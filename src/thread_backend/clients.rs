@@ -74,6 +74,10 @@ impl Clients {
         let client = self.slots.remove(token)?;
         self.order.remove(token.slot);
         self.ready.remove(token.slot);
+        if self.len() == 0 {
+            self.order.give_back();
+            self.ready.give_back();
+        }
         Some(client)
     }
 

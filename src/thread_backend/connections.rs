@@ -72,6 +72,10 @@ impl Connections {
         self.by_key.len()
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.slots.len() == 0
+    }
+
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.slots.len()
@@ -185,6 +189,10 @@ impl Connections {
         }
         self.lingering.remove(token.slot);
         self.deserted.remove(token.slot);
+        if self.is_empty() {
+            self.lingering.give_back();
+            self.deserted.give_back();
+        }
         Some(entry)
     }
 

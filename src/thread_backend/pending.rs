@@ -45,6 +45,12 @@ impl Pending {
         self.streams.make_room(slot);
     }
 
+    /// Gives back what connections have taken, when there are none.
+    pub(super) fn give_back(&mut self) {
+        self.packets.give_back();
+        self.streams.give_back();
+    }
+
     /// Puts a connection where its next packets belong.
     pub(super) fn replace(&mut self, slot: u32, conn: &VsockConnection) {
         let (list, other) = match conn.pending() {

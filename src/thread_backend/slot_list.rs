@@ -1,5 +1,7 @@
 //! An ordered set of slots.
 
+use crate::memory;
+
 /// A set of slot numbers in the order in which they were added. Adding and removing take the same time whatever the length,
 /// and allocate only when a slot number is higher than all before.
 #[derive(Debug, Default)]
@@ -39,6 +41,13 @@ impl SlotList {
     pub(super) fn make_room(&mut self, slot: u32) {
         if self.links.len() <= slot as usize {
             self.links.resize(slot as usize + 1, None);
+        }
+    }
+
+    /// Gives back what a flood of slots has taken, if the set is empty. Whoever must not allocate later makes room again.
+    pub(super) fn give_back(&mut self) {
+        if self.len == 0 {
+            memory::give_back(&mut self.links);
         }
     }
 
