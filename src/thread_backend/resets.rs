@@ -10,6 +10,9 @@ use crate::packet::header::VsockHeader;
 /// How many resets may wait until the guest's packets are left in the TX ring.
 pub(super) const MAX_RESETS: usize = 1024;
 
+/// For how many there is always memory.
+const KEPT: usize = MAX_BATCH;
+
 /// How long packets are left in the TX ring of a guest that offers no buffer for the resets.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -66,6 +69,9 @@ impl Resets {
     /// The next one, which is in the guest's buffer from now on.
     pub(super) fn pop(&mut self) -> Option<VsockHeader> {
         let (header, socket) = self.waiting.pop_front()?;
+        if self.waiting.is_empty() {
+            self.waiting.shrink_to(KEPT);
+        }
         self.sent.extend(socket);
         self.gives_up_at = None;
         self.gave_up = false;
