@@ -28,7 +28,7 @@ use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
 pub use chain::PacketError;
 use chain::{Writer, walk};
-use header::{HEADER_LEN, VsockHeader};
+use header::{HEADER_LEN, MessageFlags, VsockHeader};
 pub use iov::Received;
 use iov::{GuestSlices, MAX_SLICES, SliceStorage, prefetch};
 
@@ -227,6 +227,11 @@ impl Payload<'_> {
     /// How many bytes it has.
     pub fn bytes(&self) -> usize {
         self.slices.bytes(self.range.clone())
+    }
+
+    /// Whether one `sendmsg` takes all of it.
+    pub fn fits_one_send(&self) -> bool {
+        self.range.len() <= MAX_SLICES
     }
 
     /// Sends it to a socket without waiting, and returns how many bytes the socket took. An error means that not even the
@@ -431,14 +436,24 @@ impl<'m> RxBatch<'m> {
         self.payloads.receive(socket.as_fd())
     }
 
-    /// Makes packets of `bytes` bytes of payload that [`RxBatch::receive_from`] has written, each with `header` and a length
-    /// of its own.
-    pub fn fill(&mut self, header: &VsockHeader, bytes: usize) {
+    /// Writes `bytes` into the buffers' payload areas. At most [`RxBatch::capacity`] bytes fit.
+    pub fn write(&self, bytes: &[u8]) {
+        self.payloads.write(0..self.payloads.len(), bytes);
+    }
+
+    /// Makes packets of `bytes` bytes of payload that [`RxBatch::receive_from`] or [`RxBatch::write`] has written, each with
+    /// `header` and a length of its own. The last one also has the flags `last`.
+    pub fn fill(&mut self, header: &VsockHeader, bytes: usize, last: MessageFlags) {
         let mut left = bytes;
         while left > 0 && self.filled < self.buffers.len() {
             let part = left.min(self.buffers[self.filled].capacity);
-            self.finish(header, part);
             left -= part;
+            let flags = if left == 0 { last.bits() } else { 0 };
+            let header = VsockHeader {
+                flags: header.flags | flags,
+                ..*header
+            };
+            self.finish(&header, part);
         }
     }
 

@@ -98,6 +98,14 @@ impl LocalTxBuf {
         Ok(written)
     }
 
+    /// Drops the bytes behind the first `len`.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+        if self.is_empty() {
+            self.clear();
+        }
+    }
+
     /// Drops the bytes, and the memory.
     pub fn clear(&mut self) {
         self.ring = None;

@@ -35,7 +35,9 @@ pub mod credit;
 mod dialing;
 mod filling;
 mod key;
+mod mover;
 mod readiness;
+mod seqpacket_mover;
 mod shutdown;
 mod state;
 mod stream_mover;
@@ -51,7 +53,7 @@ use crate::host::connect_line;
 use crate::host::socket::HostSocket;
 use crate::metrics::counters::{CloseReason, ConnectionStats, Side};
 use crate::packet::header::{Cid, Op, ShutdownFlags, VsockHeader};
-use crate::packet::{Payload, RxBatch, TxBatch, VsockPacket};
+use crate::packet::{RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
 use credit::Credit;
@@ -61,7 +63,7 @@ pub use key::ConnKey;
 pub use readiness::Readiness;
 use shutdown::Shutdown;
 use state::State;
-use stream_mover::{Delivered, Flushed, StreamMover};
+use mover::{Delivered, Flushed, Mover, Wants};
 
 /// How long the guest has to answer a REQUEST, and the peer to answer the guest's.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -104,7 +106,7 @@ pub struct VsockConnection {
     credit_requested: bool,
     /// The client has closed before the guest has answered.
     client_left: bool,
-    mover: StreamMover,
+    mover: Mover,
     shutdown: Shutdown,
 }
 
@@ -157,7 +159,7 @@ impl VsockConnection {
             credit: Credit::new(buf_alloc),
             credit_requested: false,
             client_left: false,
-            mover: StreamMover::new(socket, buf_alloc),
+            mover: Mover::new(key.packet_type, socket, buf_alloc),
             shutdown: Shutdown::default(),
         }
     }
@@ -169,7 +171,7 @@ impl VsockConnection {
 
     /// Its socket, for readiness.
     pub fn socket(&self) -> BorrowedFd<'_> {
-        self.mover.as_fd()
+        self.mover.socket().as_fd()
     }
 
     /// Its socket, when it is over.
@@ -243,7 +245,7 @@ impl VsockConnection {
             waits_for: if self.mover.buffered() > 0 || matches!(self.state, State::Dialing(_)) {
                 Some(Side::Host)
             } else if matches!(self.state, State::Requested)
-                || (self.mover.is_readable() && credit == 0)
+                || self.credit_requested
             {
                 Some(Side::Guest)
             } else {
@@ -298,7 +300,7 @@ impl VsockConnection {
         };
         if let Some(last) = within.last() {
             self.credit.read_from(last.header());
-            let delivered = self.deliver(&batch.payload(within));
+            let delivered = self.deliver(batch, within);
             if delivered != Verdict::Open {
                 verdict = delivered;
             }
@@ -391,7 +393,7 @@ impl VsockConnection {
         self.deadline = None;
         if self.greet() {
             Verdict::Open
-        } else if self.has_unread() {
+        } else if self.mover.has_unread() {
             // It has left, but what it wrote before is still for the guest.
             self.host_closed();
             Verdict::Open
@@ -420,6 +422,9 @@ impl VsockConnection {
         }
         let new = flags.difference(self.shutdown.guest);
         self.shutdown.guest |= flags;
+        if new.contains(ShutdownFlags::SEND) {
+            self.credit.count_forwarded(self.mover.drop_unfinished());
+        }
         if self.shutdown.guest.is_all() {
             self.state = State::Flushing;
             self.deadline = None;
@@ -443,16 +448,17 @@ impl VsockConnection {
     }
 
     /// Sends payload to the host program, and buffers what it does not take yet.
-    fn deliver(&mut self, payload: &Payload<'_>) -> Verdict {
-        let len = payload.bytes();
+    fn deliver(&mut self, batch: &TxBatch<'_>, packets: &[VsockPacket]) -> Verdict {
+        let len = packets.iter().map(|packet| packet.header().len as usize).sum();
         self.credit.count_received(len);
         if self.shutdown.host_receives() {
-            match self.mover.deliver(payload) {
+            match self.mover.deliver(batch, packets) {
                 Delivered::Sent(sent) => {
                     self.credit.count_forwarded(sent);
                     return Verdict::Open;
                 }
                 Delivered::Closed => self.receiver_closed(),
+                Delivered::TooLong => return Verdict::Reset(CloseReason::Protocol),
                 Delivered::Failed => return Verdict::Reset(CloseReason::HostGone),
             }
         }
@@ -489,7 +495,7 @@ impl VsockConnection {
     fn probe_receiver(&mut self) {
         // Behind the last byte it is we who have shut this direction down.
         let ours = self.shutdown.guest.contains(ShutdownFlags::SEND) && self.mover.buffered() == 0;
-        if !ours && self.mover.socket().peer_stopped_receiving() {
+        if !ours && self.mover.peer_stopped_receiving() {
             self.stop_delivering();
         }
     }
@@ -501,7 +507,7 @@ impl VsockConnection {
             return self.stop_delivering();
         }
         self.host_closed();
-        if !self.has_unread() {
+        if !self.mover.has_unread() {
             self.shutdown.host |= ShutdownFlags::SEND;
         }
     }
@@ -510,16 +516,11 @@ impl VsockConnection {
     /// it never will.
     fn client_closed(&mut self) -> Verdict {
         self.client_left = true;
-        if self.has_unread() || self.known_to_guest() {
+        if self.mover.has_unread() || self.known_to_guest() {
             Verdict::Open
         } else {
             Verdict::Close(CloseReason::HostGone)
         }
-    }
-
-    /// Whether the host program has written something that was not read yet.
-    fn has_unread(&self) -> bool {
-        matches!(self.mover.socket().peek(&mut [0]), Ok(1))
     }
 
     /// Both directions of the socket are over. What it holds can still be read.
@@ -566,23 +567,32 @@ impl VsockConnection {
             self.shutdown.host |= ShutdownFlags::SEND;
         }
         self.rx_queue.remove(RxOps::Rw);
-        let credit = self.credit.ours();
-        if credit > 0 {
-            self.credit_requested = false;
-        }
-        if self.shutdown.to_guest_open() && self.mover.is_readable() {
-            if credit > 0 {
-                self.rx_queue.add(RxOps::Rw);
-            } else if !self.credit_requested {
-                self.credit_requested = true;
-                self.rx_queue.add(RxOps::CreditRequest);
-            }
+        if self.shutdown.to_guest_open() {
+            self.update_payload();
         }
         if self.credit.update_is_due() {
             self.rx_queue.add(RxOps::CreditUpdate);
         }
         if self.shutdown.is_due() {
             self.rx_queue.add(RxOps::Shutdown);
+        }
+    }
+
+    /// Lets the host program's payload wait for buffers, or for credit, which is asked for once.
+    fn update_payload(&mut self) {
+        let (window, credit) = (self.credit.guest_window(), self.credit.ours());
+        let wants = self.mover.wants(window, credit);
+        let was_requested = std::mem::replace(&mut self.credit_requested, wants == Wants::Credit);
+        match wants {
+            Wants::Nothing => {}
+            Wants::Buffers => self.rx_queue.add(RxOps::Rw),
+            Wants::Credit if was_requested => {}
+            Wants::Credit => self.rx_queue.add(RxOps::CreditRequest),
+            Wants::End => self.host_sends_no_more(),
+            Wants::Reset | Wants::Failed => {
+                self.host_closed();
+                self.host_sends_no_more();
+            }
         }
     }
 }

@@ -53,11 +53,13 @@ pub enum CloseReason {
     Evicted,
     /// The guest's driver reset the device, or the VMM disconnected.
     DeviceReset,
+    /// A message of the host program is longer than the guest's receive buffer.
+    MessageTooLong,
 }
 
 impl CloseReason {
     /// Every reason, in the order of their discriminants.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Done,
         Self::Refused,
         Self::GuestReset,
@@ -66,6 +68,7 @@ impl CloseReason {
         Self::Timeout,
         Self::Evicted,
         Self::DeviceReset,
+        Self::MessageTooLong,
     ];
 
     /// The name that it is exported by.
@@ -79,6 +82,7 @@ impl CloseReason {
             Self::Timeout => "timeout",
             Self::Evicted => "evicted",
             Self::DeviceReset => "device_reset",
+            Self::MessageTooLong => "message_too_long",
         }
     }
 }

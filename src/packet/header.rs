@@ -114,7 +114,7 @@ impl fmt::Display for PeerAddr {
 }
 
 /// The `type` field. A number that the specification does not name is kept, since an RST repeats it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PacketType {
     /// A stream of bytes.
     Stream,
@@ -206,6 +206,17 @@ bitflags! {
     }
 }
 
+bitflags! {
+    /// The flags of a SEQPACKET's RW.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct MessageFlags: u32 {
+        /// The packet is the last of its message.
+        const EOM = 1;
+        /// The message is the last of its record: its sender has set MSG_EOR.
+        const EOR = 2;
+    }
+}
+
 /// A packet's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VsockHeader {
@@ -256,6 +267,11 @@ impl VsockHeader {
     /// The flags of a SHUTDOWN. Bits that the specification does not name are ignored.
     pub fn shutdown_flags(&self) -> ShutdownFlags {
         ShutdownFlags::from_bits_truncate(self.flags)
+    }
+
+    /// Whether an RW packet is the last of its message.
+    pub fn ends_message(&self) -> bool {
+        MessageFlags::from_bits_truncate(self.flags).contains(MessageFlags::EOM)
     }
 
     /// Reads the header of a packet from the TX ring: its source is the guest.

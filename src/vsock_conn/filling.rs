@@ -2,16 +2,22 @@
 
 use std::time::Instant;
 
+use log::debug;
+
+use super::mover::Filled;
 use super::state::State;
 use super::{CLOSE_TIMEOUT, Verdict, VsockConnection};
 use crate::host::socket::ReceiveError;
 use crate::metrics::counters::CloseReason;
 use crate::packet::RxBatch;
-use crate::packet::header::{Op, ShutdownFlags, VsockHeader};
+use crate::packet::header::{MessageFlags, Op, ShutdownFlags, VsockHeader};
 
 impl VsockConnection {
     pub(super) fn header(&self, op: Op) -> VsockHeader {
-        VsockHeader::new(self.guest_cid, self.key.guest, self.key.peer, op)
+        VsockHeader {
+            packet_type: self.key.packet_type,
+            ..VsockHeader::new(self.guest_cid, self.key.guest, self.key.peer, op)
+        }
     }
 
     pub(super) fn fill(&mut self, batch: &mut RxBatch<'_>, op: Op) -> Verdict {
@@ -45,13 +51,23 @@ impl VsockConnection {
         if batch.capacity() == 0 {
             return Verdict::Open;
         }
-        match self.mover.receive(batch) {
-            Ok(0) => self.host_sends_no_more(),
-            Ok(bytes) => {
+        match self.mover.receive(batch, self.credit.guest_window()) {
+            Ok(Filled::Bytes { bytes: 0, .. }) => self.host_sends_no_more(),
+            Ok(Filled::Bytes { bytes, ends }) => {
                 let mut header = self.header(Op::Rw);
                 self.credit.write_to(&mut header);
                 self.credit.count_sent(bytes);
-                batch.fill(&header, bytes);
+                let last = if ends {
+                    MessageFlags::EOM
+                } else {
+                    MessageFlags::empty()
+                };
+                batch.fill(&header, bytes, last);
+            }
+            Ok(Filled::TooLong(len)) => {
+                let window = self.credit.guest_window();
+                debug!("a message of {len} bytes for a guest that receives {window} at most");
+                return Verdict::Reset(CloseReason::MessageTooLong);
             }
             Err(ReceiveError::Empty) => {}
             Err(ReceiveError::Reset) => {
@@ -71,7 +87,7 @@ impl VsockConnection {
 
     /// The host program's last byte was read. Whether it has closed or only stopped writing is asked, for the event that
     /// says so may not have come yet.
-    fn host_sends_no_more(&mut self) {
+    pub(super) fn host_sends_no_more(&mut self) {
         self.shutdown.host |= ShutdownFlags::SEND;
         if !self.shutdown.host_closed && self.mover.socket().peer_closed() {
             self.shutdown.host_closed = true;

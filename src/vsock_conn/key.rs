@@ -1,8 +1,8 @@
 //! What names a connection.
 
-use crate::packet::header::{GuestPort, PeerAddr, VsockHeader};
+use crate::packet::header::{GuestPort, PacketType, PeerAddr, VsockHeader};
 
-/// What names a connection: the addresses of its two ends, without the guest's CID, which is always the same. Who began it
+/// What names a connection: its type and the addresses of its two ends, without the guest's CID, which is always the same. Who began it
 /// does not matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnKey {
@@ -10,6 +10,8 @@ pub struct ConnKey {
     pub guest: GuestPort,
     /// The other end.
     pub peer: PeerAddr,
+    /// What it carries. A stream and a connection of messages may have the same addresses.
+    pub packet_type: PacketType,
 }
 
 impl ConnKey {
@@ -18,6 +20,7 @@ impl ConnKey {
         Self {
             guest: header.guest_port,
             peer: header.peer,
+            packet_type: header.packet_type,
         }
     }
 }

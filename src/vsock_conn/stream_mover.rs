@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use log::debug;
 
+use super::mover::{Delivered, Flushed, Wants};
 use crate::host::socket::{HostSocket, ReceiveError, SendError};
 use crate::packet::{Payload, RxBatch};
 use crate::txbuf::LocalTxBuf;
@@ -25,30 +26,6 @@ const WINDOW_FRACTION: usize = 4;
 
 /// The most that is flushed at a time, in bytes: other connections get their turn in between.
 const FLUSH_SIZE: usize = 256 * 1024;
-
-/// What came of bytes from the guest.
-#[derive(Debug)]
-pub(super) enum Delivered {
-    /// The socket took so many; the others are buffered.
-    Sent(usize),
-    /// The host program receives no more. All were dropped.
-    Closed,
-    /// The system failed.
-    Failed,
-}
-
-/// What came of a flush.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Flushed {
-    /// Everything is sent.
-    All,
-    /// Bytes are left.
-    Part,
-    /// The host program receives no more.
-    Closed,
-    /// The system failed.
-    Failed,
-}
 
 /// A stream's socket and the bytes that wait for it.
 #[derive(Debug)]
@@ -89,10 +66,6 @@ impl StreamMover {
     /// How many bytes from the guest wait for the socket.
     pub(super) fn buffered(&self) -> usize {
         self.tx_buf.len()
-    }
-
-    pub(super) fn is_readable(&self) -> bool {
-        self.readable
     }
 
     /// Whether bytes wait although the socket may have room: there will be no event.
@@ -171,6 +144,15 @@ impl StreamMover {
             }
         }
         Flushed::All
+    }
+
+    /// What the next bytes need of a guest with `credit` left.
+    pub(super) fn wants(&self, credit: usize) -> Wants {
+        match (self.readable, credit) {
+            (false, _) => Wants::Nothing,
+            (true, 0) => Wants::Credit,
+            (true, _) => Wants::Buffers,
+        }
     }
 
     /// How many bytes to receive next for a guest with a buffer of `window` bytes and `credit` left.
