@@ -42,7 +42,9 @@ impl VsockThreadBackend {
         self.counters.clients += 1;
         match entry {
             Entry::Host => self.read_line(Client::new(socket)),
-            Entry::Port(port) => self.connect_guest(socket, port, Greeting::Nothing),
+            Entry::Port(port) | Entry::Vsock(port) => {
+                self.connect_guest(socket, port, Greeting::Nothing);
+            }
         }
     }
 
@@ -177,7 +179,7 @@ impl VsockThreadBackend {
         }
         // The peer is asked first: a connection makes others give way, but not an attempt at one.
         self.cost += cost::DIAL;
-        let dialed = self.routes.dial(request.peer, request.packet_type);
+        let dialed = self.routes.dial(request);
         if dialed.as_ref().is_err_and(DialError::is_nobody) {
             self.nobody_at = Some(destination);
         }
