@@ -13,8 +13,9 @@ use super::log_writer;
 use super::sandbox::{self, SandboxError};
 use super::service::{self, ServiceManager, Status};
 use super::vm::{self, BoundVm, Threads, Vm, VmError};
-use crate::config::{ConfigError, ProcessConfig};
+use crate::config::{ConfigError, HostSide, ProcessConfig, VmConfig};
 use crate::host::listener::{self, ListenerError, SocketFile};
+use crate::host::vsock;
 use crate::metrics;
 use crate::metrics::counters::Snapshot;
 use crate::syscalls::Syscall;
@@ -119,7 +120,7 @@ impl Server {
         let stats = stats.transpose()?;
         let manager = ServiceManager::from_env();
         let threads = Threads::new()?;
-        sandbox::enter(config, &syscalls())?;
+        sandbox::enter(config, &syscalls(config))?;
         let mut vms = Vec::new();
         for (vm, config) in bound.into_iter().zip(&config.vms) {
             info!(
@@ -168,7 +169,12 @@ impl Server {
 }
 
 /// All system calls of the daemon but those of the language's run time.
-fn syscalls() -> Vec<Syscall> {
+fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
+    let forwards = |vm: &VmConfig| matches!(vm.host, HostSide::Vsock { .. });
+    let vsock = match config.vms.iter().any(forwards) {
+        true => vsock::SYSCALLS,
+        false => &[],
+    };
     [
         SYSCALLS,
         vm::SYSCALLS,
@@ -176,6 +182,7 @@ fn syscalls() -> Vec<Syscall> {
         &log_writer::syscalls(),
         &metrics::syscalls(),
         &vhu_vsock::syscalls(),
+        vsock,
     ]
     .concat()
 }

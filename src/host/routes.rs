@@ -1,14 +1,15 @@
 //! Where a guest's connection leads: the host program, or the peer, that a destination stands for.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::dialer::{Call, Dialer};
 use super::socket::HostSocket;
+use super::vsock;
 use crate::config::{HostSide, PortPath, VmConfig};
-use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort};
+use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort, VsockHeader};
 
 /// Why a destination can't be reached.
 #[derive(Debug, Error)]
@@ -24,6 +25,14 @@ pub enum DialError {
     Connect {
         /// Where the host program would listen.
         path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The host's AF_VSOCK does not even try.
+    #[error("{to} of AF_VSOCK: {error}")]
+    Vsock {
+        /// Where the guest's connections lead.
+        to: PeerAddr,
         /// What the system said.
         error: io::Error,
     },
@@ -43,10 +52,6 @@ pub enum Dialed {
     /// The other side has it.
     Connected(HostSocket),
     /// The other side will answer.
-    #[cfg_attr(
-        not(feature = "fuzzing"),
-        expect(dead_code, reason = "for routes over AF_VSOCK")
-    )]
     Connecting(HostSocket),
 }
 
@@ -55,8 +60,7 @@ pub enum Dialed {
 pub struct Routes {
     host: HostSide,
     host_ports: Vec<PortPath>,
-    /// A socket that could not be connected.
-    spare: Option<OwnedFd>,
+    dialer: Dialer,
 }
 
 impl Routes {
@@ -65,28 +69,34 @@ impl Routes {
         Self {
             host: config.host.clone(),
             host_ports: config.host_ports.clone(),
-            spare: None,
+            dialer: Dialer::default(),
         }
     }
 
-    /// Connects to the destination `peer`, without waiting.
-    pub fn dial(&mut self, peer: PeerAddr, packet_type: PacketType) -> Result<Dialed, DialError> {
-        if packet_type != PacketType::Stream {
-            return Err(DialError::Type(packet_type));
+    /// Connects to the destination of a guest's REQUEST, without waiting.
+    pub fn dial(&mut self, request: &VsockHeader) -> Result<Dialed, DialError> {
+        let peer = request.peer;
+        if request.packet_type != PacketType::Stream {
+            return Err(DialError::Type(request.packet_type));
         }
-        if peer.cid != Cid::HOST {
-            return Err(DialError::NoSuchCid(peer.cid));
-        }
-        let path = self.host_path(peer.port).ok_or(DialError::NoSuchCid(peer.cid))?;
-        match HostSocket::connect(&path, &mut self.spare) {
-            Ok(socket) => Ok(Dialed::Connected(socket)),
-            Err(error) => Err(DialError::Connect { path, error }),
+        let named = if peer.cid == Cid::HOST {
+            self.host_path(peer.port)
+        } else {
+            None
+        };
+        match (named, &self.host) {
+            (Some(path), _) => match self.dialer.connect(&path, Some(Call::of(request))) {
+                Ok(socket) => Ok(Dialed::Connected(socket)),
+                Err(error) => Err(DialError::Connect { path, error }),
+            },
+            (None, HostSide::Vsock { cid, .. }) => forward(*cid, peer.port),
+            (None, HostSide::Unix { .. }) => Err(DialError::NoSuchCid(peer.cid)),
         }
     }
 
     /// Nothing will be dialed for a while.
     pub fn rest(&mut self) {
-        self.spare = None;
+        self.dialer.rest();
     }
 
     /// Where a host program listens for the guest's connections to `port`.
@@ -99,4 +109,15 @@ impl Routes {
         path.push(format!("_{}", port.0));
         Some(path.into())
     }
+}
+
+/// Begins to connect to this port of the host's AF_VSOCK.
+fn forward(cid: Cid, port: PeerPort) -> Result<Dialed, DialError> {
+    let failed = |error| DialError::Vsock {
+        to: PeerAddr { cid, port },
+        error,
+    };
+    let number = u32::try_from(cid.get()).map_err(|_| DialError::NoSuchCid(cid))?;
+    let socket = vsock::begin_connect(number, port).map_err(failed)?;
+    Ok(Dialed::Connecting(socket))
 }
