@@ -111,7 +111,7 @@ impl FromStr for Vm {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut reader = OptionReader::default();
-        for pair in text.trim().split(',') {
+        for pair in pairs(text.trim()) {
             let pair_of = pair.split_once('=');
             let (key, value) = pair_of.ok_or_else(|| format!("{pair}: not KEY=VALUE"))?;
             reader.add(key, value).map_err(|error| error.to_string())?;
@@ -119,6 +119,18 @@ impl FromStr for Vm {
         let options = reader.finish().map_err(|error| error.to_string())?;
         Ok(Self(options))
     }
+}
+
+/// The pairs of a `--vm`. The value of a port may end in `,seqpacket`.
+fn pairs(text: &str) -> Vec<String> {
+    let mut pairs: Vec<String> = Vec::new();
+    for part in text.split(',') {
+        match pairs.last_mut() {
+            Some(pair) if part == "seqpacket" => *pair += ",seqpacket",
+            _ => pairs.push(part.into()),
+        }
+    }
+    pairs
 }
 
 impl Args {

@@ -19,8 +19,8 @@ use std::time::Duration;
 pub use self::access::{AccessError, SocketAccess, SocketGroup, SocketMode};
 pub use self::check::Mistake;
 pub use self::error::ConfigError;
-pub use self::paths::{PathError, directory_of, sibling_path};
-use crate::packet::header::Cid;
+pub use self::paths::{PathError, directory_of, sibling_path, with_suffix};
+use crate::packet::header::{Cid, PacketType};
 
 /// The configuration of a process: its VMs, and what they share.
 #[derive(Clone, Debug)]
@@ -53,6 +53,8 @@ pub struct VmConfig {
     /// Directories of sockets through which the guests of other processes are reached, and reach this one. The guest with CID n
     /// listens at `n.vsock` there.
     pub sibling_dirs: Vec<PathBuf>,
+    /// Whether the guest has connections of messages (SOCK_SEQPACKET) beside streams.
+    pub seqpacket: bool,
     /// How long a host program waits for a VMM, the guest's driver, or a guest program that listens. Zero: not at all.
     pub wait_for_guest: Duration,
     /// How many bytes from the guest each connection buffers for its host program, from 1 to 2^30.
@@ -119,6 +121,8 @@ impl fmt::Display for HostSide {
 pub struct PortPath {
     /// The port.
     pub port: u32,
+    /// What its connections carry.
+    pub packet_type: PacketType,
     /// Path of the socket.
     pub path: PathBuf,
 }
@@ -216,6 +220,7 @@ impl VmConfig {
             host_ports: Vec::new(),
             groups: vec![Self::DEFAULT_GROUP.into()],
             sibling_dirs: Vec::new(),
+            seqpacket: true,
             wait_for_guest: Duration::ZERO,
             tx_buffer_size: Self::DEFAULT_TX_BUFFER_SIZE,
             queue_size: Self::DEFAULT_QUEUE_SIZE,
@@ -223,5 +228,17 @@ impl VmConfig {
             busy_poll: Self::DEFAULT_BUSY_POLL,
             access: SocketAccess::default(),
         }
+    }
+
+    /// The types of connections that the guest may have.
+    pub fn packet_types(&self) -> impl Iterator<Item = PacketType> {
+        let messages = self.seqpacket.then_some(PacketType::Seqpacket);
+        [PacketType::Stream].into_iter().chain(messages)
+    }
+
+    /// Path of the socket for host programs that send messages: that of streams with `_seqpacket` behind it.
+    pub fn seqpacket_path(&self) -> Option<PathBuf> {
+        let path = self.host.uds_path().filter(|_| self.seqpacket)?;
+        Some(with_suffix(path, paths::SEQPACKET_SUFFIX))
     }
 }

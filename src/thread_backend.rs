@@ -61,10 +61,36 @@ pub trait Registry: Send {
     fn register(&self, socket: BorrowedFd<'_>, source: EventSource) -> io::Result<()>;
 }
 
+/// The types of connections that the guest's driver has (virtio 1.2, 5.10.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Types {
+    /// Streams.
+    pub stream: bool,
+    /// Messages.
+    pub seqpacket: bool,
+}
+
+impl Types {
+    /// What a driver has that has negotiated nothing.
+    pub const STREAM: Self = Self {
+        stream: true,
+        seqpacket: false,
+    };
+
+    fn contains(self, packet_type: PacketType) -> bool {
+        match packet_type {
+            PacketType::Stream => self.stream,
+            PacketType::Seqpacket => self.seqpacket,
+            PacketType::Unknown(_) => false,
+        }
+    }
+}
+
 /// The connections of one guest.
 pub struct VsockThreadBackend {
     guest_cid: Cid,
     tx_buffer_size: u32,
+    types: Types,
     routes: Routes,
     registry: Box<dyn Registry>,
     connections: Connections,
@@ -92,6 +118,7 @@ impl VsockThreadBackend {
         Self {
             guest_cid: config.guest_cid,
             tx_buffer_size: config.tx_buffer_size,
+            types: Types::STREAM,
             routes: Routes::new(config),
             registry,
             connections: Connections::new(Places::new(config.max_connections)),
@@ -106,6 +133,11 @@ impl VsockThreadBackend {
             cost: 0,
             counters: Counters::default(),
         }
+    }
+
+    /// Takes the types of connections that the driver has chosen.
+    pub fn set_types(&mut self, types: Types) {
+        self.types = types;
     }
 
     /// The counters, for whoever else sees things happen.
@@ -237,7 +269,6 @@ impl VsockThreadBackend {
             return debug!("dropped a packet from CID {cid}, {count} from foreign CIDs so far");
         }
         let token = self.connections.find(&ConnKey::of(header));
-        let token = token.filter(|_| header.packet_type == PacketType::Stream);
         if let Some(token) = token
             && let Some(entry) = self.connections.get_mut(token)
         {

@@ -45,7 +45,7 @@ use crate::host::entry::EntrySocket;
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::{PacketError, RxStorage, TxStorage};
 use crate::syscalls::Syscall;
-use crate::thread_backend::VsockThreadBackend;
+use crate::thread_backend::{Types, VsockThreadBackend};
 use crate::thread_backend::event_source::EventSource;
 use acceptor::Acceptors;
 use busy_poll::BusyPoll;
@@ -195,6 +195,11 @@ impl VhostUserVsockThread {
     /// Whether the driver wants to be notified of a TX ring that runs empty (VIRTIO_F_NOTIFY_ON_EMPTY).
     pub fn set_notify_on_empty(&mut self, notify_on_empty: bool) {
         self.notify_on_empty = notify_on_empty;
+    }
+
+    /// Takes the types of connections that the driver has chosen.
+    pub fn set_types(&mut self, types: Types) {
+        self.backend.set_types(types);
     }
 
     /// Takes the eventfd for a ring's kicks.

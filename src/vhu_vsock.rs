@@ -31,6 +31,7 @@ use crate::config::VmConfig;
 use crate::host::entry::EntrySocket;
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::header::Cid;
+use crate::thread_backend::Types;
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
 use crate::vhost_user_vsock_thread::{
     self, Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, VhostUserVsockThread, VsockVring, Wait,
@@ -59,6 +60,16 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
+// Virtio 1.2, 5.10.3.
+const VIRTIO_VSOCK_F_STREAM: u32 = 0;
+const VIRTIO_VSOCK_F_SEQPACKET: u32 = 1;
+const VIRTIO_VSOCK_F_NO_IMPLIED_STREAM: u32 = 2;
+
+/// Offered where there is more than streams. A driver that names no type has streams; Linux names SEQPACKET and uses both.
+const TYPE_FEATURES: u64 = 1 << VIRTIO_VSOCK_F_STREAM
+    | 1 << VIRTIO_VSOCK_F_SEQPACKET
+    | 1 << VIRTIO_VSOCK_F_NO_IMPLIED_STREAM;
+
 /// What a device is doing, for whoever supervises it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Activity {
@@ -75,6 +86,7 @@ type Observer = Box<dyn Fn(Activity) + Send + Sync>;
 pub struct VhostUserVsockBackend {
     guest_cid: Cid,
     queue_size: u16,
+    seqpacket: bool,
     epoll: Arc<Epoll>,
     worker: Mutex<VhostUserVsockThread>,
     memory: GuestMemoryHandle,
@@ -100,6 +112,7 @@ impl VhostUserVsockBackend {
         Ok(Self {
             guest_cid: config.guest_cid,
             queue_size: config.queue_size,
+            seqpacket: config.seqpacket,
             epoll: worker.epoll(),
             wake: worker.wake_handle()?,
             worker: Mutex::new(worker),
@@ -207,13 +220,23 @@ impl VhostUserBackend for VhostUserVsockBackend {
     }
 
     fn features(&self) -> u64 {
-        FEATURES
+        if self.seqpacket {
+            FEATURES | TYPE_FEATURES
+        } else {
+            FEATURES
+        }
     }
 
     fn acked_features(&self, features: u64) {
         debug!("the driver accepts the features {features:#x}");
         let notify_on_empty = features & (1 << VIRTIO_F_NOTIFY_ON_EMPTY) != 0;
-        self.worker().set_notify_on_empty(notify_on_empty);
+        let has = |feature: u32| features & (1 << feature) != 0;
+        let mut worker = self.worker();
+        worker.set_notify_on_empty(notify_on_empty);
+        worker.set_types(Types {
+            stream: has(VIRTIO_VSOCK_F_STREAM) || !has(VIRTIO_VSOCK_F_NO_IMPLIED_STREAM),
+            seqpacket: has(VIRTIO_VSOCK_F_SEQPACKET),
+        });
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {

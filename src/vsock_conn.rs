@@ -149,6 +149,8 @@ impl VsockConnection {
     }
 
     fn new(guest_cid: Cid, key: ConnKey, socket: HostSocket, buf_alloc: u32) -> Self {
+        // The guest may send messages as long as the buffer.
+        let buf_alloc = socket.reserve(buf_alloc);
         Self {
             guest_cid,
             key,
@@ -574,6 +576,8 @@ impl VsockConnection {
         self.rx_queue.remove(RxOps::Rw);
         if self.shutdown.to_guest_open() {
             self.update_payload();
+        } else {
+            self.credit_requested = false;
         }
         if self.credit.update_is_due() {
             self.rx_queue.add(RxOps::CreditUpdate);

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 
 use arbitrary::{Arbitrary, Unstructured};
 use vhost_user_vsock::packet::header::{
-    Cid, GuestPort, HEADER_LEN, Op, PacketType, PeerAddr, VsockHeader,
+    Cid, GuestPort, HEADER_LEN, MessageFlags, Op, PacketType, PeerAddr, VsockHeader,
 };
 use vhost_user_vsock::packet::{Received, RxBatch, RxStorage, TxChains, TxStorage};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -486,7 +486,7 @@ fn fill_payload(
     };
     assert_eq!(received, expected);
     write(image, &areas, &stream[..count]);
-    batch.fill(&HEADER, count);
+    batch.fill(&HEADER, count, MessageFlags::empty());
     let mut left = count;
     for (buffer, (head, chain, room)) in batch.filled().iter().zip(buffers) {
         let len = left.min(*room);

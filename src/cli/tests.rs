@@ -3,6 +3,7 @@ use std::time::Duration;
 use super::*;
 use crate::config::{HostSide, PortPath, Socket, SocketMode, VmConfig};
 use crate::packet::header::Cid;
+use crate::packet::header::PacketType;
 
 fn try_config(args: &[&str], activation: &Activation) -> Result<ProcessConfig, ConfigError> {
     let args = [&["vhost-user-vsock"], args].concat();
@@ -48,7 +49,14 @@ fn assert_changed(vm: &VmConfig) {
     assert_eq!(vm.wait_for_guest, Duration::from_secs(5));
     assert_eq!(vm.sibling_dirs, [PathBuf::from("/tmp")]);
     let (port, path) = (80, "/tmp/web".into());
-    assert_eq!(vm.host_ports, [PortPath { port, path }]);
+    assert_eq!(
+        vm.host_ports,
+        [PortPath {
+            port,
+            packet_type: PacketType::Stream,
+            path
+        }]
+    );
 }
 
 #[test]
@@ -62,6 +70,7 @@ fn options_change_the_configuration() {
     let [vm] = &config.vms[..] else { panic!() };
     assert_changed(vm);
     let port_path = |port, path: &str| PortPath {
+        packet_type: PacketType::Stream,
         port,
         path: path.into(),
     };

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::paths::{self, PathKind, SocketPath};
 use super::{ConfigError, HostSide, PortPath, ProcessConfig, Socket, VmConfig, directory_of};
-use crate::packet::header::Cid;
+use crate::packet::header::{Cid, PacketType};
 
 /// The largest buffer of a connection, in bytes.
 pub(super) const MAX_TX_BUFFER: u32 = 1 << 30;
@@ -133,9 +133,21 @@ impl VmConfig {
             let error = ConfigError::WaitForGuest(self.wait_for_guest.as_secs());
             return Err(("wait-for-guest", error));
         }
-        let port = |port_path: &PortPath| port_path.port;
-        check_ports("guest-port", self.guest_ports.iter().map(port))?;
-        check_ports("host-port", self.host_ports.iter().map(port))?;
+        for packet_type in [PacketType::Stream, PacketType::Seqpacket] {
+            let is_of_type = |named: &&PortPath| named.packet_type == packet_type;
+            let ports = |named| {
+                <[PortPath]>::iter(named)
+                    .filter(is_of_type)
+                    .map(|named| named.port)
+            };
+            check_ports("guest-port", ports(&self.guest_ports))?;
+            check_ports("host-port", ports(&self.host_ports))?;
+        }
+        let named = self.guest_ports.iter().chain(&self.host_ports);
+        let mut messages = named.filter(|named| named.packet_type == PacketType::Seqpacket);
+        if !self.seqpacket && messages.next().is_some() {
+            return Err(("seqpacket", ConfigError::SeqpacketOff));
+        }
         if let HostSide::Vsock { cid, listen } = &self.host {
             if !(1..u64::from(u32::MAX)).contains(&cid.get()) {
                 return Err(("forward-cid", ConfigError::ForwardCid(*cid)));
@@ -184,6 +196,8 @@ impl VmConfig {
         };
         let uds = self.host.uds_path();
         let uds = uds.map(move |path| new("--uds-path", path.into(), PathKind::UdsPath));
+        let seqpacket = self.seqpacket_path();
+        let seqpacket = seqpacket.map(move |path| new("--uds-path", path.into(), PathKind::Bound));
         let guest_ports = self.guest_ports.iter();
         let guest_ports = guest_ports
             .map(move |guest| new("--guest-port", (&*guest.path).into(), PathKind::Bound));
@@ -194,7 +208,11 @@ impl VmConfig {
             let path = paths::sibling_path(directory, self.guest_cid);
             new("--sibling-dir", path.into(), PathKind::Sibling)
         });
-        let bound = uds.into_iter().chain(socket).chain(guest_ports);
+        let bound = uds
+            .into_iter()
+            .chain(seqpacket)
+            .chain(socket)
+            .chain(guest_ports);
         bound.chain(siblings).chain(host_ports)
     }
 }

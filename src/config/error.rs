@@ -16,6 +16,9 @@ pub enum ConfigError {
     /// The CID can't be that of a guest.
     #[error("--guest-cid={number}: {0}", number = .0.0)]
     Cid(#[from] InvalidCid),
+    /// A socket for messages, where there are none.
+    #[error("--seqpacket=off: a port with `,seqpacket` takes --seqpacket=on")]
+    SeqpacketOff,
     /// Two VMs have the same CID.
     #[error("--guest-cid={0}: another VM has this CID, each needs its own")]
     DuplicateCid(Cid),

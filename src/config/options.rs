@@ -11,13 +11,13 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{Arg, ArgAction, Args, Command, FromArgMatches};
+use clap::{Arg, ArgAction, Args, Command, FromArgMatches, ValueEnum};
 use thiserror::Error;
 
 use super::{
     ConfigError, HostSide, PortPath, Socket, SocketAccess, SocketGroup, SocketMode, VmConfig,
 };
-use crate::packet::header::Cid;
+use crate::packet::header::{Cid, PacketType};
 
 /// A key or a value that no option of a VM has.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -71,11 +71,13 @@ pub struct VmOptions {
     #[arg(long, value_name = "PORT+...", value_delimiter = '+', action = ArgAction::Append)]
     pub forward_listen: Vec<u32>,
 
-    /// A Unix socket for one port of the guest: every connection goes to the guest's PORT, without CONNECT and OK. Repeatable
+    /// A Unix socket for one port of the guest: every connection goes to the guest's PORT, without CONNECT and OK; for messages
+    /// with `,seqpacket` behind PATH. Repeatable
     #[arg(long, value_name = "PORT=PATH", action = ArgAction::Append)]
     pub guest_port: Vec<PortPath>,
 
-    /// The Unix socket to which the guest's connections to CID 2 and PORT go, instead of `UDS_PATH_<port>`. Repeatable
+    /// The Unix socket to which the guest's connections to CID 2 and PORT go, instead of `UDS_PATH_<port>`; those of
+    /// messages with `,seqpacket` behind PATH. Repeatable
     #[arg(long, value_name = "PORT=PATH", action = ArgAction::Append)]
     pub host_port: Vec<PortPath>,
 
@@ -86,6 +88,11 @@ pub struct VmOptions {
     /// Directory through which VMs of several processes reach each other: each listens at `DIR/<CID>.vsock`. Repeatable
     #[arg(long, value_name = "DIR", action = ArgAction::Append)]
     pub sibling_dir: Vec<PathBuf>,
+
+    /// Whether the guest has connections of messages (SOCK_SEQPACKET) beside streams, with a socket for host programs at
+    /// `UDS_PATH_seqpacket` [default: on]
+    #[arg(long, value_name = "on|off")]
+    pub seqpacket: Option<Switch>,
 
     /// How long a host program that connects before the guest's program listens waits for it [default: 0]
     #[arg(long, value_name = "SECONDS")]
@@ -153,6 +160,7 @@ impl VmOptions {
             host_port: or_list(self.host_port, &defaults.host_port),
             groups: or_list(self.groups, &defaults.groups),
             sibling_dir: or_list(self.sibling_dir, &defaults.sibling_dir),
+            seqpacket: self.seqpacket.or(defaults.seqpacket),
             wait_for_guest: self.wait_for_guest.or(defaults.wait_for_guest),
             tx_buffer_size: self.tx_buffer_size.or(defaults.tx_buffer_size),
             queue_size: self.queue_size.or(defaults.queue_size),
@@ -205,6 +213,7 @@ impl VmOptions {
             host_ports: self.host_port,
             groups: groups(self.groups)?,
             sibling_dirs: self.sibling_dir,
+            seqpacket: self.seqpacket != Some(Switch::Off),
             wait_for_guest: self.wait_for_guest.map_or(default.wait_for_guest, seconds),
             tx_buffer_size: self.tx_buffer_size.unwrap_or(default.tx_buffer_size),
             queue_size: self.queue_size.unwrap_or(default.queue_size),
@@ -247,20 +256,39 @@ fn groups(names: Vec<String>) -> Result<Vec<String>, ConfigError> {
     Ok(groups)
 }
 
+/// Whether something is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// It is.
+    On,
+    /// It is not.
+    Off,
+}
+
+/// What follows the path of a port's socket that carries messages.
+const SEQPACKET: &str = ",seqpacket";
+
 impl FromStr for PortPath {
     type Err = PortPathError;
 
     fn from_str(text: &str) -> Result<Self, PortPathError> {
         let (port, path) = text.split_once('=').ok_or(PortPathError)?;
         let port = port.parse().map_err(|_| PortPathError)?;
-        let path = PathBuf::from(path);
-        Ok(Self { port, path })
+        let (path, packet_type) = match path.strip_suffix(SEQPACKET) {
+            Some(path) => (path, PacketType::Seqpacket),
+            None => (path, PacketType::Stream),
+        };
+        Ok(Self {
+            port,
+            packet_type,
+            path: path.into(),
+        })
     }
 }
 
 /// The text is not that of a port and a path.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("say PORT=PATH, with a port from 0 to 4294967294")]
+#[error("say PORT=PATH or PORT=PATH,seqpacket, with a port from 0 to 4294967294")]
 pub struct PortPathError;
 
 /// Reads the options of one VM from keys and values.

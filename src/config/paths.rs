@@ -122,6 +122,16 @@ impl PathKind {
 }
 
 /// Where the guest with this CID is reached in a directory of siblings.
+/// What follows the path of a socket for streams in that of the socket for messages.
+pub(super) const SEQPACKET_SUFFIX: &str = "_seqpacket";
+
+/// A path with something behind its last component.
+pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
+}
+
 pub fn sibling_path(directory: &Path, cid: Cid) -> PathBuf {
     directory.join(format!("{cid}{SIBLING_SUFFIX}"))
 }

@@ -18,6 +18,7 @@ use crate::host::listener::{self, ListenerError, SocketFile};
 use crate::host::vsock;
 use crate::metrics;
 use crate::metrics::counters::Snapshot;
+use crate::packet::header::PacketType;
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::{self, Activity};
 
@@ -116,7 +117,7 @@ impl Server {
             bound.push(BoundVm::new(vm, observer)?);
         }
         let stats = config.stats_path.as_ref();
-        let stats = stats.map(|path| SocketFile::bind(path, config.access));
+        let stats = stats.map(|path| SocketFile::bind(path, PacketType::Stream, config.access));
         let stats = stats.transpose()?;
         let manager = ServiceManager::from_env();
         let threads = Threads::new()?;

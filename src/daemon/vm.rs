@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -18,11 +19,11 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use vhost::vhost_user::Error as VhostUserError;
 
-use crate::config::{ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig};
+use crate::config::{ConfigError, HostSide, ProcessConfig, Sandbox, Socket, VmConfig};
 use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
 use crate::host::vsock;
-use crate::packet::header::GuestPort;
+use crate::packet::header::{GuestPort, PacketType};
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
@@ -148,7 +149,10 @@ impl BoundVm {
         observer: impl Fn(Activity) + Send + Sync + 'static,
     ) -> Result<Self, VmError> {
         let vmm = match &config.socket {
-            Socket::Path(path) => VmmSocket::Listener(SocketFile::bind(path, config.access)?),
+            Socket::Path(path) => {
+                let socket = SocketFile::bind(path, PacketType::Stream, config.access)?;
+                VmmSocket::Listener(socket)
+            }
             Socket::Inherited(fd) => match Inherited::take(*fd)? {
                 Inherited::Listener(listener) => VmmSocket::Listener(SocketFile::foreign(listener)),
                 Inherited::Stream(vmm) => VmmSocket::Connected(vmm),
@@ -210,29 +214,34 @@ fn listen_on_vsock(config: &VmConfig) -> Result<Vec<EntrySocket>, ListenerError>
     let HostSide::Vsock { listen, .. } = &config.host else {
         return Ok(Vec::new());
     };
-    let listen_on = |port: &u32| match vsock::listen_on(*port) {
-        Ok(listener) => Ok(EntrySocket::new(Entry::Vsock(GuestPort(*port)), listener)),
-        Err(error) => Err(ListenerError::Vsock(*port, error)),
-    };
-    listen.iter().map(listen_on).collect()
+    let mut entries = Vec::new();
+    for port in listen {
+        for packet_type in config.packet_types() {
+            let listener = vsock::listen_on(*port, packet_type);
+            let listener = listener.map_err(|error| ListenerError::Vsock(*port, error))?;
+            entries.push(EntrySocket::new(Entry::Vsock(GuestPort(*port)), listener));
+        }
+    }
+    Ok(entries)
 }
 
 /// Makes the listening Unix sockets through which a guest is reached.
 fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
     let mut entries = Vec::new();
-    match &config.host {
-        HostSide::Unix { path, fd } => {
-            let file = match fd {
-                Some(fd) => SocketFile::foreign(Inherited::take_listener(*fd)?),
-                None => SocketFile::bind(path, config.access)?,
-            };
-            entries.push((Entry::Host, file));
-        }
-        HostSide::Vsock { .. } => {}
+    let bind = |path: &Path, packet_type| SocketFile::bind(path, packet_type, config.access);
+    if let HostSide::Unix { path, fd } = &config.host {
+        let file = match fd {
+            Some(fd) => SocketFile::foreign(Inherited::take_listener(*fd)?),
+            None => bind(path, PacketType::Stream)?,
+        };
+        entries.push((Entry::Host, file));
     }
-    for PortPath { port, path } in &config.guest_ports {
-        let file = SocketFile::bind(path, config.access)?;
-        entries.push((Entry::Port(GuestPort(*port)), file));
+    if let Some(path) = config.seqpacket_path() {
+        entries.push((Entry::Host, bind(&path, PacketType::Seqpacket)?));
+    }
+    for port in &config.guest_ports {
+        let file = bind(&port.path, port.packet_type)?;
+        entries.push((Entry::Port(GuestPort(port.port)), file));
     }
     Ok(entries)
 }

@@ -15,6 +15,7 @@
 //! another daemon's guest.
 
 use super::socket::{HostSocket, ReceiveError};
+use crate::packet::header::PacketType;
 
 /// The most bytes that a request line may have, its newline included.
 pub const MAX_REQUEST: usize = 32;
@@ -37,8 +38,11 @@ pub enum Progress {
     Invalid,
 }
 
-/// Reads on at a line. What follows it stays in the socket: it is payload.
+/// Reads on at a line. What follows it stays in the socket: it is payload. Where the socket carries messages, the line is one.
 pub fn read(socket: &HostSocket, line: &mut Line) -> Progress {
+    if socket.packet_type() == PacketType::Seqpacket {
+        return read_message(socket, line);
+    }
     loop {
         let mut bytes = [0; MAX_REQUEST];
         let room = &mut bytes[..line.room()];
@@ -59,6 +63,19 @@ pub fn read(socket: &HostSocket, line: &mut Line) -> Progress {
         if progress != Progress::Incomplete {
             return progress;
         }
+    }
+}
+
+fn read_message(socket: &HostSocket, line: &mut Line) -> Progress {
+    match socket.take_message(line.room()) {
+        Ok((bytes, len)) => match line.feed(&bytes) {
+            Progress::Complete { port, consumed } if consumed == len => {
+                Progress::Complete { port, consumed }
+            }
+            _ => Progress::Invalid,
+        },
+        Err(ReceiveError::Empty) => Progress::Incomplete,
+        Err(_) => Progress::Invalid,
     }
 }
 

@@ -23,8 +23,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, socket};
 
-use super::socket::HostSocket;
-use crate::packet::header::{Cid, GuestPort, PeerAddr, VsockHeader};
+use super::socket::{HostSocket, socket_type};
+use crate::packet::header::{Cid, GuestPort, PacketType, PeerAddr, VsockHeader};
 use crate::syscalls::{Argument, Syscall};
 
 const FLAGS: SockFlag = SockFlag::SOCK_NONBLOCK.union(SockFlag::SOCK_CLOEXEC);
@@ -32,6 +32,7 @@ const FLAGS: SockFlag = SockFlag::SOCK_NONBLOCK.union(SockFlag::SOCK_CLOEXEC);
 /// To connect, under a name, and to ask who is there. Landlock keeps `bind` from making files.
 pub(super) const SYSCALLS: &[Syscall] = &[
     Syscall::only(libc::SYS_socket, &unix_socket(libc::SOCK_STREAM)),
+    Syscall::only(libc::SYS_socket, &unix_socket(libc::SOCK_SEQPACKET)),
     Syscall::only(libc::SYS_socket, &unix_socket(libc::SOCK_DGRAM)),
     Syscall::any(libc::SYS_bind),
     Syscall::any(libc::SYS_connect),
@@ -81,12 +82,17 @@ pub struct Dialer {
 impl Dialer {
     /// Connects to who listens at `path`, without waiting: a full backlog is `WouldBlock`. The host program sees the name of
     /// `call`, or no name where another socket has that name.
-    pub fn connect(&mut self, path: &Path, call: Option<Call>) -> io::Result<HostSocket> {
+    pub fn connect(
+        &mut self,
+        path: &Path,
+        packet_type: PacketType,
+        call: Option<Call>,
+    ) -> io::Result<HostSocket> {
         let address = UnixAddr::new(path)?;
         if self.refused {
             self.probe(&address)?;
         }
-        let socket = socket(AddressFamily::Unix, SockType::Stream, FLAGS, None)?;
+        let socket = socket(AddressFamily::Unix, socket_type(packet_type), FLAGS, None)?;
         if let Some(call) = call {
             // Anybody can have taken the name, and the guest must not suffer from it.
             let _ = unique_name(call).and_then(|name| bind(socket.as_raw_fd(), &name));
@@ -94,7 +100,7 @@ impl Dialer {
         let connected = connect(socket.as_raw_fd(), &address);
         self.refused = connected.is_err();
         connected?;
-        Ok(HostSocket::new(socket))
+        Ok(HostSocket::new(packet_type, socket))
     }
 
     /// Nobody will connect for a while.
@@ -148,13 +154,13 @@ mod tests {
         let path = directory.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let mut dialer = Dialer::default();
-        let sockets = [(); 2].map(|()| dialer.connect(&path, Some(CALL)).unwrap());
+        let sockets = [(); 2].map(|()| dialer.connect(&path, PacketType::Stream, Some(CALL)).unwrap());
         let names = [(); 2].map(|()| peer_name(&listener).unwrap());
         let start = format!("vhost-user-vsock/2:80/4:40001/{}.", process::id());
         assert!(names.iter().all(|name| name.starts_with(&start)), "{names:?}");
         assert_ne!(names[0], names[1]);
         drop(sockets);
-        let _socket = dialer.connect(&path, None).unwrap();
+        let _socket = dialer.connect(&path, PacketType::Stream, None).unwrap();
         assert_eq!(peer_name(&listener), None);
     }
 
@@ -186,7 +192,7 @@ mod tests {
         ] {
             let mut dialer = Dialer::default();
             for _ in 0..3 {
-                let refused = dialer.connect(&path, Some(CALL)).unwrap_err();
+                let refused = dialer.connect(&path, PacketType::Stream, Some(CALL)).unwrap_err();
                 assert_eq!(refused.raw_os_error(), Some(error), "{}", path.display());
                 dialer.rest();
             }
@@ -198,9 +204,9 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("socket");
         let mut dialer = Dialer::default();
-        (0..2).for_each(|_| drop(dialer.connect(&path, Some(CALL)).unwrap_err()));
+        (0..2).for_each(|_| drop(dialer.connect(&path, PacketType::Stream, Some(CALL)).unwrap_err()));
         let listener = UnixListener::bind(&path).unwrap();
-        let _socket = dialer.connect(&path, Some(CALL)).unwrap();
+        let _socket = dialer.connect(&path, PacketType::Stream, Some(CALL)).unwrap();
         assert!(peer_name(&listener).is_some());
         listener.set_nonblocking(true).unwrap();
         assert!(listener.accept().is_err(), "the question was noticed");

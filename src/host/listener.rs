@@ -22,13 +22,15 @@ use std::time::{Duration, Instant};
 use libc::{O_NOFOLLOW, O_PATH, c_int};
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
-use nix::sys::socket::{SockType, getsockopt, sockopt};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, getsockopt, sockopt};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::fchownat;
 use thiserror::Error;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::socket::socket_type;
 use crate::config::{SocketAccess, directory_of};
+use crate::packet::header::PacketType;
 use crate::syscalls::{Argument, Syscall};
 
 /// How long a daemon that starts waits for the lock of a directory. Daemons hold it for an instant; another program may
@@ -110,14 +112,18 @@ pub fn tighten_umask() {
 }
 
 impl SocketFile {
-    /// Listens at `path`, with the mode and group of `access`. A socket file that nobody is bound to any more is replaced.
-    pub fn bind(path: &Path, access: SocketAccess) -> Result<Self, ListenerError> {
+    /// Listens at `path` for connections of this type, with the mode and group of `access`. A socket file that nobody is bound to
+    /// any more is replaced.
+    pub fn bind(
+        path: &Path,
+        packet_type: PacketType,
+        access: SocketAccess,
+    ) -> Result<Self, ListenerError> {
         let failed = |error: io::Error| ListenerError::Io(path.to_owned(), error);
         let directory = Directory::containing(path);
         let locked = directory.lock(LOCK_AT_START);
         clear(path)?;
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
+        let listener = listen(path, packet_type).map_err(failed)?;
         // The file itself, even if another takes its place at the path.
         let mut options = OpenOptions::new();
         let options = options.read(true).custom_flags(O_PATH | O_NOFOLLOW);
@@ -199,6 +205,16 @@ impl Inherited {
             }
         }
     }
+}
+
+/// A listening, non-blocking socket at a path.
+fn listen(path: &Path, packet_type: PacketType) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let kind = socket_type(packet_type);
+    let socket = nix::sys::socket::socket(AddressFamily::Unix, kind, flags, None)?;
+    nix::sys::socket::bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    nix::sys::socket::listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket.into())
 }
 
 /// Duplicates a descriptor that is known by its number only. The number may be wrong, so it can't become an `OwnedFd` or a
@@ -308,7 +324,7 @@ mod tests {
     use tempfile::TempDir;
 
     fn bind(path: &Path) -> Result<SocketFile, ListenerError> {
-        SocketFile::bind(path, SocketAccess::default())
+        SocketFile::bind(path, PacketType::Stream, SocketAccess::default())
     }
 
     #[test]
@@ -403,7 +419,7 @@ mod tests {
         let _listener = UnixListener::bind(&path).unwrap();
         let mut dialer = Dialer::default();
         let mut waiting = Vec::new();
-        while let Ok(stream) = dialer.connect(&path, None) {
+        while let Ok(stream) = dialer.connect(&path, PacketType::Stream, None) {
             waiting.push(stream);
         }
         assert!(matches!(bind(&path), Err(ListenerError::InUse(_))));

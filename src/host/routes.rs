@@ -8,7 +8,7 @@ use thiserror::Error;
 use super::dialer::{Call, Dialer};
 use super::socket::HostSocket;
 use super::vsock;
-use crate::config::{HostSide, PortPath, VmConfig};
+use crate::config::{HostSide, PortPath, VmConfig, with_suffix};
 use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort, VsockHeader};
 
 /// Why a destination can't be reached.
@@ -17,9 +17,6 @@ pub enum DialError {
     /// Nothing is behind this CID.
     #[error("CID {0} can't be reached")]
     NoSuchCid(Cid),
-    /// Connections of this type are not offered.
-    #[error("no connections of type {0:?}")]
-    Type(PacketType),
     /// Nobody listens, the backlog is full, or the system refused.
     #[error("{}: {error}", .path.display())]
     Connect {
@@ -75,21 +72,18 @@ impl Routes {
 
     /// Connects to the destination of a guest's REQUEST, without waiting.
     pub fn dial(&mut self, request: &VsockHeader) -> Result<Dialed, DialError> {
-        let peer = request.peer;
-        if request.packet_type != PacketType::Stream {
-            return Err(DialError::Type(request.packet_type));
-        }
+        let (peer, packet_type) = (request.peer, request.packet_type);
         let named = if peer.cid == Cid::HOST {
-            self.host_path(peer.port)
+            self.host_path(peer.port, packet_type)
         } else {
             None
         };
         match (named, &self.host) {
-            (Some(path), _) => match self.dialer.connect(&path, Some(Call::of(request))) {
+            (Some(path), _) => match self.dialer.connect(&path, packet_type, Some(Call::of(request))) {
                 Ok(socket) => Ok(Dialed::Connected(socket)),
                 Err(error) => Err(DialError::Connect { path, error }),
             },
-            (None, HostSide::Vsock { cid, .. }) => forward(*cid, peer.port),
+            (None, HostSide::Vsock { cid, .. }) => forward(*cid, peer.port, packet_type),
             (None, HostSide::Unix { .. }) => Err(DialError::NoSuchCid(peer.cid)),
         }
     }
@@ -100,24 +94,23 @@ impl Routes {
     }
 
     /// Where a host program listens for the guest's connections to `port`.
-    pub fn host_path(&self, port: PeerPort) -> Option<PathBuf> {
-        let named = self.host_ports.iter().find(|named| named.port == port.0);
+    pub fn host_path(&self, port: PeerPort, packet_type: PacketType) -> Option<PathBuf> {
+        let is_named = |named: &&PortPath| (named.port, named.packet_type) == (port.0, packet_type);
+        let named = self.host_ports.iter().find(is_named);
         if let Some(named) = named {
             return Some(named.path.clone());
         }
-        let mut path = self.host.uds_path()?.as_os_str().to_owned();
-        path.push(format!("_{}", port.0));
-        Some(path.into())
+        Some(with_suffix(self.host.uds_path()?, &format!("_{}", port.0)))
     }
 }
 
 /// Begins to connect to this port of the host's AF_VSOCK.
-fn forward(cid: Cid, port: PeerPort) -> Result<Dialed, DialError> {
+fn forward(cid: Cid, port: PeerPort, packet_type: PacketType) -> Result<Dialed, DialError> {
     let failed = |error| DialError::Vsock {
         to: PeerAddr { cid, port },
         error,
     };
     let number = u32::try_from(cid.get()).map_err(|_| DialError::NoSuchCid(cid))?;
-    let socket = vsock::begin_connect(number, port).map_err(failed)?;
+    let socket = vsock::begin_connect(number, port, packet_type).map_err(failed)?;
     Ok(Dialed::Connecting(socket))
 }

@@ -9,6 +9,14 @@
 //! - A peer that closes before it has read everything leaves ECONNRESET behind its last byte, in place of the end.
 //! - A receive stops at descriptors that were sent along, and at out-of-band data, although more bytes follow.
 //!
+//! A SOCK_SEQPACKET socket of AF_UNIX carries messages, and has habits of its own:
+//!
+//! - A send is one message, also one of no bytes. So nothing can be tried out on it: a peer that has called `shutdown(SHUT_RD)`
+//!   is seen at the next message.
+//! - A message can't be longer than the send buffer less 32 bytes.
+//! - A message of no bytes is received as the end would be. With SO_PASSCRED set, the kernel wants to add the sender's
+//!   credentials to a message, and says so (MSG_CTRUNC) where there is no room for them.
+//!
 //! AF_VSOCK, where a guest's connections are forwarded to that of the host, has others:
 //!
 //! - POLLHUP is set only once both we and the peer have ended our direction. A peer that has closed sends no more (POLLRDHUP) and
@@ -23,10 +31,11 @@ use std::os::unix::net::UnixStream;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    MsgFlags, SockaddrStorage, getpeername, getsockopt, recv, send, sendmsg, setsockopt, shutdown,
+    MsgFlags, SockType, SockaddrStorage, getpeername, getsockopt, recv, recvmsg, send, sendmsg, setsockopt, shutdown,
     sockopt,
 };
 
+use crate::packet::header::PacketType;
 use crate::packet::{Payload, Received, RxBatch};
 use crate::syscalls::{Argument, Syscall};
 
@@ -39,6 +48,21 @@ pub(super) const SYSCALLS: &[Syscall] = &[
             Argument::Is(2, libc::SO_SNDBUF),
         ],
     ),
+    Syscall::only(
+        libc::SYS_setsockopt,
+        &[
+            Argument::Is(1, libc::SOL_SOCKET),
+            Argument::Is(2, libc::SO_PASSCRED),
+        ],
+    ),
+    Syscall::only(
+        libc::SYS_getsockopt,
+        &[
+            Argument::Is(1, libc::SOL_SOCKET),
+            Argument::Is(2, libc::SO_SNDBUF),
+        ],
+    ),
+    Syscall::any(libc::SYS_recvmsg),
     Syscall::only(
         libc::SYS_getsockopt,
         &[
@@ -61,9 +85,30 @@ pub(super) const SYSCALLS: &[Syscall] = &[
 /// bookkeeping, up to twice `net.core.wmem_max`.
 const SEND_BUFFER: usize = 256 * 1024;
 
+/// What a Unix message can't use of its socket's send buffer, in bytes.
+const MESSAGE_OVERHEAD: usize = 32;
+
 /// A connected socket to a host program, or one that is about to be.
 #[derive(Debug)]
-pub struct HostSocket(OwnedFd);
+pub struct HostSocket {
+    fd: OwnedFd,
+    family: Family,
+    packet_type: PacketType,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Unix,
+    Vsock,
+}
+
+/// The kind of socket for connections of this type.
+pub(super) fn socket_type(packet_type: PacketType) -> SockType {
+    match packet_type {
+        PacketType::Seqpacket => SockType::SeqPacket,
+        PacketType::Stream | PacketType::Unknown(_) => SockType::Stream,
+    }
+}
 
 /// Why a socket took no bytes.
 #[derive(Debug)]
@@ -85,23 +130,53 @@ pub enum ReceiveError {
     Reset,
     /// The guest's memory can't be written. What is in the socket is still there.
     GuestMemory,
+    /// The system can't measure a message without taking it: AF_VSOCK before Linux 6.6.
+    CantPeek,
     /// The system failed.
     Failed(io::Error),
 }
 
 impl HostSocket {
-    /// A socket that is connected. It must be non-blocking.
-    pub fn new(socket: impl Into<OwnedFd>) -> Self {
-        let socket = socket.into();
+    /// A Unix socket of this type that is connected. It must be non-blocking.
+    pub fn new(packet_type: PacketType, socket: impl Into<OwnedFd>) -> Self {
+        let fd = socket.into();
         // With the kernel's own size it works as well, if more slowly.
-        let _ = setsockopt(&socket, sockopt::SndBuf, &SEND_BUFFER);
-        Self(socket)
+        let _ = setsockopt(&fd, sockopt::SndBuf, &SEND_BUFFER);
+        Self {
+            fd,
+            family: Family::Unix,
+            packet_type,
+        }
     }
 
     /// A socket of AF_VSOCK that is connected, or about to be. It must be non-blocking. How much it holds is the credit that the
     /// peer gives.
-    pub fn vsock(socket: OwnedFd) -> Self {
-        Self(socket)
+    pub fn vsock(packet_type: PacketType, fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            family: Family::Vsock,
+            packet_type,
+        }
+    }
+
+    /// What it carries.
+    pub fn packet_type(&self) -> PacketType {
+        self.packet_type
+    }
+
+    /// Makes room for messages of up to `len` bytes, as far as the system grants it, and returns the longest that can be sent.
+    /// Streams, which need none, and AF_VSOCK, whose peer decides, return `len`.
+    pub fn reserve(&self, len: u32) -> u32 {
+        if self.packet_type != PacketType::Seqpacket || self.family != Family::Unix {
+            return len;
+        }
+        let wanted = len as usize + MESSAGE_OVERHEAD;
+        if wanted > SEND_BUFFER {
+            let _ = setsockopt(&self.fd, sockopt::SndBuf, &wanted);
+        }
+        let granted = getsockopt(&self.fd, sockopt::SndBuf).unwrap_or(0);
+        let longest = granted.saturating_sub(MESSAGE_OVERHEAD);
+        len.min(u32::try_from(longest).unwrap_or(u32::MAX))
     }
 
     /// How a connect that has not waited has ended; none while it goes on.
@@ -111,7 +186,7 @@ impl HostSocket {
             Ok(error) => return Some(Err(io::Error::from_raw_os_error(error))),
             Err(error) => return Some(Err(error.into())),
         }
-        let connected = getpeername::<SockaddrStorage>(self.0.as_raw_fd()).is_ok();
+        let connected = getpeername::<SockaddrStorage>(self.fd.as_raw_fd()).is_ok();
         connected.then_some(Ok(()))
     }
 
@@ -124,7 +199,7 @@ impl HostSocket {
     pub fn send_bytes(&self, bytes: &[IoSlice<'_>]) -> Result<usize, SendError> {
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         loop {
-            match sendmsg::<()>(self.0.as_raw_fd(), bytes, &[], flags, None) {
+            match sendmsg::<()>(self.fd.as_raw_fd(), bytes, &[], flags, None) {
                 Err(nix::Error::EINTR) => {}
                 sent => return sent.map_err(|error| io::Error::from(error).into()),
             }
@@ -147,10 +222,41 @@ impl HostSocket {
         self.receive_bytes(bytes, MsgFlags::empty())
     }
 
+    /// The length of the next message. None when the other end sends no more.
+    pub fn next_message(&self) -> Result<Option<usize>, ReceiveError> {
+        match self.receive_bytes(&mut [], MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC)? {
+            0 if self.has_empty_message() => Ok(Some(0)),
+            0 => Ok(None),
+            len => Ok(Some(len)),
+        }
+    }
+
+    /// Whether what looks like the end is a message of no bytes.
+    fn has_empty_message(&self) -> bool {
+        if self.family != Family::Unix || setsockopt(&self.fd, sockopt::PassCred, &true).is_err() {
+            return false;
+        }
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let received = recvmsg::<()>(self.fd.as_raw_fd(), &mut [], None, flags);
+        received.is_ok_and(|message| message.flags.contains(MsgFlags::MSG_CTRUNC))
+    }
+
+    /// Takes the next message, and returns at most `max` bytes of it, and its length.
+    pub fn take_message(&self, max: usize) -> Result<(Vec<u8>, usize), ReceiveError> {
+        let mut bytes = Vec::new();
+        let reserved = bytes.try_reserve_exact(max);
+        reserved.map_err(|_| ReceiveError::Failed(io::ErrorKind::OutOfMemory.into()))?;
+        bytes.resize(max, 0);
+        let len = self.receive_bytes(&mut bytes, MsgFlags::MSG_TRUNC)?;
+        bytes.truncate(len);
+        bytes.shrink_to_fit();
+        Ok((bytes, len))
+    }
+
     fn receive_bytes(&self, bytes: &mut [u8], flags: MsgFlags) -> Result<usize, ReceiveError> {
         let flags = flags | MsgFlags::MSG_DONTWAIT;
         loop {
-            match recv(self.0.as_raw_fd(), bytes, flags) {
+            match recv(self.fd.as_raw_fd(), bytes, flags) {
                 Err(nix::Error::EINTR) => {}
                 received => return received.map_err(|error| io::Error::from(error).into()),
             }
@@ -164,7 +270,7 @@ impl HostSocket {
             Shutdown::Write => nix::sys::socket::Shutdown::Write,
             Shutdown::Both => nix::sys::socket::Shutdown::Both,
         };
-        let _ = shutdown(self.0.as_raw_fd(), how);
+        let _ = shutdown(self.fd.as_raw_fd(), how);
     }
 
     /// Whether the other end has closed, or both directions are over.
@@ -179,23 +285,27 @@ impl HostSocket {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
     }
 
-    /// Whether the other end receives no more. A socket whose sending direction we have shut down looks the same.
+    /// Whether the other end is known to receive no more. A socket whose sending direction we have shut down looks the same.
     pub fn peer_stopped_receiving(&self) -> bool {
+        if self.packet_type == PacketType::Seqpacket && self.family == Family::Unix {
+            // This would send a message.
+            return false;
+        }
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        let sent = send(self.0.as_raw_fd(), &[], flags);
+        let sent = send(self.fd.as_raw_fd(), &[], flags);
         matches!(sent, Err(Errno::EPIPE | Errno::ENOTCONN))
     }
 }
 
 impl AsFd for HostSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
 impl From<UnixStream> for HostSocket {
     fn from(stream: UnixStream) -> Self {
-        Self::new(stream)
+        Self::new(PacketType::Stream, stream)
     }
 }
 
@@ -216,6 +326,7 @@ impl From<io::Error> for ReceiveError {
             Some(libc::EAGAIN) => Self::Empty,
             Some(libc::ECONNRESET) => Self::Reset,
             Some(libc::EFAULT) => Self::GuestMemory,
+            Some(libc::EOPNOTSUPP) => Self::CantPeek,
             _ => Self::Failed(error),
         }
     }

@@ -5,44 +5,43 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, listen, socket,
+    AddressFamily, Backlog, SockFlag, VsockAddr, bind, connect, listen, socket,
 };
 
-use super::socket::HostSocket;
-use crate::packet::header::PeerPort;
+use super::socket::{HostSocket, socket_type};
+use crate::packet::header::{PacketType, PeerPort};
 use crate::syscalls::{Argument, Syscall};
 
 const FLAGS: SockFlag = SockFlag::SOCK_NONBLOCK.union(SockFlag::SOCK_CLOEXEC);
 
 /// To connect. Only for daemons that forward: they are not among the calls of the other files here.
 pub(crate) const SYSCALLS: &[Syscall] = &[
-    Syscall::only(
-        libc::SYS_socket,
-        &[
-            Argument::Is(0, libc::AF_VSOCK),
-            Argument::Is(
-                1,
-                libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
-            ),
-        ],
-    ),
+    Syscall::only(libc::SYS_socket, &vsock_socket(libc::SOCK_STREAM)),
+    Syscall::only(libc::SYS_socket, &vsock_socket(libc::SOCK_SEQPACKET)),
     Syscall::any(libc::SYS_connect),
     Syscall::any(libc::SYS_close),
 ];
 
+const fn vsock_socket(kind: libc::c_int) -> [Argument; 2] {
+    [
+        Argument::Is(0, libc::AF_VSOCK),
+        Argument::Is(1, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC),
+    ]
+}
+
 /// Begins to connect to `port` of `cid`. The socket becomes writable when it is connected, and
 /// [`HostSocket::connect_result`] tells whether it is.
-pub fn begin_connect(cid: u32, port: PeerPort) -> io::Result<HostSocket> {
-    let socket = new_socket()?;
+pub fn begin_connect(cid: u32, port: PeerPort, packet_type: PacketType) -> io::Result<HostSocket> {
+    let socket = new_socket(packet_type)?;
     match connect(socket.as_raw_fd(), &VsockAddr::new(cid, port.0)) {
-        Ok(()) | Err(Errno::EINPROGRESS) => Ok(HostSocket::vsock(socket)),
+        Ok(()) | Err(Errno::EINPROGRESS) => Ok(HostSocket::vsock(packet_type, socket)),
         Err(error) => Err(error.into()),
     }
 }
 
 /// Listens on `port`, whichever CID of the host's is dialed.
-pub fn listen_on(port: u32) -> io::Result<OwnedFd> {
-    let socket = new_socket()?;
+pub fn listen_on(port: u32, packet_type: PacketType) -> io::Result<OwnedFd> {
+    let socket = new_socket(packet_type)?;
     bind(
         socket.as_raw_fd(),
         &VsockAddr::new(libc::VMADDR_CID_ANY, port),
@@ -51,10 +50,10 @@ pub fn listen_on(port: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn new_socket() -> io::Result<OwnedFd> {
+fn new_socket(packet_type: PacketType) -> io::Result<OwnedFd> {
     Ok(socket(
         AddressFamily::Vsock,
-        SockType::Stream,
+        socket_type(packet_type),
         FLAGS,
         None,
     )?)

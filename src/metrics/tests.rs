@@ -32,7 +32,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
             bytes: 8,
         },
         opened: [9, 10],
-        ended: [1, 2, 3, 4, 5, 6, 7, 8],
+        ended: [1, 2, 3, 4, 5, 6, 7, 8, 9],
         shortages: 11,
         ..Counters::default()
     };
@@ -90,7 +90,7 @@ fn json_of_another_version_is_understood() {
         "connections": []}], "new": null}"#;
     let expected = Counters {
         sessions: 1,
-        ended: [2, 0, 0, 0, 0, 0, 0, 0],
+        ended: [2, 0, 0, 0, 0, 0, 0, 0, 0],
         ..Counters::default()
     };
     let snapshot: Snapshot = serde_json::from_str(json).unwrap();

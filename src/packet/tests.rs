@@ -297,7 +297,7 @@ proptest! {
         let count = read.bytes;
         prop_assert_eq!(count, payload.len().min(batch.capacity()));
         prop_assert_eq!(read.drained, count < batch.capacity());
-        batch.fill(&rw(0), count);
+        batch.fill(&rw(0), count, MessageFlags::empty());
         let mut got = Vec::new();
         for (buffer, (areas, room)) in batch.filled().iter().zip(&taken) {
             let mut bytes = Vec::new();

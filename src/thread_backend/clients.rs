@@ -186,9 +186,8 @@ impl Clients {
         self.waiting.remove(token.slot);
         self.deadlines.remove(token, Some(client.deadline));
         self.ready.remove(token.slot);
-        if self.len() == 0 {
-            self.order.give_back();
-            self.ready.give_back();
+        for list in [&mut self.lines, &mut self.waiting, &mut self.ready] {
+            list.give_back();
         }
         Some(client)
     }

@@ -15,7 +15,7 @@ use crate::host::entry::Entry;
 use crate::host::routes::{DialError, Dialed};
 use crate::host::socket::HostSocket;
 use crate::metrics::counters::{CloseReason, Side};
-use crate::packet::header::{GuestPort, PeerAddr, VsockHeader};
+use crate::packet::header::{GuestPort, PacketType, PeerAddr, VsockHeader};
 use crate::vsock_conn::{ConnKey, Dialing, Greeting, Readiness, Verdict, VsockConnection};
 
 /// The first host port that is given out. From here on to 65535 a port has at most five digits, which is all that
@@ -26,6 +26,8 @@ const HOST_PORTS: u32 = 65536 - FIRST_HOST_PORT;
 /// Why a connection is not opened.
 #[derive(Debug, Error)]
 enum OpenError {
+    #[error("the guest has no connections of type {0:?}")]
+    Type(PacketType),
     #[error("at the limit of connections")]
     Limit,
     #[error(transparent)]
@@ -212,8 +214,11 @@ impl VsockThreadBackend {
         socket: HostSocket,
         wanted: Wanted,
     ) -> Result<Token, OpenError> {
+        let packet_type = socket.packet_type();
+        self.check_type(packet_type)?;
         self.check_limit(Side::Host)?;
-        let key = self.free_key(wanted.port).ok_or(OpenError::Limit)?;
+        let key = self.free_key(wanted.port, packet_type);
+        let key = key.ok_or(OpenError::Limit)?;
         self.make_room();
         let conn = VsockConnection::requested(
             self.guest_cid,
@@ -243,12 +248,13 @@ impl VsockThreadBackend {
     }
 
     /// A key for a new connection to the guest's `port`, with the next host port that is free with it.
-    fn free_key(&mut self, port: GuestPort) -> Option<ConnKey> {
+    fn free_key(&mut self, port: GuestPort, packet_type: PacketType) -> Option<ConnKey> {
         (0..HOST_PORTS).find_map(|_| {
             self.next_host_port = self.next_host_port.wrapping_add(1);
             let key = ConnKey {
                 guest: port,
                 peer: PeerAddr::host(FIRST_HOST_PORT + self.next_host_port % HOST_PORTS),
+                packet_type,
             };
             (!self.connections.contains(&key)).then_some(key)
         })
@@ -274,6 +280,7 @@ impl VsockThreadBackend {
     }
 
     fn try_open(&mut self, request: &VsockHeader) -> Result<Token, OpenError> {
+        self.check_type(request.packet_type)?;
         self.check_limit(Side::Guest)?;
         let destination = (request.peer, request.packet_type);
         if self.nobody_at == Some(destination) {
@@ -302,6 +309,14 @@ impl VsockThreadBackend {
 
 // For both.
 impl VsockThreadBackend {
+    fn check_type(&self, packet_type: PacketType) -> Result<(), OpenError> {
+        if self.types.contains(packet_type) {
+            Ok(())
+        } else {
+            Err(OpenError::Type(packet_type))
+        }
+    }
+
     fn check_limit(&self, side: Side) -> Result<(), OpenError> {
         if self.connections.has_place(side) {
             Ok(())

@@ -34,7 +34,7 @@ impl Table {
         let config = testing::config(folder.path());
         Self {
             backend: VsockThreadBackend::new(&config, Box::new(NoEvents)),
-            listener: UnixListener::bind(Routes::new(&config).host_path(PEER.port).unwrap())
+            listener: UnixListener::bind(Routes::new(&config).host_path(PEER.port, PacketType::Stream).unwrap())
                 .unwrap(),
             _folder: folder,
         }
@@ -130,7 +130,7 @@ fn a_quarter_of_the_places_is_kept_for_each_side() {
         for side in [Side::Guest, Side::Host] {
             while connections.has_place(side) {
                 let port = GuestPort(connections.len() as u32);
-                let key = ConnKey { guest: port, peer: PEER };
+                let key = ConnKey { guest: port, peer: PEER, packet_type: PacketType::Stream };
                 let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
                 let conn =
                     VsockConnection::requested(Cid::from_raw(4), key, socket.into(), Greeting::Ok, 1 << 16);

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use libc::{SOCK_CLOEXEC, SOCK_NONBLOCK};
 use log::warn;
-use socket2::Socket;
+use socket2::{Socket, Type};
 
 use super::epoll::Epoll;
 use crate::host::entry::{Entry, EntrySocket};
 use crate::host::socket::HostSocket;
+use crate::packet::header::PacketType;
 use crate::syscalls::Syscall;
 use crate::thread_backend::event_source::EventSource;
 
@@ -90,6 +91,8 @@ impl Acceptors {
 #[derive(Debug)]
 struct Acceptor {
     entry: Entry,
+    /// That of the listening socket.
+    packet_type: PacketType,
     listener: Socket,
     /// Somebody may be waiting.
     pending: bool,
@@ -105,6 +108,10 @@ impl Acceptor {
         listener.set_nonblocking(true)?;
         Ok(Self {
             entry: socket.entry,
+            packet_type: match listener.r#type()? {
+                Type::SEQPACKET => PacketType::Seqpacket,
+                _ => PacketType::Stream,
+            },
             listener,
             pending: true,
             short: false,
@@ -131,8 +138,8 @@ impl Acceptor {
                     self.short = false;
                     let socket = OwnedFd::from(socket);
                     let socket = match self.entry {
-                        Entry::Vsock(_) => HostSocket::vsock(socket),
-                        Entry::Host | Entry::Port(_) => HostSocket::new(socket),
+                        Entry::Vsock(_) => HostSocket::vsock(self.packet_type, socket),
+                        Entry::Host | Entry::Port(_) => HostSocket::new(self.packet_type, socket),
                     };
                     return Accepted::Client(self.entry, socket);
                 }

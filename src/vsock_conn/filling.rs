@@ -48,11 +48,9 @@ impl VsockConnection {
     }
 
     pub(super) fn fill_payload(&mut self, batch: &mut RxBatch<'_>) -> Verdict {
-        if batch.capacity() == 0 {
-            return Verdict::Open;
-        }
         match self.mover.receive(batch, self.credit.guest_window()) {
-            Ok(Filled::Bytes { bytes: 0, .. }) => self.host_sends_no_more(),
+            Ok(Filled::End) => self.host_sends_no_more(),
+            Ok(Filled::Nothing) => {}
             Ok(Filled::Bytes { bytes, ends }) => {
                 let mut header = self.header(Op::Rw);
                 self.credit.write_to(&mut header);
@@ -80,7 +78,7 @@ impl VsockConnection {
                 self.rx_queue.clear();
                 return Verdict::Reset(CloseReason::Protocol);
             }
-            Err(ReceiveError::Failed(_)) => return Verdict::Reset(CloseReason::HostGone),
+            Err(ReceiveError::CantPeek | ReceiveError::Failed(_)) => return Verdict::Reset(CloseReason::HostGone),
         }
         Verdict::Open
     }

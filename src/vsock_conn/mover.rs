@@ -52,8 +52,12 @@ pub(super) enum Wants {
 /// What was put into the guest's buffers.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Filled {
-    /// So many bytes, with the end of a message or without. No bytes: the host program sends no more.
+    /// So many bytes, with the end of a message or without.
     Bytes { bytes: usize, ends: bool },
+    /// Nothing: the host program sends no more.
+    End,
+    /// Nothing this time.
+    Nothing,
     /// Nothing: the message has so many bytes, and the guest's buffer will never hold it.
     TooLong(usize),
 }
@@ -191,8 +195,13 @@ impl Mover {
     ) -> Result<Filled, ReceiveError> {
         match self {
             Self::Stream(mover) => {
-                let bytes = mover.receive(batch)?;
-                Ok(Filled::Bytes { bytes, ends: false })
+                if batch.capacity() == 0 {
+                    return Ok(Filled::Nothing);
+                }
+                Ok(match mover.receive(batch)? {
+                    0 => Filled::End,
+                    bytes => Filled::Bytes { bytes, ends: false },
+                })
             }
             Self::Seqpacket(mover) => mover.receive(batch, window),
         }

@@ -220,22 +220,46 @@ impl SeqpacketMover {
                     self.readable = false;
                     return Wants::End;
                 }
-                Err(error) => {
-                    self.readable = false;
-                    return match error {
-                        ReceiveError::Empty => Wants::Nothing,
-                        ReceiveError::Reset => Wants::Reset,
-                        ReceiveError::GuestMemory | ReceiveError::Failed(_) => Wants::Failed,
-                    };
-                }
+                Err(ReceiveError::CantPeek) => match self.keep(window) {
+                    Ok(()) if self.has_next() => {}
+                    Ok(()) => {
+                        self.readable = false;
+                        return Wants::End;
+                    }
+                    Err(error) => return self.no_message(&error),
+                },
+                Err(error) => return self.no_message(&error),
             }
         }
         match &self.next {
             // It can't arrive, and is refused when its turn comes.
             Next::Measured(len) if *len > window => Wants::Buffers,
             Next::Measured(len) if *len > credit => Wants::Credit,
+            Next::Kept { bytes, sent: 0 } if bytes.len() > credit => Wants::Credit,
             _ => Wants::Buffers,
         }
+    }
+
+    fn no_message(&mut self, error: &ReceiveError) -> Wants {
+        self.readable = false;
+        match error {
+            ReceiveError::Empty => Wants::Nothing,
+            ReceiveError::Reset => Wants::Reset,
+            ReceiveError::GuestMemory | ReceiveError::CantPeek | ReceiveError::Failed(_) => {
+                Wants::Failed
+            }
+        }
+    }
+
+    /// Takes the next message, of at most `max` bytes, out of the socket. There is none at the end.
+    fn keep(&mut self, max: usize) -> Result<(), ReceiveError> {
+        let (bytes, len) = self.socket.take_message(max)?;
+        self.next = match len {
+            0 => Next::Unknown,
+            len if len > max => Next::Measured(len),
+            _ => Next::Kept { bytes, sent: 0 },
+        };
+        Ok(())
     }
 
     /// How many bytes the guest's next buffers are to hold.
@@ -265,15 +289,18 @@ impl SeqpacketMover {
                 return Ok(Filled::TooLong(len));
             }
             self.next = Next::Unknown;
+            if len == 0 {
+                self.socket.take(&mut [])?;
+                return Ok(Filled::Nothing);
+            }
             if batch.capacity() >= len {
                 let bytes = self.socket.receive(batch)?.bytes;
                 return Ok(Filled::Bytes { bytes, ends: true });
             }
-            let bytes = self.socket.take_message(len)?;
-            self.next = Next::Kept { bytes, sent: 0 };
+            self.keep(len)?;
         }
         let Next::Kept { bytes, sent } = &mut self.next else {
-            return Err(ReceiveError::Empty);
+            return Ok(Filled::Nothing);
         };
         let rest = &bytes[*sent..];
         let part = rest.len().min(batch.capacity());

@@ -3,12 +3,13 @@ use std::os::unix::net::UnixStream;
 
 use super::*;
 use crate::host::connect_line::Line;
-use crate::packet::header::{GuestPort, PeerAddr};
+use crate::packet::header::{GuestPort, PacketType, PeerAddr};
 use crate::testing::{memory, received, rx_batch, tx_batch};
 
 const KEY: ConnKey = ConnKey {
     guest: GuestPort(1234),
     peer: PeerAddr::host(40000),
+    packet_type: PacketType::Stream,
 };
 const WINDOW: u32 = 4096;
 const CID: Cid = Cid::from_raw(4);

@@ -12,7 +12,9 @@ use nix::sys::socket::{setsockopt, sockopt};
 use vhost_user_vsock::host::connect_line::{Line, Progress};
 use vhost_user_vsock::host::socket::HostSocket;
 use vhost_user_vsock::metrics::counters::CloseReason;
-use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PeerAddr, ShutdownFlags, VsockHeader};
+use vhost_user_vsock::packet::header::{
+    Cid, GuestPort, Op, PacketType, PeerAddr, ShutdownFlags, VsockHeader,
+};
 use vhost_user_vsock::vsock_conn::{
     ConnKey, Dialing, Greeting, Readiness, Verdict, VsockConnection,
 };
@@ -26,6 +28,7 @@ use super::{Input, Opening, Side};
 
 const CID: Cid = Cid::from_raw(4);
 const KEY: ConnKey = ConnKey {
+    packet_type: PacketType::Stream,
     guest: GuestPort(1234),
     peer: PeerAddr::host(40000),
 };

@@ -14,7 +14,7 @@ use vhost_user_backend::VringT;
 use vhost_user_vsock::config::VmConfig;
 use vhost_user_vsock::host::connect_line::Progress;
 use vhost_user_vsock::host::entry::{Entry, EntrySocket};
-use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PeerAddr, VsockHeader};
+use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PacketType, PeerAddr, VsockHeader};
 use vhost_user_vsock::vhost_user_vsock_thread::{
     Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, RX_RING, TX_RING, VhostUserVsockThread,
     VsockVring, Wait,
@@ -417,6 +417,7 @@ impl World<'_> {
         }
         program.write_all(second.as_bytes()).unwrap();
         let key = ConnKey {
+            packet_type: PacketType::Stream,
             guest: GuestPort(port),
             peer: PeerAddr::host(0),
         };

@@ -78,6 +78,7 @@ impl World<'_> {
 
     pub(super) fn request(&mut self, port: u8, guest_port: u8) {
         let key = ConnKey {
+            packet_type: PacketType::Stream,
             guest: GuestPort(1 + u32::from(guest_port % 8)),
             peer: PeerAddr::host(1 + u32::from(port % PORTS)),
         };
@@ -108,6 +109,7 @@ impl World<'_> {
                 return;
             }
             let key = ConnKey {
+                packet_type: PacketType::Stream,
                 guest: GuestPort(FIRST_FLOOD + self.floods),
                 peer: PeerAddr::host(NOBODY),
             };
@@ -196,6 +198,7 @@ impl World<'_> {
             return;
         }
         let mut key = ConnKey {
+            packet_type: PacketType::Stream,
             guest: GuestPort(99),
             peer: PeerAddr::host(2000 + u32::from(op)),
         };
