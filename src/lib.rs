@@ -33,12 +33,13 @@
 //! vhu_vsock (+ session, memory)  the device, and the session of a VMM
 //! vhost_user_vsock_thread        the worker: epoll, rings, timer   (+ acceptor, busy_poll, epoll, ring)
 //! thread_backend                 the table of connections          (+ one file for each concern of it)
-//! vsock_conn                     one connection: its states        (+ credit, shutdown, stream_mover)
+//! vsock_conn                     one connection: its states        (+ credit, shutdown, and a mover for each type)
 //! rxqueue, rxops, txbuf          what is pending for the guest, and bytes that wait for the host
 //! host/                          the host's side: sockets, listeners, the CONNECT line, routes
 //! metrics/                       counters, and the texts that show them
 //! packet (+ header, chain, iov)  packets in guest memory; iov is the only unsafe code
 //! memory                         how it goes back to the system
+//! log_limit                      how often a line is logged
 //! syscalls                       how a file lists the system calls that it makes
 //! ```
 //!
@@ -72,6 +73,7 @@ macro_rules! internal {
 
 internal! {
     host
+    log_limit
     memory
     packet
     rxops

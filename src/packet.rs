@@ -415,6 +415,13 @@ impl<'m> RxBatch<'m> {
         self.capacity
     }
 
+    /// Whether one [`RxBatch::receive_from`] takes `bytes` bytes.
+    pub fn receives_at_once(&self, bytes: usize) -> bool {
+        let slices = self.payloads.len();
+        bytes <= self.capacity
+            && (slices <= MAX_SLICES || bytes <= self.payloads.bytes(0..MAX_SLICES))
+    }
+
     /// How many descriptors were read since it was made, those of rejected chains included.
     pub fn descriptors(&self) -> usize {
         self.descriptors

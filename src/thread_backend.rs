@@ -33,7 +33,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use log::{debug, trace};
+use log::{debug, trace, warn};
 
 use clients::Clients;
 use connections::{Connections, Places};
@@ -46,6 +46,7 @@ use slot_list::SlotList;
 use crate::config::VmConfig;
 use crate::host::routes::Routes;
 use crate::host::socket::HostSocket;
+use crate::log_limit::LogLimit;
 use crate::metrics::counters::{CloseReason, Counters, Side, VmSnapshot};
 use crate::packet::header::{Cid, Op, PacketType, PeerAddr, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
@@ -107,6 +108,7 @@ pub struct VsockThreadBackend {
     /// answered without asking the system as often.
     nobody_at: Option<(PeerAddr, PacketType)>,
     next_host_port: u32,
+    too_long_log: LogLimit,
     /// What was done since the worker has asked.
     cost: usize,
     counters: Counters,
@@ -130,6 +132,7 @@ impl VsockThreadBackend {
             flushable: SlotList::default(),
             nobody_at: None,
             next_host_port: RandomState::new().build_hasher().finish() as u32,
+            too_long_log: LogLimit::default(),
             cost: 0,
             counters: Counters::default(),
         }
@@ -274,7 +277,7 @@ impl VsockThreadBackend {
         {
             let verdict = match header.op {
                 Op::Rw => {
-                    self.cost += cost::TRANSFER;
+                    self.cost += cost::TRANSFER * transfers(packets);
                     entry.conn.send_payload(batch, packets)
                 }
                 _ => entry.conn.send_pkt(header),
@@ -319,6 +322,15 @@ fn run_length(first: &VsockHeader, packets: &[VsockPacket]) -> usize {
             && ConnKey::of(header) == key
     };
     packets.iter().take_while(belongs).count()
+}
+
+/// How often consecutive RW packets of one connection are sent to its socket: messages one by one.
+fn transfers(packets: &[VsockPacket]) -> usize {
+    let ends = |packet: &&VsockPacket| {
+        let header = packet.header();
+        header.packet_type == PacketType::Seqpacket && header.ends_message()
+    };
+    packets.iter().filter(ends).count().max(1)
 }
 
 // Between the host's sockets and the connections.
@@ -443,6 +455,14 @@ impl VsockThreadBackend {
         let Some(entry) = self.connections.get(token) else {
             return;
         };
+        if reason == CloseReason::MessageTooLong
+            && let Some((len, window)) = entry.conn.too_long()
+        {
+            self.too_long_log.log(|| {
+                let name = name(entry.conn.key());
+                warn!("{name} is reset: a message of {len} bytes is longer than the guest's receive buffer of {window}");
+            });
+        }
         // A guest that has sent what does not fit knows the ports, even where our REQUEST is still pending.
         let is_known = entry.conn.known_to_guest() || reason == CloseReason::Protocol;
         let header =

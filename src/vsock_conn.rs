@@ -238,6 +238,15 @@ impl VsockConnection {
         })
     }
 
+    /// The length of the host program's next message and the guest's receive buffer, where that is too small.
+    pub fn too_long(&self) -> Option<(usize, usize)> {
+        let window = self.credit.guest_window();
+        match &self.mover {
+            Mover::Stream(_) => None,
+            Mover::Seqpacket(mover) => Some((mover.too_long(window)?, window)),
+        }
+    }
+
     /// What statistics show of it.
     pub fn stats(&self) -> ConnectionStats {
         let credit = self.credit.ours();
@@ -459,12 +468,20 @@ impl VsockConnection {
         let len = packets.iter().map(|packet| packet.header().len as usize).sum();
         self.credit.count_received(len);
         if self.shutdown.host_receives() {
+            let held = self.mover.buffered() + len;
             match self.mover.deliver(batch, packets) {
                 Delivered::Sent(sent) => {
                     self.credit.count_forwarded(sent);
                     return Verdict::Open;
                 }
-                Delivered::Closed => self.receiver_closed(),
+                Delivered::Closed => {
+                    // Some of them may be buffered, or sent.
+                    self.mover.drop_buffered();
+                    self.credit.count_forwarded(held);
+                    self.shutdown.dropped = true;
+                    self.receiver_closed();
+                    return Verdict::Open;
+                }
                 Delivered::TooLong => return Verdict::Reset(CloseReason::Protocol),
                 Delivered::Failed => return Verdict::Reset(CloseReason::HostGone),
             }

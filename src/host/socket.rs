@@ -13,7 +13,8 @@
 //!
 //! - A send is one message, also one of no bytes. So nothing can be tried out on it: a peer that has called `shutdown(SHUT_RD)`
 //!   is seen at the next message.
-//! - A message can't be longer than the send buffer less 32 bytes.
+//! - A message can't be longer than the send buffer less 32 bytes, nor than one allocation of the kernel's.
+//! - A peer that closes before it has read everything leaves ECONNRESET before what it has sent, not behind it.
 //! - A message of no bytes is received as the end would be. With SO_PASSCRED set, the kernel wants to add the sender's
 //!   credentials to a message, and says so (MSG_CTRUNC) where there is no room for them.
 //!
@@ -87,6 +88,10 @@ const SEND_BUFFER: usize = 256 * 1024;
 
 /// What a Unix message can't use of its socket's send buffer, in bytes.
 const MESSAGE_OVERHEAD: usize = 32;
+
+/// The longest Unix message, in bytes, whatever the send buffer. All but 68 KiB of it is one allocation of the kernel's, which
+/// has 4 MiB at most.
+const MAX_MESSAGE: u32 = 4 * 1024 * 1024;
 
 /// A connected socket to a host program, or one that is about to be.
 #[derive(Debug)]
@@ -170,6 +175,7 @@ impl HostSocket {
         if self.packet_type != PacketType::Seqpacket || self.family != Family::Unix {
             return len;
         }
+        let len = len.min(MAX_MESSAGE);
         let wanted = len as usize + MESSAGE_OVERHEAD;
         if wanted > SEND_BUFFER {
             let _ = setsockopt(&self.fd, sockopt::SndBuf, &wanted);
@@ -209,7 +215,24 @@ impl HostSocket {
     /// Receives into the guest's buffers, and returns how many bytes, none at the end of the stream, and whether there were
     /// no more.
     pub fn receive(&self, batch: &RxBatch<'_>) -> Result<Received, ReceiveError> {
-        batch.receive_from(self).map_err(ReceiveError::from)
+        let received = self.past_reset(|| batch.receive_from(self));
+        received.map_err(ReceiveError::from)
+    }
+
+    /// The result of a receive. Of a socket of messages, that of a second one where the first was told of a reset: messages may
+    /// follow.
+    fn past_reset<T>(&self, mut receive: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        let is_unix = self.family == Family::Unix;
+        match receive() {
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionReset
+                    && is_unix
+                    && self.packet_type == PacketType::Seqpacket =>
+            {
+                receive()
+            }
+            received => received,
+        }
     }
 
     /// Copies what the socket has into `bytes` and leaves it there. 0 at the end of the stream.
@@ -238,7 +261,11 @@ impl HostSocket {
         }
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let received = recvmsg::<()>(self.fd.as_raw_fd(), &mut [], None, flags);
-        received.is_ok_and(|message| message.flags.contains(MsgFlags::MSG_CTRUNC))
+        let is_message =
+            received.is_ok_and(|message| message.flags.contains(MsgFlags::MSG_CTRUNC));
+        // Where it stays set, the kernel gives a name to a socket that has none.
+        let _ = setsockopt(&self.fd, sockopt::PassCred, &false);
+        is_message
     }
 
     /// Takes the next message, and returns at most `max` bytes of it, and its length.
@@ -255,12 +282,13 @@ impl HostSocket {
 
     fn receive_bytes(&self, bytes: &mut [u8], flags: MsgFlags) -> Result<usize, ReceiveError> {
         let flags = flags | MsgFlags::MSG_DONTWAIT;
-        loop {
+        let receive = || loop {
             match recv(self.fd.as_raw_fd(), bytes, flags) {
                 Err(nix::Error::EINTR) => {}
-                received => return received.map_err(|error| io::Error::from(error).into()),
+                received => return received.map_err(io::Error::from),
             }
-        }
+        };
+        self.past_reset(receive).map_err(ReceiveError::from)
     }
 
     /// Ends one direction or both. Where that fails, the socket is gone already.
@@ -311,10 +339,13 @@ impl From<UnixStream> for HostSocket {
 
 impl From<io::Error> for SendError {
     fn from(error: io::Error) -> Self {
-        use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, WouldBlock};
+        use io::ErrorKind::{
+            BrokenPipe, ConnectionRefused, ConnectionReset, NotConnected, WouldBlock,
+        };
         match error.kind() {
             WouldBlock => Self::Full,
-            BrokenPipe | ConnectionReset | NotConnected => Self::Closed,
+            // Refused says Linux before 6.2, of a message to a socket that is just being closed.
+            BrokenPipe | ConnectionReset | ConnectionRefused | NotConnected => Self::Closed,
             _ => Self::Failed(error),
         }
     }

@@ -10,8 +10,8 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::NUM_RINGS;
 use super::epoll::Epoll;
-use super::log_limit::LogLimit;
 use super::ring::{Blocked, GuestMemoryHandle, Ring, RingState, VmmEvent, Watchdog, rewind_to_used};
+use crate::log_limit::LogLimit;
 use crate::thread_backend::event_source::EventSource;
 
 /// How a ring goes on when the VMM starts it.

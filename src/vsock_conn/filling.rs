@@ -2,8 +2,6 @@
 
 use std::time::Instant;
 
-use log::debug;
-
 use super::mover::Filled;
 use super::state::State;
 use super::{CLOSE_TIMEOUT, Verdict, VsockConnection};
@@ -62,18 +60,15 @@ impl VsockConnection {
                 };
                 batch.fill(&header, bytes, last);
             }
-            Ok(Filled::TooLong(len)) => {
-                let window = self.credit.guest_window();
-                debug!("a message of {len} bytes for a guest that receives {window} at most");
-                return Verdict::Reset(CloseReason::MessageTooLong);
-            }
+            Ok(Filled::TooLong) => return Verdict::Reset(CloseReason::MessageTooLong),
             Err(ReceiveError::Empty) => {}
             Err(ReceiveError::Reset) => {
                 self.host_closed();
                 self.host_sends_no_more();
             }
             Err(ReceiveError::GuestMemory) => {
-                // The stream to the guest has a hole, but that to the host program has none.
+                // What the guest gets has a hole, but not what the host program gets.
+                self.mover.drop_unfinished();
                 self.state = State::Flushing;
                 self.rx_queue.clear();
                 return Verdict::Reset(CloseReason::Protocol);

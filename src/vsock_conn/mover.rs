@@ -9,9 +9,9 @@ use crate::packet::{RxBatch, TxBatch, VsockPacket};
 /// What came of payload from the guest.
 #[derive(Debug)]
 pub(super) enum Delivered {
-    /// The socket took so many bytes; the others are buffered.
+    /// The socket took so many bytes, of these or of those that were buffered before; the others are buffered.
     Sent(usize),
-    /// The host program receives no more. All were dropped.
+    /// The host program receives no more: all of these, and all that is buffered, are to be dropped.
     Closed,
     /// The guest can't send the rest of its message.
     TooLong,
@@ -58,8 +58,8 @@ pub(super) enum Filled {
     End,
     /// Nothing this time.
     Nothing,
-    /// Nothing: the message has so many bytes, and the guest's buffer will never hold it.
-    TooLong(usize),
+    /// Nothing: the guest's buffer will never hold the message.
+    TooLong,
 }
 
 /// The socket of a connection, and the payload that waits on either side of it.
@@ -209,8 +209,10 @@ impl Mover {
 
     /// Whether the host program has written something that the guest has not got.
     pub(super) fn has_unread(&self) -> bool {
-        let is_kept = matches!(self, Self::Seqpacket(mover) if mover.has_next());
-        is_kept || matches!(self.socket().peek(&mut [0]), Ok(1))
+        match self {
+            Self::Stream(mover) => matches!(mover.socket().peek(&mut [0]), Ok(1)),
+            Self::Seqpacket(mover) => mover.has_unread(),
+        }
     }
 
     /// Whether the host program was seen to receive no more, although nothing was sent. A look at a stream tells; a look at

@@ -126,6 +126,14 @@ impl SeqpacketMover {
         while !rest.is_empty() {
             let end = rest.iter().position(|packet| packet.header().ends_message());
             let (pieces, after) = rest.split_at(end.map_or(rest.len(), |end| end + 1));
+            // One that came in pieces leaves first, so that those behind it need not be copied.
+            if self.writable && self.lengths.len() == 1 && self.unfinished == 0 {
+                match self.flush(|bytes| sent += bytes) {
+                    Flushed::All | Flushed::Part => {}
+                    Flushed::Closed => return Delivered::Closed,
+                    Flushed::Failed => return Delivered::Failed,
+                }
+            }
             match self.deliver_pieces(&batch.payload(pieces), end.is_some()) {
                 Delivered::Sent(bytes) => sent += bytes,
                 failed => return failed,
@@ -272,6 +280,14 @@ impl SeqpacketMover {
         len.min(RECEIVE_SIZE)
     }
 
+    /// The length of a next message that a guest with a buffer of `window` bytes can't receive.
+    pub(super) fn too_long(&self, window: usize) -> Option<usize> {
+        match self.next {
+            Next::Measured(len) if len > window => Some(len),
+            _ => None,
+        }
+    }
+
     /// Whether the next message is a large one.
     pub(super) fn receives_much(&self) -> bool {
         self.receive_size() > LARGE
@@ -286,14 +302,14 @@ impl SeqpacketMover {
     ) -> Result<Filled, ReceiveError> {
         if let Next::Measured(len) = self.next {
             if len > window {
-                return Ok(Filled::TooLong(len));
+                return Ok(Filled::TooLong);
             }
             self.next = Next::Unknown;
             if len == 0 {
                 self.socket.take(&mut [])?;
                 return Ok(Filled::Nothing);
             }
-            if batch.capacity() >= len {
+            if batch.receives_at_once(len) {
                 let bytes = self.socket.receive(batch)?.bytes;
                 return Ok(Filled::Bytes { bytes, ends: true });
             }
@@ -313,8 +329,13 @@ impl SeqpacketMover {
         Ok(Filled::Bytes { bytes: part, ends })
     }
 
+    /// Whether the guest has not got all messages of the host program.
+    pub(super) fn has_unread(&self) -> bool {
+        self.has_next() || matches!(self.socket.next_message(), Ok(Some(_)))
+    }
+
     /// Whether a message, or a part of one, waits for the guest here.
-    pub(super) fn has_next(&self) -> bool {
+    fn has_next(&self) -> bool {
         !matches!(self.next, Next::Unknown)
     }
 }
