@@ -2,13 +2,19 @@
 
 use std::fs::Permissions;
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect as connect_to,
+    listen as listen_on, socket,
+};
+
 use super::guest::SimGuest;
-use super::packet::{Flow, Op, Packet};
+use super::packet::{EOM, Flow, Op, Packet, STREAM};
 use super::setup::Setup;
 use crate::common::daemon::{Daemon, PATIENCE};
 
@@ -19,6 +25,7 @@ pub const PORT: u32 = 1234;
 pub const FLOW: Flow = Flow {
     guest_port: 40_000,
     host_port: PORT,
+    kind: STREAM,
     buf_alloc: 262_144,
     fwd_cnt: 0,
 };
@@ -220,6 +227,64 @@ pub fn recv_other(guest: &mut SimGuest) -> Packet {
             return packet;
         }
     }
+}
+
+/// Panics unless the RW packets of one connection, which may come with credit in between, are this message.
+#[track_caller]
+pub fn assert_message(guest: &mut SimGuest, flow: &Flow, message: &[u8]) {
+    assert_same(&recv_message(guest, flow), message);
+}
+
+/// Receives one message of a connection; nothing but its packets and credit may come.
+#[track_caller]
+pub fn recv_message(guest: &mut SimGuest, flow: &Flow) -> Vec<u8> {
+    let mut got = Vec::new();
+    loop {
+        let packet = recv_other(guest);
+        packet.assert_is(Op::Rw, flow);
+        assert!(packet.len > 0 && packet.flags & !EOM == 0, "{packet:?}");
+        got.extend(packet.payload);
+        if packet.flags == EOM {
+            return got;
+        }
+    }
+}
+
+/// A host program that listens at `path` for connections of messages.
+pub fn listen_for_messages(path: &Path) -> UnixListener {
+    let _ = std::fs::remove_file(path);
+    let fd = message_socket();
+    bind(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+    listen_on(&fd, Backlog::new(128).unwrap()).unwrap();
+    std::fs::set_permissions(path, Permissions::from_mode(0o660)).unwrap();
+    fd.into()
+}
+
+/// Connects to a socket of messages. One write is one message, and so is one read.
+pub fn connect_for_messages(path: &Path) -> UnixStream {
+    let fd = message_socket();
+    connect_to(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+    with_patience(fd.into())
+}
+
+fn message_socket() -> OwnedFd {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap()
+}
+
+/// Reads one message, which has at most a MiB; none at the end.
+#[track_caller]
+pub fn read_message(mut stream: &UnixStream) -> Vec<u8> {
+    let mut bytes = vec![0; 1 << 20];
+    let len = stream.read(&mut bytes).expect("no message");
+    bytes.truncate(len);
+    bytes
+}
+
+/// Writes one message.
+#[track_caller]
+pub fn write_message(mut stream: &UnixStream, message: &[u8]) {
+    assert_eq!(stream.write(message).unwrap(), message.len());
 }
 
 /// Pseudo-random bytes for a seed.

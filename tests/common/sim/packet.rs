@@ -8,6 +8,12 @@ pub const HEADER_LEN: usize = 44;
 pub const HOST_CID: u64 = 2;
 /// `type` of stream packets.
 pub const STREAM: u16 = 1;
+/// `type` of packets of SEQPACKET connections.
+pub const SEQPACKET: u16 = 2;
+/// RW flag: the last packet of a message.
+pub const EOM: u32 = 1;
+/// RW flag: the message was sent with MSG_EOR.
+pub const EOR: u32 = 2;
 /// Shutdown flag: the sender will not receive.
 pub const NO_RECEIVE: u32 = 1;
 /// Shutdown flag: the sender will not send.
@@ -141,7 +147,7 @@ impl Packet {
             self.is(op) && flow.owns(self),
             "wanted {op:?} for {flow:?}, got {self:?}"
         );
-        assert_eq!((self.src_cid, self.kind), (HOST_CID, STREAM), "{self:?}");
+        assert_eq!(self.src_cid, HOST_CID, "{self:?}");
     }
 }
 
@@ -152,6 +158,8 @@ pub struct Flow {
     pub guest_port: u32,
     /// The host's port.
     pub host_port: u32,
+    /// The `type` of its packets.
+    pub kind: u16,
     /// The guest's advertised buffer space.
     pub buf_alloc: u32,
     /// The guest's count of consumed bytes.
@@ -159,29 +167,43 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// A connection between two ports.
+    /// A stream between two ports.
     pub fn new(guest_port: u32, host_port: u32) -> Self {
         Self {
             guest_port,
             host_port,
+            kind: STREAM,
             buf_alloc: BUF_ALLOC,
             fwd_cnt: 0,
         }
     }
 
+    /// A connection of messages between two ports.
+    pub fn seqpacket(guest_port: u32, host_port: u32) -> Self {
+        Self {
+            kind: SEQPACKET,
+            ..Self::new(guest_port, host_port)
+        }
+    }
+
     /// The connection a packet from the host belongs to.
     pub fn of(packet: &Packet) -> Self {
-        Self::new(packet.dst_port, packet.src_port)
+        Self {
+            kind: packet.kind,
+            ..Self::new(packet.dst_port, packet.src_port)
+        }
     }
 
     /// Whether a packet from the host belongs to this connection.
     pub fn owns(&self, packet: &Packet) -> bool {
-        (packet.dst_port, packet.src_port) == (self.guest_port, self.host_port)
+        (packet.dst_port, packet.src_port, packet.kind)
+            == (self.guest_port, self.host_port, self.kind)
     }
 
     /// A packet without payload.
     pub fn packet(&self, op: Op) -> Packet {
         Packet {
+            kind: self.kind,
             buf_alloc: self.buf_alloc,
             fwd_cnt: self.fwd_cnt,
             ..Packet::new(op, self.guest_port, self.host_port)
@@ -195,6 +217,13 @@ impl Flow {
             payload: payload.to_vec(),
             ..self.packet(Op::Rw)
         }
+    }
+
+    /// A message in packets of at most `most` bytes: the last one has EOM.
+    pub fn message(&self, message: &[u8], most: usize) -> Vec<Packet> {
+        let mut packets: Vec<_> = message.chunks(most).map(|piece| self.rw(piece)).collect();
+        packets.last_mut().expect("a message has bytes").flags = EOM;
+        packets
     }
 
     /// A SHUTDOWN with these flags.

@@ -13,6 +13,12 @@ use super::vhost_user::RingAddresses;
 
 /// Feature bits of the ring (virtio 1.2 §6).
 pub mod feature {
+    /// Streams (virtio 1.2 §5.10.3).
+    pub const STREAM: u64 = 1 << 0;
+    /// Messages.
+    pub const SEQPACKET: u64 = 1 << 1;
+    /// Streams only where they are named.
+    pub const NO_IMPLIED_STREAM: u64 = 1 << 2;
     /// Notify when the ring runs empty (legacy).
     pub const NOTIFY_ON_EMPTY: u64 = 1 << 24;
     /// Descriptors in tables of their own.

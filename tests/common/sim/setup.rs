@@ -126,6 +126,12 @@ impl Default for Setup {
 }
 
 impl Setup {
+    /// A driver that has messages as Linux does: it takes SEQPACKET, and has streams too.
+    pub fn with_messages(mut self) -> Self {
+        self.features |= feature::SEQPACKET;
+        self
+    }
+
     /// Regions so small that RX and TX buffers lie across their borders.
     pub fn with_borders(mut self) -> Self {
         let (rx, tx) = (12 << 10, 20 << 10);
