@@ -9,6 +9,7 @@ mod error;
 pub mod file;
 pub mod options;
 mod paths;
+mod yaml;
 
 use std::fmt;
 use std::os::fd::RawFd;
