@@ -91,7 +91,7 @@ impl VsockThreadBackend {
             routes: Routes::new(config),
             registry,
             connections: Connections::new(Places::new(config.max_connections)),
-            clients: Clients::default(),
+            clients: Clients::new(config.max_clients),
             deadlines: Deadlines::default(),
             pending: Pending::default(),
             flushable: SlotList::default(),

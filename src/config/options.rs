@@ -209,6 +209,7 @@ impl VmOptions {
             tx_buffer_size: self.tx_buffer_size.unwrap_or(default.tx_buffer_size),
             queue_size: self.queue_size.unwrap_or(default.queue_size),
             max_connections: self.max_connections.unwrap_or(default.max_connections),
+            max_clients: default.max_clients,
             busy_poll: self
                 .busy_poll
                 .map_or(default.busy_poll, Duration::from_micros),

@@ -11,9 +11,6 @@ use crate::host::socket::HostSocket;
 /// How long a host program has to write its CONNECT line. A person may type it by hand.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How many host programs may have connected without a CONNECT line. One more evicts the oldest.
-const MAX_CLIENTS: usize = 1024;
-
 /// A client and its line as far as it has come.
 #[derive(Debug)]
 pub(super) struct Client {
@@ -38,8 +35,10 @@ impl Client {
 }
 
 /// The clients, oldest first.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Clients {
+    /// How many there may be. One more evicts the oldest.
+    max: usize,
     slots: Slots<Client>,
     /// Oldest first, and so by deadline too.
     order: SlotList,
@@ -48,12 +47,21 @@ pub(super) struct Clients {
 }
 
 impl Clients {
+    pub(super) fn new(max: usize) -> Self {
+        Self {
+            max,
+            slots: Slots::default(),
+            order: SlotList::default(),
+            ready: SlotList::default(),
+        }
+    }
+
     pub(super) fn len(&self) -> usize {
         self.slots.len()
     }
 
     pub(super) fn is_full(&self) -> bool {
-        self.len() >= MAX_CLIENTS
+        self.len() >= self.max
     }
 
     /// Adds the client that `make` returns for its token.
