@@ -1,7 +1,7 @@
 //! What the daemon gives up before it serves, so that whoever takes it over gains little.
 //!
 //! When the sandbox is entered, all sockets are bound. From then on the daemon only moves bytes between descriptors,
-//! connects to `<uds-path>_<port>`, starts a thread for each VMM, and removes its sockets when it stops. Everything else is
+//! connects to `<uds-path>_<port>` and to siblings, starts a thread for each VMM, and removes its sockets when it stops. Everything else is
 //! given up: capabilities, new privileges, core dumps, being traced by other processes of its user, the file system
 //! (Landlock), and every system call that is not listed (seccomp).
 //!
@@ -195,6 +195,9 @@ fn restrict_files(config: &ProcessConfig) -> Result<(), Missing> {
     for vm in &config.vms {
         if let Some(path) = vm.host.uds_path() {
             allow(directory_of(path), AccessFs::ResolveUnix.into())?;
+        }
+        for directory in &vm.sibling_dirs {
+            allow(directory, AccessFs::ResolveUnix | AccessFs::RemoveFile)?;
         }
     }
     let status = ruleset.restrict_self()?;

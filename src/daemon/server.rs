@@ -15,6 +15,7 @@ use super::service::{self, ServiceManager, Status};
 use super::vm::{self, BoundVm, Threads, Vm, VmError};
 use crate::config::{ConfigError, ProcessConfig};
 use crate::host::listener::{self, ListenerError, SocketFile};
+use crate::host::siblings::{self, Siblings};
 use crate::metrics;
 use crate::metrics::counters::Snapshot;
 use crate::syscalls::Syscall;
@@ -108,18 +109,19 @@ impl Server {
         raise_descriptor_limit();
         listener::tighten_umask();
         let board = Arc::new(Board::default());
+        let siblings = Arc::new(Siblings::default());
         let mut bound = Vec::new();
         for vm in &config.vms {
             let (board, posted) = (board.clone(), Posted::default());
             let observer = move |activity| board.post(&posted, activity);
-            bound.push(BoundVm::new(vm, observer)?);
+            bound.push(BoundVm::new(vm, &siblings, observer)?);
         }
         let stats = config.stats_path.as_ref();
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
         let stats = stats.transpose()?;
         let manager = ServiceManager::from_env();
         let threads = Threads::new()?;
-        sandbox::enter(config, &syscalls())?;
+        sandbox::enter(config, &syscalls(config))?;
         let mut vms = Vec::new();
         for (vm, config) in bound.into_iter().zip(&config.vms) {
             info!(
@@ -168,9 +170,15 @@ impl Server {
 }
 
 /// All system calls of the daemon but those of the language's run time.
-fn syscalls() -> Vec<Syscall> {
+fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
+    let has_siblings = siblings::are_among(&config.vms);
     [
         SYSCALLS,
+        if has_siblings {
+            siblings::SYSCALLS
+        } else {
+            &[]
+        },
         vm::SYSCALLS,
         &service::syscalls(),
         &log_writer::syscalls(),

@@ -21,6 +21,7 @@ use vhost::vhost_user::Error as VhostUserError;
 use crate::config::{ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig};
 use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
+use crate::host::siblings::{self, Siblings};
 use crate::packet::header::GuestPort;
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::session::Session;
@@ -141,9 +142,10 @@ enum VmmSocket {
 }
 
 impl BoundVm {
-    /// Makes the sockets of a VM. `observer` gets its activity.
+    /// Makes the sockets of a VM, which joins `siblings`. `observer` gets its activity.
     pub(super) fn new(
         config: &VmConfig,
+        siblings: &Arc<Siblings>,
         observer: impl Fn(Activity) + Send + Sync + 'static,
     ) -> Result<Self, VmError> {
         let vmm = match &config.socket {
@@ -159,7 +161,7 @@ impl BoundVm {
             entries.push(EntrySocket::new(entry, file.listener()?));
             files.push(file);
         }
-        let device = VhostUserVsockBackend::new(config, entries, observer)?;
+        let device = VhostUserVsockBackend::new(config, entries, siblings, observer)?;
         Ok(Self {
             name: config.guest_cid.to_string(),
             vmm,
@@ -221,6 +223,11 @@ fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerE
         let file = SocketFile::bind(path, config.access)?;
         entries.push((Entry::Port(GuestPort(*port)), file));
     }
+    for (index, directory) in config.sibling_dirs.iter().enumerate() {
+        let path = siblings::socket_in(directory, config.guest_cid);
+        let file = SocketFile::bind(&path, config.access)?;
+        entries.push((Entry::Sibling(index), file));
+    }
     Ok(entries)
 }
 
@@ -248,7 +255,7 @@ impl Vm {
             sandbox: Sandbox::Off,
         };
         process.check()?;
-        BoundVm::new(config, |_| {})?.start(Threads::new()?)
+        BoundVm::new(config, &Arc::default(), |_| {})?.start(Threads::new()?)
     }
 
     /// Its device, for statistics for as long as the process runs.

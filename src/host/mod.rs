@@ -6,12 +6,14 @@
 //! socket         the host's end of a connection
 //! connect_line   CONNECT and OK
 //! routes         where a guest's connection leads
+//! siblings       guests that reach each other
 //! ```
 
 pub mod connect_line;
 pub mod entry;
 pub mod listener;
 pub mod routes;
+pub mod siblings;
 pub mod socket;
 
 use crate::syscalls::Syscall;

@@ -51,6 +51,13 @@ pub(super) const SYSCALLS: &[Syscall] = &[
             Argument::Is(2, libc::SO_ERROR),
         ],
     ),
+    Syscall::only(
+        libc::SYS_getsockopt,
+        &[
+            Argument::Is(1, libc::SOL_SOCKET),
+            Argument::Is(2, libc::SO_PEERCRED),
+        ],
+    ),
     Syscall::any(libc::SYS_sendmsg),
     Syscall::any(libc::SYS_sendto),
     Syscall::any(libc::SYS_recvfrom),
@@ -125,6 +132,11 @@ impl HostSocket {
             0 => Ok(()),
             error => Err(io::Error::from_raw_os_error(error)),
         }
+    }
+
+    /// The user who has made the other end. It is the caller of connect(2) at a socket that was accepted.
+    pub fn peer_uid(&self) -> io::Result<u32> {
+        Ok(getsockopt(self, sockopt::PeerCredentials)?.uid())
     }
 
     /// Sends payload from guest memory, and returns how much of it the socket took.

@@ -1,4 +1,4 @@
-//! Host programs that have connected and not said yet which port they want.
+//! Host programs and siblings that have connected and not said yet which port they want.
 
 use std::time::{Duration, Instant};
 
@@ -7,6 +7,7 @@ use super::slot_list::SlotList;
 use super::slots::Slots;
 use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
+use crate::packet::header::PeerAddr;
 
 /// How long a host program has to write its CONNECT line. A person may type it by hand.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -14,12 +15,17 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many host programs may have connected without a CONNECT line. One more evicts the oldest.
 const MAX_CLIENTS: usize = 1024;
 
+/// How many of them may be siblings. One more evicts the oldest sibling: most places are kept for host programs.
+const MAX_SIBLINGS: usize = MAX_CLIENTS / 4;
+
 /// A client and its line as far as it has come.
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) socket: HostSocket,
     line: Line,
     deadline: Instant,
+    /// In which directory of siblings it has connected, if it is one.
+    pub(super) sibling_dir: Option<usize>,
 }
 
 impl Client {
@@ -28,7 +34,22 @@ impl Client {
             socket,
             line: Line::request(),
             deadline: Instant::now() + HANDSHAKE_TIMEOUT,
+            sibling_dir: None,
         }
+    }
+
+    /// One that has connected in the directory of siblings of this index.
+    pub(super) fn sibling(socket: HostSocket, directory: usize) -> Self {
+        Self {
+            line: Line::sibling_request(),
+            sibling_dir: Some(directory),
+            ..Self::new(socket)
+        }
+    }
+
+    /// Who calls, as a sibling's line that is complete says.
+    pub(super) fn caller(&self) -> PeerAddr {
+        self.line.caller()
     }
 
     /// Reads on at its line.
@@ -43,6 +64,8 @@ pub(super) struct Clients {
     slots: Slots<Client>,
     /// Oldest first, and so by deadline too.
     order: SlotList,
+    /// The siblings among them, oldest first.
+    siblings: SlotList,
     /// Those that have written something, in the order in which they are served.
     ready: SlotList,
 }
@@ -52,8 +75,12 @@ impl Clients {
         self.slots.len()
     }
 
-    pub(super) fn is_full(&self) -> bool {
-        self.len() >= MAX_CLIENTS
+    /// The client that is to give way to this new one, if there are too many.
+    pub(super) fn surplus(&self, new: &Client) -> Option<Token> {
+        if new.sibling_dir.is_some() && self.siblings.len() >= MAX_SIBLINGS {
+            return self.slots.token(self.siblings.first()?);
+        }
+        self.oldest().filter(|_| self.len() >= MAX_CLIENTS)
     }
 
     /// Adds the client that `make` returns for its token.
@@ -63,6 +90,10 @@ impl Clients {
     ) -> Result<Token, E> {
         let token = self.slots.try_insert(make)?;
         self.order.push(token.slot);
+        let client = self.slots.get(token);
+        if client.is_some_and(|client| client.sibling_dir.is_some()) {
+            self.siblings.push(token.slot);
+        }
         Ok(token)
     }
 
@@ -73,6 +104,7 @@ impl Clients {
     pub(super) fn remove(&mut self, token: Token) -> Option<Client> {
         let client = self.slots.remove(token)?;
         self.order.remove(token.slot);
+        self.siblings.remove(token.slot);
         self.ready.remove(token.slot);
         Some(client)
     }

@@ -100,6 +100,7 @@ impl VhostUserVsockThread {
     /// Accepts a client, and goes on with one that was accepted before. Without a driver to talk to, they are closed at once.
     fn serve_clients(&mut self) {
         self.backend.serve_client();
+        self.backend.serve_call(self.started);
         if !self.acceptors.is_pending() {
             return;
         }
