@@ -13,9 +13,10 @@ use super::log_writer;
 use super::sandbox::{self, SandboxError};
 use super::service::{self, ServiceManager, Status};
 use super::vm::{self, BoundVm, Threads, Vm, VmError};
-use crate::config::{ConfigError, ProcessConfig};
+use crate::config::{ConfigError, HostSide, ProcessConfig, VmConfig};
 use crate::host::listener::{self, ListenerError, SocketFile};
 use crate::host::siblings::{self, Siblings};
+use crate::host::vsock;
 use crate::metrics;
 use crate::metrics::counters::Snapshot;
 use crate::syscalls::Syscall;
@@ -172,6 +173,11 @@ impl Server {
 /// All system calls of the daemon but those of the language's run time.
 fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
     let has_siblings = siblings::are_among(&config.vms);
+    let forwards = |vm: &VmConfig| matches!(vm.host, HostSide::Vsock { .. });
+    let vsock = match config.vms.iter().any(forwards) {
+        true => vsock::SYSCALLS,
+        false => &[],
+    };
     [
         SYSCALLS,
         if has_siblings {
@@ -184,6 +190,7 @@ fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
         &log_writer::syscalls(),
         &metrics::syscalls(),
         &vhu_vsock::syscalls(),
+        vsock,
     ]
     .concat()
 }

@@ -22,6 +22,7 @@ use crate::config::{ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Soc
 use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
 use crate::host::siblings::{self, Siblings};
+use crate::host::vsock;
 use crate::packet::header::GuestPort;
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::session::Session;
@@ -156,7 +157,7 @@ impl BoundVm {
             },
         };
         let mut files = Vec::new();
-        let mut entries = Vec::new();
+        let mut entries = listen_on_vsock(config)?;
         for (entry, file) in bind_entries(config)? {
             entries.push(EntrySocket::new(entry, file.listener()?));
             files.push(file);
@@ -206,7 +207,19 @@ impl BoundVm {
     }
 }
 
-/// Makes the listening sockets through which a guest is reached.
+/// Listens on the ports of AF_VSOCK that lead to the guest.
+fn listen_on_vsock(config: &VmConfig) -> Result<Vec<EntrySocket>, ListenerError> {
+    let HostSide::Vsock { listen, .. } = &config.host else {
+        return Ok(Vec::new());
+    };
+    let listen_on = |port: &u32| match vsock::listen_on(*port) {
+        Ok(listener) => Ok(EntrySocket::new(Entry::Vsock(GuestPort(*port)), listener)),
+        Err(error) => Err(ListenerError::Vsock(*port, error)),
+    };
+    listen.iter().map(listen_on).collect()
+}
+
+/// Makes the listening Unix sockets through which a guest is reached.
 fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
     let mut entries = Vec::new();
     match &config.host {

@@ -11,6 +11,8 @@ pub enum Entry {
     Host,
     /// This port of the guest's. They write no CONNECT line and get no answer.
     Port(GuestPort),
+    /// This port of the guest's, from the host's AF_VSOCK. There is no line either.
+    Vsock(GuestPort),
     /// The guest's port that their CONNECT line names, for guests of other processes, which it names too. They are reached in
     /// the directory of siblings of this index.
     Sibling(usize),

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{self, IoSlice};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,8 +9,10 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use super::connect_line;
+use super::dialer::{self, Dialer};
 use super::siblings::{self, Call, CallError, Membership};
 use super::socket::{HostSocket, SendError};
+use super::vsock;
 use crate::config::{HostSide, PortPath, VmConfig};
 use crate::packet::header::{Cid, GuestPort, PacketType, PeerAddr, PeerPort, VsockHeader};
 
@@ -35,6 +36,14 @@ pub enum DialError {
         /// What the system said.
         error: io::Error,
     },
+    /// The host's AF_VSOCK does not even try.
+    #[error("{to} of AF_VSOCK: {error}")]
+    Vsock {
+        /// Where the guest's connections lead.
+        to: PeerAddr,
+        /// What the system said.
+        error: io::Error,
+    },
     /// A sibling in this process can't be called.
     #[error(transparent)]
     Call(#[from] CallError),
@@ -47,7 +56,7 @@ impl DialError {
         match self {
             Self::NoSuchCid(_) => true,
             Self::Connect { error, .. } => matches!(error.kind(), ConnectionRefused | NotFound),
-            Self::Type(_) | Self::Call(_) => false,
+            Self::Type(_) | Self::Call(_) | Self::Vsock { .. } => false,
         }
     }
 }
@@ -58,10 +67,6 @@ pub enum Dialed {
     /// The other side has it.
     Connected(HostSocket),
     /// The other side will answer.
-    #[cfg_attr(
-        not(feature = "fuzzing"),
-        expect(dead_code, reason = "for routes over AF_VSOCK")
-    )]
     Connecting(HostSocket),
     /// The other side will answer with the line `OK`.
     Calling(HostSocket),
@@ -99,8 +104,7 @@ pub struct Routes {
     sibling_dirs: Vec<PathBuf>,
     host: HostSide,
     host_ports: Vec<PortPath>,
-    /// A socket that could not be connected.
-    spare: Option<OwnedFd>,
+    dialer: Dialer,
 }
 
 impl Routes {
@@ -112,7 +116,7 @@ impl Routes {
             sibling_dirs: config.sibling_dirs.clone(),
             host: config.host.clone(),
             host_ports: config.host_ports.clone(),
-            spare: None,
+            dialer: Dialer::default(),
         }
     }
 
@@ -123,20 +127,25 @@ impl Routes {
 
     /// Connects to the destination of a guest's REQUEST, without waiting.
     pub fn dial(&mut self, request: &VsockHeader) -> Result<Dialed, DialError> {
-        let VsockHeader { peer, packet_type, .. } = *request;
-        if packet_type != PacketType::Stream {
-            return Err(DialError::Type(packet_type));
+        let peer = request.peer;
+        if request.packet_type != PacketType::Stream {
+            return Err(DialError::Type(request.packet_type));
         }
         if let Some(called) = self.call_sibling(request.guest_port, peer) {
             return called.map(Dialed::Calling);
         }
-        if peer.cid != Cid::HOST {
-            return Err(DialError::NoSuchCid(peer.cid));
-        }
-        let path = self.host_path(peer.port).ok_or(DialError::NoSuchCid(peer.cid))?;
-        match HostSocket::connect(&path, &mut self.spare) {
-            Ok(socket) => Ok(Dialed::Connected(socket)),
-            Err(error) => Err(DialError::Connect { path, error }),
+        let named = if peer.cid == Cid::HOST {
+            self.host_path(peer.port)
+        } else {
+            None
+        };
+        match (named, &self.host) {
+            (Some(path), _) => match self.dialer.connect(&path, Some(dialer::Call::of(request))) {
+                Ok(socket) => Ok(Dialed::Connected(socket)),
+                Err(error) => Err(DialError::Connect { path, error }),
+            },
+            (None, HostSide::Vsock { cid, .. }) => forward(*cid, peer.port),
+            (None, HostSide::Unix { .. }) => Err(DialError::NoSuchCid(peer.cid)),
         }
     }
 
@@ -160,7 +169,7 @@ impl Routes {
         let mut failed = None;
         for directory in &self.sibling_dirs {
             let path = siblings::socket_in(directory, callee.cid);
-            match call(&path, &mut self.spare, caller, callee.port) {
+            match call(&path, &mut self.dialer, caller, callee.port) {
                 Ok(socket) => return Some(Ok(socket)),
                 Err(error) => {
                     let error = DialError::Connect { path, error };
@@ -216,7 +225,7 @@ impl Routes {
 
     /// Nothing will be dialed for a while.
     pub fn rest(&mut self) {
-        self.spare = None;
+        self.dialer.rest();
     }
 
     /// Where a host program listens for the guest's connections to `port`.
@@ -234,11 +243,11 @@ impl Routes {
 /// Connects to a sibling's socket and says who calls. The answer is to be waited for.
 fn call(
     path: &Path,
-    spare: &mut Option<OwnedFd>,
+    dialer: &mut Dialer,
     caller: PeerAddr,
     port: PeerPort,
 ) -> io::Result<HostSocket> {
-    let socket = HostSocket::connect(path, spare)?;
+    let socket = dialer.connect(path, None)?;
     let line = connect_line::sibling_request(port, caller);
     match socket.send_bytes(&[IoSlice::new(line.as_bytes())]) {
         Ok(sent) if sent == line.len() => Ok(socket),
@@ -246,4 +255,15 @@ fn call(
         Err(SendError::Closed) => Err(io::ErrorKind::ConnectionReset.into()),
         Err(SendError::Failed(error)) => Err(error),
     }
+}
+
+/// Begins to connect to this port of the host's AF_VSOCK.
+fn forward(cid: Cid, port: PeerPort) -> Result<Dialed, DialError> {
+    let failed = |error| DialError::Vsock {
+        to: PeerAddr { cid, port },
+        error,
+    };
+    let number = u32::try_from(cid.get()).map_err(|_| DialError::NoSuchCid(cid))?;
+    let socket = vsock::begin_connect(number, port).map_err(failed)?;
+    Ok(Dialed::Connecting(socket))
 }

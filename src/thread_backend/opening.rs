@@ -45,7 +45,9 @@ impl VsockThreadBackend {
         match entry {
             Entry::Host => self.read_line(Client::new(socket)),
             Entry::Sibling(directory) => self.read_line(Client::sibling(socket, directory)),
-            Entry::Port(port) => self.connect_guest(socket, port, Greeting::Nothing),
+            Entry::Port(port) | Entry::Vsock(port) => {
+                self.connect_guest(socket, port, Greeting::Nothing);
+            }
         }
     }
 

@@ -9,7 +9,6 @@ use super::limits::MAX_ROUND_COST;
 use super::ring::{has_entries, needs_interrupt};
 use super::shares::Work;
 use super::{RX_RING, TX_RING, VhostUserVsockThread};
-use crate::host::socket::HostSocket;
 use crate::thread_backend::{RxSource, cost};
 
 /// The two rings that carry packets, for the time of a turn. One that can't be worked on is not there.
@@ -107,7 +106,7 @@ impl VhostUserVsockThread {
         self.backend.add_cost(cost::ACCEPT);
         match self.acceptors.accept() {
             Accepted::Client(entry, socket) if self.started => {
-                self.backend.add_client(entry, HostSocket::new(socket));
+                self.backend.add_client(entry, socket);
             }
             Accepted::Client(..) => {
                 debug!("closed a client: the guest's driver has not started the device");

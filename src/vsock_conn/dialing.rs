@@ -25,8 +25,9 @@ impl Dialing {
     pub(super) fn poll(&mut self, socket: &HostSocket) -> Answer {
         match self {
             Self::Connect => match socket.connect_result() {
-                Ok(()) => Answer::Accepted,
-                Err(_) => Answer::Refused,
+                None => Answer::None,
+                Some(Ok(())) => Answer::Accepted,
+                Some(Err(_)) => Answer::Refused,
             },
             Self::Answer(line) => match connect_line::read(socket, line) {
                 Progress::Incomplete => Answer::None,
