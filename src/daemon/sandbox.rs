@@ -28,7 +28,7 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::config::{ProcessConfig, Sandbox, directory_of};
+use crate::config::{ProcessConfig, Sandbox};
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
 
 /// The Landlock version that a complete sandbox takes, that of Linux 6.12.
@@ -190,15 +190,10 @@ fn restrict_files(config: &ProcessConfig) -> Result<(), Missing> {
         Ok(())
     };
     for directory in config.directories() {
-        allow(directory, AccessFs::RemoveFile.into())?;
+        allow(&directory, AccessFs::RemoveFile.into())?;
     }
-    for vm in &config.vms {
-        if let Some(path) = vm.host.uds_path() {
-            allow(directory_of(path), AccessFs::ResolveUnix.into())?;
-        }
-        for directory in &vm.sibling_dirs {
-            allow(directory, AccessFs::ResolveUnix | AccessFs::RemoveFile)?;
-        }
+    for directory in config.peer_directories() {
+        allow(directory, AccessFs::ResolveUnix.into())?;
     }
     let status = ruleset.restrict_self()?;
     match status.landlock {

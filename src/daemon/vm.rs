@@ -18,10 +18,12 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use vhost::vhost_user::Error as VhostUserError;
 
-use crate::config::{ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig};
+use crate::config::{
+    ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig, sibling_path,
+};
 use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
-use crate::host::siblings::{self, Siblings};
+use crate::host::siblings::Siblings;
 use crate::host::vsock;
 use crate::packet::header::GuestPort;
 use crate::syscalls::Syscall;
@@ -237,7 +239,7 @@ fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerE
         entries.push((Entry::Port(GuestPort(*port)), file));
     }
     for (index, directory) in config.sibling_dirs.iter().enumerate() {
-        let path = siblings::socket_in(directory, config.guest_cid);
+        let path = sibling_path(directory, config.guest_cid);
         let file = SocketFile::bind(&path, config.access)?;
         entries.push((Entry::Sibling(index), file));
     }

@@ -10,10 +10,10 @@ use thiserror::Error;
 
 use super::connect_line;
 use super::dialer::{self, Dialer};
-use super::siblings::{self, Call, CallError, Membership};
+use super::siblings::{Call, CallError, Membership};
 use super::socket::{HostSocket, SendError};
 use super::vsock;
-use crate::config::{HostSide, PortPath, VmConfig};
+use crate::config::{HostSide, PortPath, VmConfig, sibling_path};
 use crate::packet::header::{Cid, GuestPort, PacketType, PeerAddr, PeerPort, VsockHeader};
 
 /// The user who may call in any guest's name.
@@ -168,7 +168,7 @@ impl Routes {
         };
         let mut failed = None;
         for directory in &self.sibling_dirs {
-            let path = siblings::socket_in(directory, callee.cid);
+            let path = sibling_path(directory, callee.cid);
             match call(&path, &mut self.dialer, caller, callee.port) {
                 Ok(socket) => return Some(Ok(socket)),
                 Err(error) => {
@@ -200,7 +200,7 @@ impl Routes {
         let Some(directory) = self.sibling_dirs.get(directory) else {
             return Err(ClaimError::Cid(cid));
         };
-        let owner = match fs::symlink_metadata(siblings::socket_in(directory, cid)) {
+        let owner = match fs::symlink_metadata(sibling_path(directory, cid)) {
             Ok(file) => file.uid(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error.into()),

@@ -1,4 +1,4 @@
-//! Guests that reach each other: those of VMs in this process, and where those of other processes listen.
+//! Guests of this process that reach each other.
 //!
 //! Two VMs of a process are siblings if they share the name of a group. A guest's REQUEST for a sibling becomes a *call*: one
 //! end of a socket pair, which is left for the sibling's worker. To either worker its end is a socket like a host program's:
@@ -12,7 +12,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -40,11 +39,6 @@ pub(crate) const SYSCALLS: &[Syscall] = &[Syscall::only(
 
 /// How many calls of one guest may wait for a sibling's worker.
 const MAX_CALLS: usize = 256;
-
-/// Where the guest with this CID is reached in a directory of siblings.
-pub fn socket_in(directory: &Path, cid: Cid) -> PathBuf {
-    directory.join(format!("{cid}.vsock"))
-}
 
 /// Whether there are siblings among the VMs of a process.
 pub fn are_among(vms: &[VmConfig]) -> bool {
