@@ -14,8 +14,10 @@ use super::sandbox::{self, SandboxError};
 use super::service::{self, ServiceManager, Status};
 use super::threads::{Naming, Threads};
 use super::vm::{self, BoundVm, Vm, VmError};
-use crate::config::{ConfigError, ProcessConfig};
+use crate::config::{ConfigError, HostSide, ProcessConfig, VmConfig};
 use crate::host::listener::{self, ListenerError, SocketFile};
+use crate::host::siblings::{self, Siblings};
+use crate::host::vsock;
 use crate::metrics;
 use crate::metrics::counters::Snapshot;
 use crate::syscalls::Syscall;
@@ -112,13 +114,14 @@ impl Server {
         let limit = descriptors::raise_limit();
         listener::tighten_umask();
         let board = Arc::new(Board::default());
+        let siblings = Arc::new(Siblings::default());
         let mut bound = Vec::new();
         for vm in &config.vms {
             let (board, posted) = (board.clone(), Posted::default());
             let observer = move |activity| board.post(&posted, activity);
             let mut vm = vm.clone();
             descriptors::fit(&mut vm, limit, config.vms.len());
-            bound.push(BoundVm::new(&vm, observer)?);
+            bound.push(BoundVm::new(&vm, &siblings, observer)?);
         }
         let stats = config.stats_path.as_ref();
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
@@ -128,7 +131,7 @@ impl Server {
             0 | 1 => Naming::Off,
             _ => Naming::On,
         })?;
-        sandbox::enter(config, &syscalls())?;
+        sandbox::enter(config, &syscalls(config))?;
         let mut vms = Vec::new();
         for (vm, config) in bound.into_iter().zip(&config.vms) {
             info!(
@@ -182,14 +185,26 @@ impl Server {
 }
 
 /// All system calls of the daemon but those of the language's run time.
-fn syscalls() -> Vec<Syscall> {
+fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
+    let has_siblings = siblings::are_among(&config.vms);
+    let forwards = |vm: &VmConfig| matches!(vm.host, HostSide::Vsock { .. });
+    let vsock = match config.vms.iter().any(forwards) {
+        true => vsock::SYSCALLS,
+        false => &[],
+    };
     [
         SYSCALLS,
+        if has_siblings {
+            siblings::SYSCALLS
+        } else {
+            &[]
+        },
         vm::SYSCALLS,
         &service::syscalls(),
         &log_writer::syscalls(),
         &metrics::syscalls(),
         &vhu_vsock::syscalls(),
+        vsock,
     ]
     .concat()
 }

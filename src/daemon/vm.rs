@@ -18,9 +18,13 @@ use thiserror::Error;
 use vhost::vhost_user::Error as VhostUserError;
 
 use super::threads::{Naming, Threads, VmThreads, wait_readable};
-use crate::config::{ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig};
+use crate::config::{
+    ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig, sibling_path,
+};
 use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
+use crate::host::siblings::Siblings;
+use crate::host::vsock;
 use crate::packet::header::{Cid, GuestPort};
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::session::Session;
@@ -74,9 +78,10 @@ enum VmmSocket {
 }
 
 impl BoundVm {
-    /// Makes the sockets of a VM. `observer` gets its activity.
+    /// Makes the sockets of a VM, which joins `siblings`. `observer` gets its activity.
     pub(super) fn new(
         config: &VmConfig,
+        siblings: &Arc<Siblings>,
         observer: impl Fn(Activity) + Send + Sync + 'static,
     ) -> Result<Self, VmError> {
         let vmm = match &config.socket {
@@ -87,12 +92,12 @@ impl BoundVm {
             },
         };
         let mut files = Vec::new();
-        let mut entries = Vec::new();
+        let mut entries = listen_on_vsock(config)?;
         for (entry, file) in bind_entries(config)? {
             entries.push(EntrySocket::new(entry, file.listener()?));
             files.push(file);
         }
-        let device = VhostUserVsockBackend::new(config, entries, observer)?;
+        let device = VhostUserVsockBackend::new(config, entries, siblings, observer)?;
         Ok(Self {
             cid: config.guest_cid,
             vmm,
@@ -141,7 +146,19 @@ impl BoundVm {
     }
 }
 
-/// Makes the listening sockets through which a guest is reached.
+/// Listens on the ports of AF_VSOCK that lead to the guest.
+fn listen_on_vsock(config: &VmConfig) -> Result<Vec<EntrySocket>, ListenerError> {
+    let HostSide::Vsock { listen, .. } = &config.host else {
+        return Ok(Vec::new());
+    };
+    let listen_on = |port: &u32| match vsock::listen_on(*port) {
+        Ok(listener) => Ok(EntrySocket::new(Entry::Vsock(GuestPort(*port)), listener)),
+        Err(error) => Err(ListenerError::Vsock(*port, error)),
+    };
+    listen.iter().map(listen_on).collect()
+}
+
+/// Makes the listening Unix sockets through which a guest is reached.
 fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
     let mut entries = Vec::new();
     match &config.host {
@@ -157,6 +174,11 @@ fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerE
     for PortPath { port, path } in &config.guest_ports {
         let file = SocketFile::bind(path, config.access)?;
         entries.push((Entry::Port(GuestPort(*port)), file));
+    }
+    for (index, directory) in config.sibling_dirs.iter().enumerate() {
+        let path = sibling_path(directory, config.guest_cid);
+        let file = SocketFile::bind(&path, config.access)?;
+        entries.push((Entry::Sibling(index), file));
     }
     Ok(entries)
 }
@@ -185,7 +207,7 @@ impl Vm {
             sandbox: Sandbox::Off,
         };
         process.check()?;
-        BoundVm::new(config, |_| {})?.start(Threads::new(Naming::Off)?)
+        BoundVm::new(config, &Arc::default(), |_| {})?.start(Threads::new(Naming::Off)?)
     }
 
     /// Its device, for statistics for as long as the process runs.

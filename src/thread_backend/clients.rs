@@ -1,4 +1,4 @@
-//! Host programs that have connected and not said yet which port they want.
+//! Host programs and siblings that have connected and not said yet which port they want.
 
 use std::time::{Duration, Instant};
 
@@ -7,6 +7,7 @@ use super::slot_list::SlotList;
 use super::slots::Slots;
 use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
+use crate::packet::header::PeerAddr;
 
 /// How long a host program has to write its CONNECT line. A person may type it by hand.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -17,6 +18,8 @@ pub(super) struct Client {
     pub(super) socket: HostSocket,
     line: Line,
     deadline: Instant,
+    /// In which directory of siblings it has connected, if it is one.
+    pub(super) sibling_dir: Option<usize>,
 }
 
 impl Client {
@@ -25,7 +28,22 @@ impl Client {
             socket,
             line: Line::request(),
             deadline: Instant::now() + HANDSHAKE_TIMEOUT,
+            sibling_dir: None,
         }
+    }
+
+    /// One that has connected in the directory of siblings of this index.
+    pub(super) fn sibling(socket: HostSocket, directory: usize) -> Self {
+        Self {
+            line: Line::sibling_request(),
+            sibling_dir: Some(directory),
+            ..Self::new(socket)
+        }
+    }
+
+    /// Who calls, as a sibling's line that is complete says.
+    pub(super) fn caller(&self) -> PeerAddr {
+        self.line.caller()
     }
 
     /// Reads on at its line.
@@ -42,6 +60,8 @@ pub(super) struct Clients {
     slots: Slots<Client>,
     /// Oldest first, and so by deadline too.
     order: SlotList,
+    /// The siblings among them, oldest first.
+    siblings: SlotList,
     /// Those that have written something, in the order in which they are served.
     ready: SlotList,
 }
@@ -53,6 +73,7 @@ impl Clients {
             slots: Slots::default(),
             order: SlotList::default(),
             ready: SlotList::default(),
+            siblings: SlotList::default(),
         }
     }
 
@@ -60,8 +81,13 @@ impl Clients {
         self.slots.len()
     }
 
-    pub(super) fn is_full(&self) -> bool {
-        self.len() >= self.max
+    /// The client that is to give way to this new one, if there are too many. Of four places, siblings may have one: most are
+    /// kept for host programs.
+    pub(super) fn surplus(&self, new: &Client) -> Option<Token> {
+        if new.sibling_dir.is_some() && self.siblings.len() >= (self.max / 4).max(1) {
+            return self.slots.token(self.siblings.first()?);
+        }
+        self.oldest().filter(|_| self.len() >= self.max)
     }
 
     /// Adds the client that `make` returns for its token.
@@ -71,6 +97,10 @@ impl Clients {
     ) -> Result<Token, E> {
         let token = self.slots.try_insert(make)?;
         self.order.push(token.slot);
+        let client = self.slots.get(token);
+        if client.is_some_and(|client| client.sibling_dir.is_some()) {
+            self.siblings.push(token.slot);
+        }
         Ok(token)
     }
 
@@ -81,6 +111,7 @@ impl Clients {
     pub(super) fn remove(&mut self, token: Token) -> Option<Client> {
         let client = self.slots.remove(token)?;
         self.order.remove(token.slot);
+        self.siblings.remove(token.slot);
         self.ready.remove(token.slot);
         Some(client)
     }

@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::clients::Client;
 use super::event_source::{EventSource, Token};
 use super::{VsockThreadBackend, cost, name};
-use crate::host::connect_line::Progress;
+use crate::host::connect_line::{Line, Progress};
 use crate::host::entry::Entry;
 use crate::host::routes::{DialError, Dialed};
 use crate::host::socket::HostSocket;
@@ -24,13 +24,15 @@ const HOST_PORTS: u32 = 65536 - FIRST_HOST_PORT;
 
 /// Why a connection is not opened.
 #[derive(Debug, Error)]
-enum OpenError {
+pub(super) enum OpenError {
     #[error("at the limit of connections")]
     Limit,
     #[error(transparent)]
     Dial(#[from] DialError),
     #[error("nobody listens, as the last REQUEST has shown")]
     SameAsBefore,
+    #[error("its address has a connection to this port already")]
+    Taken,
     #[error("can't watch the socket: {0}")]
     Register(#[from] io::Error),
 }
@@ -42,18 +44,27 @@ impl VsockThreadBackend {
         self.counters.clients += 1;
         match entry {
             Entry::Host => self.read_line(Client::new(socket)),
-            Entry::Port(port) => self.connect_guest(socket, port, Greeting::Nothing),
+            Entry::Sibling(directory) => self.read_line(Client::sibling(socket, directory)),
+            Entry::Port(port) | Entry::Vsock(port) => {
+                self.connect_guest(socket, port, Greeting::Nothing);
+            }
         }
     }
 
     fn read_line(&mut self, mut client: Client) {
         // Most clients write their line right after connecting.
         match client.read_line() {
-            Progress::Complete { port, .. } => {
-                self.connect_guest(client.socket, GuestPort(port), Greeting::Ok);
-            }
+            Progress::Complete { port, .. } => self.admit(client, GuestPort(port)),
             Progress::Incomplete => self.await_line(client),
             Progress::Invalid => self.drop_client("no CONNECT line"),
+        }
+    }
+
+    /// Connects a client to the port that its line names.
+    fn admit(&mut self, client: Client, port: GuestPort) {
+        match client.sibling_dir {
+            None => self.connect_guest(client.socket, port, Greeting::Ok),
+            Some(directory) => self.admit_sibling(client, directory, port),
         }
     }
 
@@ -64,7 +75,7 @@ impl VsockThreadBackend {
 
     /// Whether [`VsockThreadBackend::serve_client`] has something to do.
     pub fn has_ready_clients(&self) -> bool {
-        self.clients.has_ready()
+        self.clients.has_ready() || self.routes.has_calls()
     }
 
     /// Goes on with the client that has waited longest since its event.
@@ -84,16 +95,14 @@ impl VsockThreadBackend {
             }
             Progress::Complete { port, .. } => {
                 if let Some(client) = self.clients.remove(token) {
-                    self.connect_guest(client.socket, GuestPort(port), Greeting::Ok);
+                    self.admit(client, GuestPort(port));
                 }
             }
         }
     }
 
     fn await_line(&mut self, client: Client) {
-        if self.clients.is_full()
-            && let Some(oldest) = self.clients.oldest()
-        {
+        if let Some(oldest) = self.clients.surplus(&client) {
             self.clients.remove(oldest);
             self.drop_client("too many without a CONNECT line, this is the oldest");
         }
@@ -177,7 +186,7 @@ impl VsockThreadBackend {
         }
         // The peer is asked first: a connection makes others give way, but not an attempt at one.
         self.cost += cost::DIAL;
-        let dialed = self.routes.dial(request.peer, request.packet_type);
+        let dialed = self.routes.dial(request);
         if dialed.as_ref().is_err_and(DialError::is_nobody) {
             self.nobody_at = Some(destination);
         }
@@ -191,6 +200,10 @@ impl VsockThreadBackend {
                 let dialing = Dialing::Connect;
                 VsockConnection::dialing(request, socket, dialing, self.tx_buffer_size)
             }
+            Dialed::Calling(socket) => {
+                let dialing = Dialing::Answer(Line::answer());
+                VsockConnection::dialing(request, socket, dialing, self.tx_buffer_size)
+            }
         };
         Ok(self.insert(Side::Guest, conn)?)
     }
@@ -198,7 +211,7 @@ impl VsockThreadBackend {
 
 // For both.
 impl VsockThreadBackend {
-    fn check_limit(&self, side: Side) -> Result<(), OpenError> {
+    pub(super) fn check_limit(&self, side: Side) -> Result<(), OpenError> {
         if self.connections.has_place(side) {
             Ok(())
         } else {
@@ -206,14 +219,14 @@ impl VsockThreadBackend {
         }
     }
 
-    fn make_room(&mut self) {
+    pub(super) fn make_room(&mut self) {
         if let Some(surplus) = self.connections.surplus() {
             self.reset_connection(surplus, CloseReason::Evicted);
         }
     }
 
     /// Puts a connection into the table, and its socket into the event loop.
-    fn insert(&mut self, side: Side, conn: VsockConnection) -> io::Result<Token> {
+    pub(super) fn insert(&mut self, side: Side, conn: VsockConnection) -> io::Result<Token> {
         let registry = &self.registry;
         let token = self.connections.try_insert(side, |token| {
             registry.register(conn.socket(), EventSource::Connection(token))?;

@@ -9,7 +9,6 @@ use super::limits::MAX_ROUND_COST;
 use super::ring::{has_entries, needs_interrupt};
 use super::shares::Work;
 use super::{RX_RING, TX_RING, VhostUserVsockThread};
-use crate::host::socket::HostSocket;
 use crate::thread_backend::{RxSource, cost};
 
 /// The two rings that carry packets, for the time of a turn. One that can't be worked on is not there.
@@ -100,13 +99,14 @@ impl VhostUserVsockThread {
     /// Accepts a client, and goes on with one that was accepted before. Without a driver to talk to, they are closed at once.
     fn serve_clients(&mut self) {
         self.backend.serve_client();
+        self.backend.serve_call(self.started);
         if !self.acceptors.is_pending() {
             return;
         }
         self.backend.add_cost(cost::ACCEPT);
         match self.acceptors.accept() {
             Accepted::Client(entry, socket) if self.started => {
-                self.backend.add_client(entry, HostSocket::new(socket));
+                self.backend.add_client(entry, socket);
             }
             Accepted::Client(..) => {
                 debug!("closed a client: the guest's driver has not started the device");
