@@ -208,3 +208,27 @@ fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
     ]
     .concat()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::header::Cid;
+    use crate::syscalls::Argument;
+
+    #[test]
+    fn sockets_of_af_vsock_are_made_only_to_forward() {
+        let has_vsock = |host| {
+            let mut vm = VmConfig::new(Cid::try_from(4u32).unwrap(), "/vhost", "/uds");
+            vm.host = host;
+            let calls = syscalls(&ProcessConfig::new(vec![vm]));
+            calls.iter().any(|call| {
+                let is_vsock = |argument| matches!(argument, &Argument::Is(0, libc::AF_VSOCK));
+                call.number == libc::SYS_socket && call.arguments.iter().any(is_vsock)
+            })
+        };
+        assert!(!has_vsock(HostSide::unix("/uds")));
+        let cid = Cid::try_from(3u32).unwrap();
+        let listen = Vec::new();
+        assert!(has_vsock(HostSide::Vsock { cid, listen }));
+    }
+}

@@ -193,6 +193,7 @@ const CALLER: PeerAddr = PeerAddr {
 impl Table {
     /// A sibling that has connected in the directory of siblings and written this.
     fn sibling(&mut self, line: &str) -> UnixStream {
+        self.backend.guest_started();
         let (theirs, mut ours) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         ours.set_nonblocking(true).unwrap();
