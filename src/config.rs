@@ -4,7 +4,12 @@
 //! should differ from the defaults. Nothing here touches a socket or changes a file.
 
 mod access;
+mod check;
+mod error;
+pub mod file;
+pub mod options;
 mod paths;
+mod yaml;
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -12,21 +17,11 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use thiserror::Error;
-
 pub use self::access::{AccessError, SocketAccess, SocketGroup, SocketMode};
-use self::paths::SocketPath;
-pub use self::paths::{PathError, directory_of};
-use crate::packet::header::{Cid, InvalidCid};
-
-/// The largest buffer of a connection, in bytes.
-const MAX_TX_BUFFER: u32 = 1 << 30;
-
-/// The largest ring, in entries (virtio 1.2, 2.7).
-const MAX_QUEUE_SIZE: u16 = 32768;
-
-/// The longest busy poll.
-const MAX_BUSY_POLL: Duration = Duration::from_millis(10);
+pub use self::check::Mistake;
+pub use self::error::ConfigError;
+pub use self::paths::{PathError, directory_of, sibling_path};
+use crate::packet::header::Cid;
 
 /// The configuration of a process: its VMs, and what they share.
 #[derive(Clone, Debug)]
@@ -68,6 +63,9 @@ pub struct VmConfig {
     /// The most connections at once that the guest has opened, and the most that host programs have; at least 1. Both together
     /// may have a third more, so that a quarter of all places is kept for each.
     pub max_connections: usize,
+    /// The most host programs at once that have connected and are not connected to the guest yet, at least 1. One more ends the
+    /// wait of the oldest.
+    pub max_clients: usize,
     /// How long the worker polls for more work before it sleeps, at most 10 ms. Zero turns busy polling off.
     pub busy_poll: Duration,
     /// Who may connect to the sockets of this VM.
@@ -187,44 +185,6 @@ impl FromStr for Sandbox {
     }
 }
 
-/// A mistake in a configuration. Each message says which option is wrong and what to do about it.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub enum ConfigError {
-    /// The CID can't be that of a guest.
-    #[error("--guest-cid={number}: {0}", number = .0.0)]
-    Cid(#[from] InvalidCid),
-    /// Two VMs have the same CID.
-    #[error("--guest-cid={0}: another VM has this CID, each needs its own")]
-    DuplicateCid(Cid),
-    /// The path of a socket is wrong.
-    #[error(transparent)]
-    Path(#[from] PathError),
-    /// The buffer is too small or too large.
-    #[error("--tx-buffer-size={0}: a buffer has from 1 to {MAX_TX_BUFFER} bytes")]
-    TxBufferSize(u32),
-    /// A ring can't have this size (virtio 1.2, 2.7).
-    #[error("--queue-size={0}: a ring has a power of two from 2 to {MAX_QUEUE_SIZE} entries")]
-    QueueSize(u16),
-    /// No connection would be possible.
-    #[error("--max-connections=0: at least one connection must be possible")]
-    MaxConnections,
-    /// The busy poll is too long. The number is in microseconds.
-    #[error("--busy-poll={0}: poll for at most {max} microseconds", max = MAX_BUSY_POLL.as_micros())]
-    BusyPoll(u128),
-    /// The name is not that of a [`Sandbox`].
-    #[error("it is one of {}", Sandbox::NAMES.join(", "))]
-    Sandbox,
-    /// There is no VM to serve.
-    #[error("no VM is given: say --guest-cid, --socket and --uds-path, or --vm")]
-    NoVm,
-    /// The command line has more VMs than a process serves today.
-    #[error("{0} times --vm: a process serves one VM, start another for each")]
-    TooManyVms(usize),
-    /// The sockets of the service manager (`LISTEN_FDS`) are not the ones that the daemon can use.
-    #[error("the sockets of the service manager: {0}")]
-    Activation(String),
-}
-
 impl ProcessConfig {
     /// A process that serves these VMs, without a statistics socket and with the default sandbox.
     pub fn new(vms: Vec<VmConfig>) -> Self {
@@ -234,39 +194,6 @@ impl ProcessConfig {
             access: SocketAccess::default(),
             sandbox: Sandbox::default(),
         }
-    }
-
-    /// Checks each VM alone and against the others. The directories of the sockets must exist.
-    ///
-    /// # Errors
-    /// The first mistake that is found.
-    pub fn check(&self) -> Result<(), ConfigError> {
-        if self.vms.is_empty() {
-            return Err(ConfigError::NoVm);
-        }
-        for (index, vm) in self.vms.iter().enumerate() {
-            vm.check()?;
-            let cid = vm.guest_cid;
-            if self.vms[..index].iter().any(|other| other.guest_cid == cid) {
-                return Err(ConfigError::DuplicateCid(cid));
-            }
-        }
-        let paths: Vec<SocketPath<'_>> = self.paths().collect();
-        Ok(paths::check(&paths)?)
-    }
-
-    /// The directories in which the process makes and removes sockets.
-    pub fn directories(&self) -> impl Iterator<Item = &Path> {
-        self.paths().map(|socket| directory_of(socket.path))
-    }
-
-    fn paths(&self) -> impl Iterator<Item = SocketPath<'_>> {
-        let stats = self.stats_path.as_deref().map(|path| SocketPath {
-            option: "--stats-path",
-            path,
-            is_uds_path: false,
-        });
-        self.vms.iter().flat_map(VmConfig::paths).chain(stats)
     }
 }
 
@@ -279,6 +206,8 @@ impl VmConfig {
     pub const DEFAULT_QUEUE_SIZE: u16 = 1024;
     /// The default of [`max_connections`](Self::max_connections).
     pub const DEFAULT_MAX_CONNECTIONS: usize = 1024;
+    /// The default of [`max_clients`](Self::max_clients).
+    pub const MAX_CLIENTS: usize = 1024;
     /// The default of [`busy_poll`](Self::busy_poll).
     pub const DEFAULT_BUSY_POLL: Duration = Duration::from_micros(100);
 
@@ -297,165 +226,9 @@ impl VmConfig {
             tx_buffer_size: Self::DEFAULT_TX_BUFFER_SIZE,
             queue_size: Self::DEFAULT_QUEUE_SIZE,
             max_connections: Self::DEFAULT_MAX_CONNECTIONS,
+            max_clients: Self::MAX_CLIENTS,
             busy_poll: Self::DEFAULT_BUSY_POLL,
             access: SocketAccess::default(),
         }
-    }
-
-    /// Checks all but the paths.
-    fn check(&self) -> Result<(), ConfigError> {
-        // A `Cid` may also be the host's, or one that a packet carried.
-        Cid::try_from(self.guest_cid.get())?;
-        if !(1..=MAX_TX_BUFFER).contains(&self.tx_buffer_size) {
-            return Err(ConfigError::TxBufferSize(self.tx_buffer_size));
-        }
-        if !(2..=MAX_QUEUE_SIZE).contains(&self.queue_size) || !self.queue_size.is_power_of_two() {
-            return Err(ConfigError::QueueSize(self.queue_size));
-        }
-        if self.max_connections == 0 {
-            return Err(ConfigError::MaxConnections);
-        }
-        if self.busy_poll > MAX_BUSY_POLL {
-            return Err(ConfigError::BusyPoll(self.busy_poll.as_micros()));
-        }
-        Ok(())
-    }
-
-    fn paths(&self) -> impl Iterator<Item = SocketPath<'_>> {
-        let socket = match &self.socket {
-            Socket::Path(path) => Some(SocketPath {
-                option: "--socket",
-                path,
-                is_uds_path: false,
-            }),
-            Socket::Inherited(_) => None,
-        };
-        let uds = self.host.uds_path().map(|path| SocketPath {
-            option: "--uds-path",
-            path,
-            is_uds_path: true,
-        });
-        uds.into_iter().chain(socket)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn vm(cid: u32) -> VmConfig {
-        let path = |name| format!("/tmp/{name}{cid}");
-        VmConfig::new(Cid::try_from(cid).unwrap(), path("vhost"), path("uds"))
-    }
-
-    fn check(vms: impl Into<Vec<VmConfig>>) -> Result<(), String> {
-        let checked = ProcessConfig::new(vms.into()).check();
-        checked.map_err(|error| error.to_string())
-    }
-
-    #[track_caller]
-    fn assert_refused(vms: impl Into<Vec<VmConfig>>, message: &str) {
-        let error = check(vms).unwrap_err();
-        assert!(error.contains(message), "{error} should say {message}");
-    }
-
-    fn changed(change: impl FnOnce(&mut VmConfig)) -> [VmConfig; 1] {
-        let mut vm = vm(4);
-        change(&mut vm);
-        [vm]
-    }
-
-    #[test]
-    fn the_defaults_are_right() {
-        assert_eq!(check([vm(4)]), Ok(()));
-        assert_eq!(check([vm(4), vm(5), vm(6)]), Ok(()));
-    }
-
-    #[test]
-    fn a_process_without_a_vm_is_refused() {
-        assert_refused([], "no VM is given");
-    }
-
-    #[test]
-    fn cids_that_are_no_guests_are_refused() {
-        let message = "--guest-cid=2: ";
-        assert_refused(changed(|vm| vm.guest_cid = Cid::HOST), message);
-        let raw = Cid::from_raw(1 << 32);
-        assert_refused(changed(|vm| vm.guest_cid = raw), "3 to 4294967294");
-    }
-
-    #[test]
-    fn sizes_out_of_range_are_refused() {
-        assert_refused(changed(|vm| vm.tx_buffer_size = 0), "--tx-buffer-size=0");
-        assert_refused(changed(|vm| vm.tx_buffer_size = MAX_TX_BUFFER + 1), "bytes");
-        assert_refused(changed(|vm| vm.queue_size = 100), "power of two");
-        assert_refused(changed(|vm| vm.queue_size = 1), "power of two");
-        assert_refused(changed(|vm| vm.max_connections = 0), "at least one");
-        let second = Duration::from_secs(1);
-        assert_refused(changed(|vm| vm.busy_poll = second), "10000 microseconds");
-    }
-
-    #[test]
-    fn each_vm_is_checked() {
-        let mut vms = [vm(4), vm(5)];
-        vms[1].queue_size = 3;
-        assert_refused(vms, "--queue-size=3");
-    }
-
-    #[test]
-    fn two_vms_need_two_cids() {
-        let mut vms = [vm(4), vm(5)];
-        vms[1].guest_cid = vms[0].guest_cid;
-        assert_refused(vms, "--guest-cid=4: another VM has this CID");
-    }
-
-    #[test]
-    fn two_vms_share_no_path() {
-        let mut vms = [vm(4), vm(5)];
-        vms[1].host = HostSide::unix("/tmp/vhost4");
-        assert_refused(vms, "--uds-path /tmp/vhost4: ");
-        let mut vms = [vm(4), vm(5)];
-        vms[1].socket = Socket::Path("/tmp/./vhost4".into());
-        assert_refused(vms, "--socket /tmp/./vhost4: ");
-    }
-
-    #[test]
-    fn a_guest_reaches_no_socket_of_another_vm_as_a_port() {
-        let mut vms = [vm(4), vm(5)];
-        vms[0].host = HostSide::unix("/tmp/vm");
-        vms[1].host = HostSide::unix("/tmp/vm_4");
-        let message = "--uds-path /tmp/vm_4: a guest's connections to a port of --uds-path /tmp/vm";
-        assert_refused(vms.clone(), message);
-        vms.reverse();
-        assert_refused(vms, message);
-    }
-
-    #[test]
-    fn the_statistics_socket_has_a_path_of_its_own() {
-        for (path, message) in [("/tmp/./uds4", "its own"), ("/tmp/uds4_80", "to a port")] {
-            let config = ProcessConfig {
-                stats_path: Some(path.into()),
-                ..ProcessConfig::new(vec![vm(4)])
-            };
-            let error = config.check().unwrap_err().to_string();
-            assert!(error.starts_with("--stats-path"), "{error}");
-            assert!(error.contains(message), "{error}");
-        }
-    }
-
-    #[test]
-    fn an_inherited_socket_has_no_path() {
-        assert_eq!(
-            check(changed(|vm| vm.socket = Socket::Inherited(3))),
-            Ok(())
-        );
-    }
-
-    #[test]
-    fn every_sandbox_has_a_name() {
-        let read = Sandbox::NAMES.map(|name| name.parse::<Sandbox>().unwrap());
-        assert_eq!(read, [Sandbox::Auto, Sandbox::Strict, Sandbox::Off]);
-        assert_eq!(read.map(|sandbox| sandbox.to_string()), Sandbox::NAMES);
-        assert_eq!("on".parse::<Sandbox>(), Err(ConfigError::Sandbox));
     }
 }

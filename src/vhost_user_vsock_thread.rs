@@ -42,6 +42,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::config::VmConfig;
 use crate::host::entry::EntrySocket;
+use crate::host::siblings::Membership;
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::{PacketError, RxStorage, TxStorage};
 use crate::syscalls::Syscall;
@@ -101,8 +102,6 @@ pub struct VhostUserVsockThread {
     wake: EventFd,
     backend: VsockThreadBackend,
     has_vmm: bool,
-    /// The guest's driver has started the device.
-    started: bool,
     notify_on_empty: bool,
     rings: Rings,
     shares: Shares,
@@ -132,7 +131,6 @@ impl VhostUserVsockThread {
             armed: None,
             wake,
             has_vmm: false,
-            started: false,
             notify_on_empty: false,
             rings: Rings::new(epoll.clone()),
             epoll,
@@ -144,6 +142,11 @@ impl VhostUserVsockThread {
             quiet: Quiet::default(),
             heads: Vec::with_capacity(MAX_TX_PACKETS),
         })
+    }
+
+    /// The guest reaches siblings in this process from now on, and they reach it.
+    pub fn join(&mut self, siblings: Arc<Membership>) {
+        self.backend.join(siblings);
     }
 
     /// What the worker waits for between two turns.
@@ -224,7 +227,6 @@ impl VhostUserVsockThread {
     pub fn start_ring(&mut self, index: usize, queue: &mut Queue) {
         if self.rings.start(index, queue) == Start::Afresh {
             debug!("ring {index} starts afresh, closing all connections");
-            self.started = false;
             self.backend.reset();
         }
         self.wake();
@@ -238,7 +240,6 @@ impl VhostUserVsockThread {
     /// The device starts anew: no connection survives.
     pub fn reset(&mut self) {
         self.rings.reset();
-        self.started = false;
         self.backend.reset();
     }
 }
@@ -250,7 +251,7 @@ impl VhostUserVsockThread {
         for (source, ready) in events.iter() {
             match source {
                 EventSource::Connection(token) => self.backend.socket_ready(token, ready),
-                EventSource::Client(token) => self.backend.client_ready(token),
+                EventSource::Client(token) => self.backend.client_ready(token, ready),
                 EventSource::Kick(_) => self.backend.counters().kicks += 1,
                 EventSource::Listener(number) => self.acceptors.set_pending(number),
                 EventSource::Timer => self.timer_fired(),

@@ -438,7 +438,8 @@ fn the_form_of_vhost_device_vsock_and_the_name_of_qemu_are_understood() {
         assert!(daemon.wait().unwrap().success());
     }
     let two = run(&["--vm", &vm, "--vm", &vm]);
-    assert_refused(&two, USE, "2 times --vm: a process serves one VM");
+    let message = "--vm number 2: --guest-cid=4: another VM has this CID";
+    assert_refused(&two, USE, message);
     assert_refused(&run(&["--vm", "guest-cid=4"]), USE, "socket= is missing");
 }
 

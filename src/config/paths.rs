@@ -3,16 +3,25 @@
 //! Host programs listen for a guest at `<uds-path>_<port>`, so the UDS path is a prefix as well as a path: what the guest
 //! can name must not lead to a socket that is meant for somebody else.
 
+use std::borrow::Cow;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
+
+use crate::packet::header::Cid;
 
 /// The longest path of a Unix socket, in bytes, without its closing NUL (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
 
 /// What follows the UDS path for the highest port that a guest can connect to.
 const LONGEST_PORT: &str = "_4294967295";
+
+/// What follows the CID in the name of a sibling's socket.
+const SIBLING_SUFFIX: &str = ".vsock";
+
+/// The longest name of a sibling's socket.
+const LONGEST_SIBLING: &str = "4294967294.vsock";
 
 /// A mistake in the path of a socket. `option` is the option of the command line that has the path.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -69,26 +78,74 @@ pub enum PathError {
         /// The UDS path of the guest.
         uds_path: PathBuf,
     },
+    /// The guest would connect to a socket that is not meant for it.
+    #[error("{option} {path}: no host program listens there, it is a socket of {ours}")]
+    NotAHostProgram {
+        /// The option.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The option that the socket belongs to.
+        ours: &'static str,
+    },
 }
 
 /// A path of the configuration.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct SocketPath<'c> {
+    /// The index of the VM that has it, if one has.
+    pub(super) vm: Option<usize>,
     /// The option of the command line that has it.
     pub(super) option: &'static str,
-    pub(super) path: &'c Path,
-    /// Host programs listen at this path with a port behind it.
-    pub(super) is_uds_path: bool,
+    pub(super) path: Cow<'c, Path>,
+    pub(super) kind: PathKind,
+}
+
+/// What is at a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PathKind {
+    /// A socket of the daemon.
+    Bound,
+    /// A socket of the daemon. Host programs listen at this path with a port behind it.
+    UdsPath,
+    /// A socket of the daemon, in a directory where other daemons have theirs. The name is made from the CID.
+    Sibling,
+    /// The socket of a host program, which the guest can connect to.
+    HostProgram,
+}
+
+impl PathKind {
+    /// Whether the daemon binds the socket.
+    pub(super) fn is_bound(self) -> bool {
+        self != Self::HostProgram
+    }
+}
+
+/// Where the guest with this CID is reached in a directory of siblings.
+pub fn sibling_path(directory: &Path, cid: Cid) -> PathBuf {
+    directory.join(format!("{cid}{SIBLING_SUFFIX}"))
 }
 
 impl SocketPath<'_> {
     /// Checks the path alone. The result is the same path without symbolic links or dots in its directory.
-    fn resolve(self) -> Result<PathBuf, PathError> {
-        let (option, path) = (self.option, self.path);
-        let len = path.as_os_str().len();
-        let limit = match self.is_uds_path {
-            true => MAX_SOCKET_PATH - LONGEST_PORT.len(),
-            false => MAX_SOCKET_PATH,
+    fn resolve(&self) -> Result<PathBuf, PathError> {
+        let (option, path) = (self.option, &*self.path);
+        let (path, len, limit) = match self.kind {
+            PathKind::UdsPath => (
+                path,
+                path.as_os_str().len(),
+                MAX_SOCKET_PATH - LONGEST_PORT.len(),
+            ),
+            PathKind::Sibling => {
+                // Whatever this guest's CID is, others have longer ones.
+                let directory = directory_of(path);
+                let longest = directory.join(LONGEST_SIBLING).as_os_str().len();
+                let len = directory.as_os_str().len();
+                (directory, len, MAX_SOCKET_PATH - (longest - len))
+            }
+            PathKind::Bound | PathKind::HostProgram => {
+                (path, path.as_os_str().len(), MAX_SOCKET_PATH)
+            }
         };
         let path = path.to_owned();
         if len > limit {
@@ -102,7 +159,7 @@ impl SocketPath<'_> {
         let Some(file) = self.path.file_name() else {
             return Err(PathError::NotAFile { option, path });
         };
-        let directory = directory_of(self.path);
+        let directory = directory_of(&self.path);
         match directory.canonicalize() {
             Ok(real) if real.is_dir() => Ok(real.join(file)),
             _ => Err(PathError::NoDirectory {
@@ -114,30 +171,57 @@ impl SocketPath<'_> {
     }
 }
 
-/// Checks all paths of a process, each alone and against the others.
-pub(super) fn check(paths: &[SocketPath<'_>]) -> Result<(), PathError> {
-    let mut checked: Vec<(SocketPath<'_>, PathBuf)> = Vec::new();
-    for &socket in paths {
-        let (option, path) = (socket.option, socket.path);
-        let real = socket.resolve()?;
-        if checked.iter().any(|(_, other)| *other == real) {
-            let path = path.to_owned();
-            return Err(PathError::Duplicate { option, path });
+/// Checks all paths of a process, each alone and against the others. An error comes with the path that has it.
+pub(super) fn check<'s, 'c>(
+    paths: &'s [SocketPath<'c>],
+) -> Result<(), (&'s SocketPath<'c>, PathError)> {
+    let mut bound: Vec<(&SocketPath<'c>, PathBuf)> = Vec::new();
+    let mut host_programs = Vec::new();
+    for socket in paths {
+        let real = socket.resolve().map_err(|error| (socket, error))?;
+        if !socket.kind.is_bound() {
+            host_programs.push((socket, real));
+        } else if bound.iter().any(|(_, other)| *other == real) {
+            let (option, path) = (socket.option, socket.path.to_path_buf());
+            return Err((socket, PathError::Duplicate { option, path }));
+        } else {
+            bound.push((socket, real));
         }
-        checked.push((socket, real));
     }
-    for (socket, real) in &checked {
-        let uds_paths = checked.iter().filter(|(uds, _)| uds.is_uds_path);
-        let mut uds_paths = uds_paths.filter(|(_, prefix)| is_port_of(real, prefix));
-        if let Some((uds, _)) = uds_paths.next() {
-            return Err(PathError::IsPort {
+    for (socket, real) in &bound {
+        let mut uds_paths = bound
+            .iter()
+            .filter(|(uds, _)| uds.kind == PathKind::UdsPath);
+        if let Some((uds, _)) = uds_paths.find(|(_, prefix)| is_port_of(real, prefix)) {
+            let error = PathError::IsPort {
                 option: socket.option,
-                path: socket.path.to_owned(),
-                uds_path: uds.path.to_owned(),
-            });
+                path: socket.path.to_path_buf(),
+                uds_path: uds.path.to_path_buf(),
+            };
+            return Err((socket, error));
+        }
+    }
+    for (socket, real) in &host_programs {
+        let is_ours = |(ours, bound): &(&SocketPath<'_>, PathBuf)| {
+            bound == real || (ours.kind == PathKind::Sibling && is_sibling_of(real, bound))
+        };
+        if let Some((ours, _)) = bound.iter().find(|bound| is_ours(bound)) {
+            let error = PathError::NotAHostProgram {
+                option: socket.option,
+                path: socket.path.to_path_buf(),
+                ours: ours.option,
+            };
+            return Err((socket, error));
         }
     }
     Ok(())
+}
+
+/// Whether a daemon may listen at `path` for guests that reach `sibling` in the same directory.
+fn is_sibling_of(path: &Path, sibling: &Path) -> bool {
+    let is_name = |name: &[u8]| name.ends_with(SIBLING_SUFFIX.as_bytes());
+    let name = path.file_name().map(OsStrExt::as_bytes);
+    directory_of(path) == directory_of(sibling) && name.is_some_and(is_name)
 }
 
 /// The directory that holds the file of this path.
@@ -166,17 +250,19 @@ mod tests {
 
     fn socket(path: &Path) -> SocketPath<'_> {
         SocketPath {
+            vm: None,
             option: "--socket",
-            path,
-            is_uds_path: false,
+            path: path.into(),
+            kind: PathKind::Bound,
         }
     }
 
     fn uds(path: &Path) -> SocketPath<'_> {
         SocketPath {
+            vm: None,
             option: "--uds-path",
-            path,
-            is_uds_path: true,
+            path: path.into(),
+            kind: PathKind::UdsPath,
         }
     }
 
@@ -207,8 +293,8 @@ mod tests {
 
     #[test]
     fn the_same_file_by_two_names_is_refused() {
-        let paths = ["/tmp/vhost", "/tmp/./vhost"].map(Path::new);
-        let error = check(&paths.map(socket)).unwrap_err();
+        let paths = ["/tmp/vhost", "/tmp/./vhost"].map(Path::new).map(socket);
+        let (_, error) = check(&paths).unwrap_err();
         assert!(error.to_string().starts_with("--socket /tmp/./vhost: "));
         assert!(matches!(error, PathError::Duplicate { .. }));
     }
@@ -217,8 +303,8 @@ mod tests {
     fn a_path_that_the_guest_can_name_is_refused_in_either_order() {
         for name in ["/tmp/uds_0", "/tmp/uds_1234", "/tmp/./uds_4294967295"] {
             let (prefix, path) = (uds(Path::new("/tmp/uds")), socket(Path::new(name)));
-            for paths in [[prefix, path], [path, prefix]] {
-                let error = check(&paths).unwrap_err();
+            for paths in [[prefix.clone(), path.clone()], [path, prefix]] {
+                let (_, error) = check(&paths).unwrap_err();
                 assert!(matches!(error, PathError::IsPort { .. }), "{name}");
             }
         }
@@ -236,7 +322,7 @@ mod tests {
             "/tmp/uds_1_2",
         ] {
             let paths = [uds(Path::new("/tmp/uds")), socket(Path::new(name))];
-            assert_eq!(check(&paths), Ok(()), "{name}");
+            assert!(check(&paths).is_ok(), "{name}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! What the daemon gives up before it serves, so that whoever takes it over gains little.
 //!
 //! When the sandbox is entered, all sockets are bound. From then on the daemon only moves bytes between descriptors,
-//! connects to `<uds-path>_<port>`, starts a thread for each VMM, and removes its sockets when it stops. Everything else is
+//! connects to host programs and siblings, starts a thread for each VMM, and removes its sockets when it stops. Everything else is
 //! given up: capabilities, new privileges, core dumps, being traced by other processes of its user, the file system
 //! (Landlock), and every system call that is not listed (seccomp).
 //!
@@ -28,7 +28,7 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::config::{ProcessConfig, Sandbox, directory_of};
+use crate::config::{ProcessConfig, Sandbox};
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
 
 /// The Landlock version that a complete sandbox takes, that of Linux 6.12.
@@ -190,12 +190,10 @@ fn restrict_files(config: &ProcessConfig) -> Result<(), Missing> {
         Ok(())
     };
     for directory in config.directories() {
-        allow(directory, AccessFs::RemoveFile.into())?;
+        allow(&directory, AccessFs::RemoveFile.into())?;
     }
-    for vm in &config.vms {
-        if let Some(path) = vm.host.uds_path() {
-            allow(directory_of(path), AccessFs::ResolveUnix.into())?;
-        }
+    for directory in config.peer_directories() {
+        allow(directory, AccessFs::ResolveUnix.into())?;
     }
     let status = ruleset.restrict_self()?;
     match status.landlock {

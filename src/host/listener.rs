@@ -75,6 +75,9 @@ pub enum ListenerError {
     /// The system refused to bind the socket.
     #[error("{0}: can't listen there: {1}")]
     Io(PathBuf, io::Error),
+    /// The system refused to listen on a port of AF_VSOCK.
+    #[error("port {0} of AF_VSOCK: can't listen there: {1}")]
+    Vsock(u32, io::Error),
     /// The inherited descriptor is not a socket that can be used.
     #[error("descriptor {0}: {1}")]
     Inherited(RawFd, io::Error),
@@ -300,7 +303,7 @@ fn is_bound(path: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::socket::HostSocket;
+    use crate::host::dialer::Dialer;
     use nix::sys::socket::{AddressFamily, SockFlag, UnixAddr, socket};
     use tempfile::TempDir;
 
@@ -398,8 +401,9 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();
+        let mut dialer = Dialer::default();
         let mut waiting = Vec::new();
-        while let Ok(stream) = HostSocket::connect(&path, &mut None) {
+        while let Ok(stream) = dialer.connect(&path, None) {
             waiting.push(stream);
         }
         assert!(matches!(bind(&path), Err(ListenerError::InUse(_))));

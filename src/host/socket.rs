@@ -8,35 +8,30 @@
 //! - Whether the peer has closed or has only ended its direction is told by POLLHUP, not by what `recv` returns.
 //! - A peer that closes before it has read everything leaves ECONNRESET behind its last byte, in place of the end.
 //! - A receive stops at descriptors that were sent along, and at out-of-band data, although more bytes follow.
+//!
+//! AF_VSOCK, where a guest's connections are forwarded to that of the host, has others:
+//!
+//! - POLLHUP is set only once both we and the peer have ended our direction. A peer that has closed sends no more (POLLRDHUP) and
+//!   receives no more (EPIPE, as above); after a reset the socket is not connected (ENOTCONN).
+//! - A connect goes on in the background. An error that ends it is ECONNRESET where nobody listens.
 
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, recv, send,
-    sendmsg, setsockopt, shutdown, socket, sockopt,
+    MsgFlags, SockaddrStorage, getpeername, getsockopt, recv, send, sendmsg, setsockopt, shutdown,
+    sockopt,
 };
 
 use crate::packet::{Payload, Received, RxBatch};
 use crate::syscalls::{Argument, Syscall};
 
-/// To connect to a host program, to move bytes that are not in guest memory, and to look at a socket's state.
+/// To move bytes that are not in guest memory, and to look at a socket's state.
 pub(super) const SYSCALLS: &[Syscall] = &[
-    Syscall::only(
-        libc::SYS_socket,
-        &[
-            Argument::Is(0, libc::AF_UNIX),
-            Argument::Is(
-                1,
-                libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
-            ),
-        ],
-    ),
-    Syscall::any(libc::SYS_connect),
     Syscall::only(
         libc::SYS_setsockopt,
         &[
@@ -51,6 +46,14 @@ pub(super) const SYSCALLS: &[Syscall] = &[
             Argument::Is(2, libc::SO_ERROR),
         ],
     ),
+    Syscall::only(
+        libc::SYS_getsockopt,
+        &[
+            Argument::Is(1, libc::SOL_SOCKET),
+            Argument::Is(2, libc::SO_PEERCRED),
+        ],
+    ),
+    Syscall::any(libc::SYS_getpeername),
     Syscall::any(libc::SYS_sendmsg),
     Syscall::any(libc::SYS_sendto),
     Syscall::any(libc::SYS_recvfrom),
@@ -102,29 +105,26 @@ impl HostSocket {
         Self(socket)
     }
 
-    /// Connects to who listens at `path`, without waiting: a full backlog is `WouldBlock`. A socket that could not be connected is
-    /// left in `spare`, and used by the next call: a guest may ask for nobody again and again.
-    pub fn connect(path: &Path, spare: &mut Option<OwnedFd>) -> io::Result<Self> {
-        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let socket = match spare.take() {
-            Some(socket) => socket,
-            None => socket(AddressFamily::Unix, SockType::Stream, flags, None)?,
-        };
-        match connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
-            Ok(()) => Ok(Self::new(socket)),
-            Err(error) => {
-                *spare = Some(socket);
-                Err(error.into())
-            }
-        }
+    /// A socket of AF_VSOCK that is connected, or about to be. It must be non-blocking. How much it holds is the credit that the
+    /// peer gives.
+    pub fn vsock(socket: OwnedFd) -> Self {
+        Self(socket)
     }
 
-    /// How a connect that has not waited has ended, once the socket has become writable.
-    pub fn connect_result(&self) -> io::Result<()> {
-        match getsockopt(self, sockopt::SocketError)? {
-            0 => Ok(()),
-            error => Err(io::Error::from_raw_os_error(error)),
+    /// How a connect that has not waited has ended; none while it goes on.
+    pub fn connect_result(&self) -> Option<io::Result<()>> {
+        match getsockopt(self, sockopt::SocketError) {
+            Ok(0) => {}
+            Ok(error) => return Some(Err(io::Error::from_raw_os_error(error))),
+            Err(error) => return Some(Err(error.into())),
         }
+        let connected = getpeername::<SockaddrStorage>(self.0.as_raw_fd()).is_ok();
+        connected.then_some(Ok(()))
+    }
+
+    /// The user who has made the other end. It is the caller of connect(2) at a socket that was accepted.
+    pub fn peer_uid(&self) -> io::Result<u32> {
+        Ok(getsockopt(self, sockopt::PeerCredentials)?.uid())
     }
 
     /// Sends payload from guest memory, and returns how much of it the socket took.
@@ -181,14 +181,21 @@ impl HostSocket {
 
     /// Whether the other end has closed, or both directions are over.
     pub fn peer_closed(&self) -> bool {
-        let mut fds = [PollFd::new(self.as_fd(), PollFlags::empty())];
+        let sends_no_more = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        self.has(PollFlags::empty()) || self.has(sends_no_more) && self.peer_stopped_receiving()
+    }
+
+    /// Whether one of these events is there, or POLLHUP or POLLERR.
+    fn has(&self, events: PollFlags) -> bool {
+        let mut fds = [PollFd::new(self.as_fd(), events)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
     }
 
     /// Whether the other end receives no more. A socket whose sending direction we have shut down looks the same.
     pub fn peer_stopped_receiving(&self) -> bool {
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        send(self.0.as_raw_fd(), &[], flags) == Err(nix::Error::EPIPE)
+        let sent = send(self.0.as_raw_fd(), &[], flags);
+        matches!(sent, Err(Errno::EPIPE | Errno::ENOTCONN))
     }
 }
 

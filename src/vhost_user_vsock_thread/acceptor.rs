@@ -10,6 +10,7 @@ use socket2::Socket;
 
 use super::epoll::Epoll;
 use crate::host::entry::{Entry, EntrySocket};
+use crate::host::socket::HostSocket;
 use crate::syscalls::Syscall;
 use crate::thread_backend::event_source::EventSource;
 
@@ -23,7 +24,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(super) enum Accepted {
     /// A host program has connected, to this entry.
-    Client(Entry, OwnedFd),
+    Client(Entry, HostSocket),
     /// Nobody is waiting.
     Nobody,
     /// The system refuses, for now, and did not before.
@@ -128,7 +129,12 @@ impl Acceptor {
             match self.listener.accept4(SOCK_NONBLOCK | SOCK_CLOEXEC) {
                 Ok((socket, _)) => {
                     self.short = false;
-                    return Accepted::Client(self.entry, socket.into());
+                    let socket = OwnedFd::from(socket);
+                    let socket = match self.entry {
+                        Entry::Vsock(_) => HostSocket::vsock(socket),
+                        Entry::Host | Entry::Port(_) | Entry::Sibling(_) => HostSocket::new(socket),
+                    };
+                    return Accepted::Client(self.entry, socket);
                 }
                 Err(error) => match error.kind() {
                     // The client has left already, or a signal came.

@@ -9,7 +9,6 @@ use super::limits::MAX_ROUND_COST;
 use super::ring::{has_entries, needs_interrupt};
 use super::shares::Work;
 use super::{RX_RING, TX_RING, VhostUserVsockThread};
-use crate::host::socket::HostSocket;
 use crate::thread_backend::{RxSource, cost};
 
 /// The two rings that carry packets, for the time of a turn. One that can't be worked on is not there.
@@ -36,7 +35,9 @@ impl VhostUserVsockThread {
             has_buffers: has(RX_RING),
             has_packets: has(TX_RING),
         };
-        self.started |= round.has_buffers && round.has_packets;
+        if round.has_buffers && round.has_packets && !self.backend.has_guest() {
+            self.backend.guest_started();
+        }
         if !round.has_buffers {
             self.backend.rx_starved();
         }
@@ -97,16 +98,20 @@ impl VhostUserVsockThread {
         }
     }
 
-    /// Accepts a client, and goes on with one that was accepted before. Without a driver to talk to, they are closed at once.
+    /// Accepts a client, and goes on with one that was accepted before. Without a driver to talk to, those that do not wait for
+    /// it are closed at once.
     fn serve_clients(&mut self) {
         self.backend.serve_client();
+        self.backend.serve_call();
         if !self.acceptors.is_pending() {
             return;
         }
         self.backend.add_cost(cost::ACCEPT);
         match self.acceptors.accept() {
-            Accepted::Client(entry, socket) if self.started => {
-                self.backend.add_client(entry, HostSocket::new(socket));
+            Accepted::Client(entry, socket)
+                if self.backend.has_guest() || self.backend.waits_for_guest(entry) =>
+            {
+                self.backend.add_client(entry, socket);
             }
             Accepted::Client(..) => {
                 debug!("closed a client: the guest's driver has not started the device");

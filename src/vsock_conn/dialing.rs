@@ -9,10 +9,6 @@ pub enum Dialing {
     /// The end of a connect(2) that has not waited.
     Connect,
     /// The answer to our CONNECT line.
-    #[cfg_attr(
-        not(any(test, feature = "fuzzing")),
-        expect(dead_code, reason = "for routes to other daemons' guests")
-    )]
     Answer(Line),
 }
 
@@ -29,8 +25,9 @@ impl Dialing {
     pub(super) fn poll(&mut self, socket: &HostSocket) -> Answer {
         match self {
             Self::Connect => match socket.connect_result() {
-                Ok(()) => Answer::Accepted,
-                Err(_) => Answer::Refused,
+                None => Answer::None,
+                Some(Ok(())) => Answer::Accepted,
+                Some(Err(_)) => Answer::Refused,
             },
             Self::Answer(line) => match connect_line::read(socket, line) {
                 Progress::Incomplete => Answer::None,
