@@ -15,6 +15,7 @@ use super::service::{self, ServiceManager, Status};
 use super::vm::{self, BoundVm, Threads, Vm, VmError};
 use crate::config::{ConfigError, HostSide, ProcessConfig, VmConfig};
 use crate::host::listener::{self, ListenerError, SocketFile};
+use crate::host::siblings::{self, Siblings};
 use crate::host::vsock;
 use crate::metrics;
 use crate::metrics::counters::Snapshot;
@@ -109,11 +110,12 @@ impl Server {
         raise_descriptor_limit();
         listener::tighten_umask();
         let board = Arc::new(Board::default());
+        let siblings = Arc::new(Siblings::default());
         let mut bound = Vec::new();
         for vm in &config.vms {
             let (board, posted) = (board.clone(), Posted::default());
             let observer = move |activity| board.post(&posted, activity);
-            bound.push(BoundVm::new(vm, observer)?);
+            bound.push(BoundVm::new(vm, &siblings, observer)?);
         }
         let stats = config.stats_path.as_ref();
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
@@ -170,6 +172,7 @@ impl Server {
 
 /// All system calls of the daemon but those of the language's run time.
 fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
+    let has_siblings = siblings::are_among(&config.vms);
     let forwards = |vm: &VmConfig| matches!(vm.host, HostSide::Vsock { .. });
     let vsock = match config.vms.iter().any(forwards) {
         true => vsock::SYSCALLS,
@@ -177,6 +180,11 @@ fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
     };
     [
         SYSCALLS,
+        if has_siblings {
+            siblings::SYSCALLS
+        } else {
+            &[]
+        },
         vm::SYSCALLS,
         &service::syscalls(),
         &log_writer::syscalls(),

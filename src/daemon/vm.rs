@@ -18,9 +18,12 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use vhost::vhost_user::Error as VhostUserError;
 
-use crate::config::{ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig};
+use crate::config::{
+    ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig, sibling_path,
+};
 use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
+use crate::host::siblings::Siblings;
 use crate::host::vsock;
 use crate::packet::header::GuestPort;
 use crate::syscalls::Syscall;
@@ -142,9 +145,10 @@ enum VmmSocket {
 }
 
 impl BoundVm {
-    /// Makes the sockets of a VM. `observer` gets its activity.
+    /// Makes the sockets of a VM, which joins `siblings`. `observer` gets its activity.
     pub(super) fn new(
         config: &VmConfig,
+        siblings: &Arc<Siblings>,
         observer: impl Fn(Activity) + Send + Sync + 'static,
     ) -> Result<Self, VmError> {
         let vmm = match &config.socket {
@@ -160,7 +164,7 @@ impl BoundVm {
             entries.push(EntrySocket::new(entry, file.listener()?));
             files.push(file);
         }
-        let device = VhostUserVsockBackend::new(config, entries, observer)?;
+        let device = VhostUserVsockBackend::new(config, entries, siblings, observer)?;
         Ok(Self {
             name: config.guest_cid.to_string(),
             vmm,
@@ -234,6 +238,11 @@ fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerE
         let file = SocketFile::bind(path, config.access)?;
         entries.push((Entry::Port(GuestPort(*port)), file));
     }
+    for (index, directory) in config.sibling_dirs.iter().enumerate() {
+        let path = sibling_path(directory, config.guest_cid);
+        let file = SocketFile::bind(&path, config.access)?;
+        entries.push((Entry::Sibling(index), file));
+    }
     Ok(entries)
 }
 
@@ -261,7 +270,7 @@ impl Vm {
             sandbox: Sandbox::Off,
         };
         process.check()?;
-        BoundVm::new(config, |_| {})?.start(Threads::new()?)
+        BoundVm::new(config, &Arc::default(), |_| {})?.start(Threads::new()?)
     }
 
     /// Its device, for statistics for as long as the process runs.

@@ -8,6 +8,7 @@
 //! vsock          the host's own AF_VSOCK
 //! connect_line   CONNECT and OK
 //! routes         where a guest's connection leads
+//! siblings       guests that reach each other
 //! ```
 
 pub mod connect_line;
@@ -15,6 +16,7 @@ pub mod dialer;
 pub mod entry;
 pub mod listener;
 pub mod routes;
+pub mod siblings;
 pub mod socket;
 pub mod vsock;
 

@@ -46,6 +46,13 @@ pub(super) const SYSCALLS: &[Syscall] = &[
             Argument::Is(2, libc::SO_ERROR),
         ],
     ),
+    Syscall::only(
+        libc::SYS_getsockopt,
+        &[
+            Argument::Is(1, libc::SOL_SOCKET),
+            Argument::Is(2, libc::SO_PEERCRED),
+        ],
+    ),
     Syscall::any(libc::SYS_getpeername),
     Syscall::any(libc::SYS_sendmsg),
     Syscall::any(libc::SYS_sendto),
@@ -113,6 +120,11 @@ impl HostSocket {
         }
         let connected = getpeername::<SockaddrStorage>(self.0.as_raw_fd()).is_ok();
         connected.then_some(Ok(()))
+    }
+
+    /// The user who has made the other end. It is the caller of connect(2) at a socket that was accepted.
+    pub fn peer_uid(&self) -> io::Result<u32> {
+        Ok(getsockopt(self, sockopt::PeerCredentials)?.uid())
     }
 
     /// Sends payload from guest memory, and returns how much of it the socket took.

@@ -1,5 +1,5 @@
-//! Host programs that have connected and have no connection to the guest: those that have not said yet which port they want,
-//! and those that wait for a guest that accepts them.
+//! Host programs and siblings that have connected and have no connection to the guest: those that have not said yet which port
+//! they want, and the host programs that wait for a guest that accepts them.
 //!
 //! ```text
 //! accepted --> Line --CONNECT--> Guest --REQUEST--> a connection --RESPONSE--> established
@@ -17,7 +17,7 @@ use super::slot_list::SlotList;
 use super::slots::Slots;
 use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
-use crate::packet::header::GuestPort;
+use crate::packet::header::{GuestPort, PeerAddr};
 use crate::vsock_conn::Greeting;
 
 /// How long a host program has to write its CONNECT line. A person may type it by hand.
@@ -25,6 +25,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How many host programs may have connected without a CONNECT line. One more evicts the oldest.
 const MAX_CLIENTS: usize = 1024;
+
+/// How many of them may be siblings. One more evicts the oldest sibling: most places are kept for host programs.
+const MAX_SIBLINGS: usize = MAX_CLIENTS / 4;
 
 /// How many host programs may wait for the guest, those whose REQUEST is on its way included. One more is treated as if there was
 /// no waiting: whoever waits longest should get in first.
@@ -76,6 +79,8 @@ pub(super) struct Client {
     pub(super) stage: Stage,
     /// When it is looked at whatever happens.
     deadline: Instant,
+    /// In which directory of siblings it has connected, if it is one.
+    pub(super) sibling_dir: Option<usize>,
 }
 
 impl Client {
@@ -85,6 +90,7 @@ impl Client {
             socket,
             stage: Stage::Line(Line::request()),
             deadline: Instant::now() + HANDSHAKE_TIMEOUT,
+            sibling_dir: None,
         }
     }
 
@@ -97,6 +103,24 @@ impl Client {
                 waiting,
                 due: false,
             },
+            sibling_dir: None,
+        }
+    }
+
+    /// One that has connected in the directory of siblings of this index.
+    pub(super) fn sibling(socket: HostSocket, directory: usize) -> Self {
+        Self {
+            stage: Stage::Line(Line::sibling_request()),
+            sibling_dir: Some(directory),
+            ..Self::new(socket)
+        }
+    }
+
+    /// Who calls, as a sibling's line that is complete says.
+    pub(super) fn caller(&self) -> Option<PeerAddr> {
+        match &self.stage {
+            Stage::Line(line) => Some(line.caller()),
+            Stage::Guest { .. } => None,
         }
     }
 
@@ -120,6 +144,8 @@ pub(super) struct Clients {
     slots: Slots<Client>,
     /// Those without a line, oldest first.
     lines: SlotList,
+    /// The siblings among them, oldest first.
+    siblings: SlotList,
     /// Those that wait for the guest.
     waiting: SlotList,
     /// How many of those that wait have a connection at the moment, which the guest has not accepted.
@@ -140,9 +166,12 @@ impl Clients {
         self.slots.len()
     }
 
-    /// Whether one more without a line is too many.
-    pub(super) fn is_full(&self) -> bool {
-        self.lines.len() >= MAX_CLIENTS
+    /// The client that is to give way to this new one, if there are too many.
+    pub(super) fn surplus(&self, new: &Client) -> Option<Token> {
+        if new.sibling_dir.is_some() && self.siblings.len() >= MAX_SIBLINGS {
+            return self.oldest_sibling();
+        }
+        self.oldest().filter(|_| self.lines.len() >= MAX_CLIENTS)
     }
 
     /// Whether one more may wait for the guest.
@@ -173,6 +202,10 @@ impl Clients {
             }
             self.deadlines.replace(token, None, Some(client.deadline));
         }
+        let client = self.slots.get(token);
+        if client.is_some_and(|client| client.sibling_dir.is_some()) {
+            self.siblings.push(token.slot);
+        }
         Ok(token)
     }
 
@@ -183,6 +216,7 @@ impl Clients {
     pub(super) fn remove(&mut self, token: Token) -> Option<Client> {
         let client = self.slots.remove(token)?;
         self.lines.remove(token.slot);
+        self.siblings.remove(token.slot);
         self.waiting.remove(token.slot);
         self.deadlines.remove(token, Some(client.deadline));
         self.ready.remove(token.slot);
@@ -211,6 +245,19 @@ impl Clients {
     /// The oldest without a line.
     pub(super) fn oldest(&self) -> Option<Token> {
         self.slots.token(self.lines.first()?)
+    }
+
+    /// The oldest sibling without a line.
+    fn oldest_sibling(&self) -> Option<Token> {
+        self.slots.token(self.siblings.first()?)
+    }
+
+    /// One without a line that does not wait for the guest; host programs may do so.
+    pub(super) fn oldest_that_leaves(&self, host_programs_wait: bool) -> Option<Token> {
+        match host_programs_wait {
+            true => self.oldest_sibling(),
+            false => self.oldest(),
+        }
     }
 
     /// The earliest deadline.

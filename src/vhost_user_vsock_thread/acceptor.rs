@@ -132,7 +132,7 @@ impl Acceptor {
                     let socket = OwnedFd::from(socket);
                     let socket = match self.entry {
                         Entry::Vsock(_) => HostSocket::vsock(socket),
-                        Entry::Host | Entry::Port(_) => HostSocket::new(socket),
+                        Entry::Host | Entry::Port(_) | Entry::Sibling(_) => HostSocket::new(socket),
                     };
                     return Accepted::Client(self.entry, socket);
                 }

@@ -8,15 +8,17 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::guest::SimGuest;
-use super::packet::{Flow, Op, Packet};
+use super::packet::{Flow, HOST_CID, Op, Packet};
 use super::setup::Setup;
-use crate::common::daemon::{Daemon, PATIENCE};
+use crate::common::daemon::{Daemon, GUEST_CID, PATIENCE};
 
 /// The host port of [`FLOW`].
 pub const PORT: u32 = 1234;
 
 /// The default connection made by the guest.
 pub const FLOW: Flow = Flow {
+    guest_cid: GUEST_CID,
+    peer_cid: HOST_CID,
     guest_port: 40_000,
     host_port: PORT,
     buf_alloc: 262_144,

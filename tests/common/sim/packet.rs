@@ -119,7 +119,6 @@ impl Packet {
             packet.payload.len(),
             "len against the used length: {packet:?}"
         );
-        assert_eq!(packet.dst_cid, GUEST_CID, "{packet:?}");
         if packet.op != Op::Rw as u16 {
             assert_eq!(
                 packet.len, 0,
@@ -141,13 +140,17 @@ impl Packet {
             self.is(op) && flow.owns(self),
             "wanted {op:?} for {flow:?}, got {self:?}"
         );
-        assert_eq!((self.src_cid, self.kind), (HOST_CID, STREAM), "{self:?}");
+        assert_eq!(self.kind, STREAM, "{self:?}");
     }
 }
 
 /// One connection, as the guest sees it: makes the packets that belong to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
+    /// The guest's CID.
+    pub guest_cid: u64,
+    /// The other end's: the host's, or another guest's.
+    pub peer_cid: u64,
     /// The guest's port.
     pub guest_port: u32,
     /// The host's port.
@@ -162,6 +165,8 @@ impl Flow {
     /// A connection between two ports.
     pub fn new(guest_port: u32, host_port: u32) -> Self {
         Self {
+            guest_cid: GUEST_CID,
+            peer_cid: HOST_CID,
             guest_port,
             host_port,
             buf_alloc: BUF_ALLOC,
@@ -171,12 +176,21 @@ impl Flow {
 
     /// The connection a packet from the host belongs to.
     pub fn of(packet: &Packet) -> Self {
-        Self::new(packet.dst_port, packet.src_port)
+        Self {
+            guest_cid: packet.dst_cid,
+            peer_cid: packet.src_cid,
+            ..Self::new(packet.dst_port, packet.src_port)
+        }
     }
 
     /// Whether a packet from the host belongs to this connection.
     pub fn owns(&self, packet: &Packet) -> bool {
-        (packet.dst_port, packet.src_port) == (self.guest_port, self.host_port)
+        *self
+            == Self {
+                buf_alloc: self.buf_alloc,
+                fwd_cnt: self.fwd_cnt,
+                ..Self::of(packet)
+            }
     }
 
     /// A packet without payload.
@@ -184,6 +198,8 @@ impl Flow {
         Packet {
             buf_alloc: self.buf_alloc,
             fwd_cnt: self.fwd_cnt,
+            src_cid: self.guest_cid,
+            dst_cid: self.peer_cid,
             ..Packet::new(op, self.guest_port, self.host_port)
         }
     }
