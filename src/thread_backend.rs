@@ -96,7 +96,7 @@ impl VsockThreadBackend {
             routes: Routes::new(config),
             registry,
             connections: Connections::new(Places::new(config.max_connections)),
-            clients: Clients::default(),
+            clients: Clients::new(config.max_clients),
             wait_for_guest: config.wait_for_guest,
             has_guest: false,
             deadlines: Deadlines::default(),

@@ -23,16 +23,6 @@ use crate::vsock_conn::Greeting;
 /// How long a host program has to write its CONNECT line. A person may type it by hand.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How many host programs may have connected without a CONNECT line. One more evicts the oldest.
-const MAX_CLIENTS: usize = 1024;
-
-/// How many of them may be siblings. One more evicts the oldest sibling: most places are kept for host programs.
-const MAX_SIBLINGS: usize = MAX_CLIENTS / 4;
-
-/// How many host programs may wait for the guest, those whose REQUEST is on its way included. One more is treated as if there was
-/// no waiting: whoever waits longest should get in first.
-const MAX_WAITING: usize = 1024;
-
 /// The time between two REQUESTs for a client.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -139,8 +129,11 @@ impl Client {
 }
 
 /// The clients.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Clients {
+    /// How many there may be without a line, and how many that wait for the guest. One more of the first kind evicts the
+    /// oldest. One more of the second is treated as if there was no waiting: whoever waits longest should get in first.
+    max: usize,
     slots: Slots<Client>,
     /// Those without a line, oldest first.
     lines: SlotList,
@@ -156,6 +149,19 @@ pub(super) struct Clients {
 }
 
 impl Clients {
+    pub(super) fn new(max: usize) -> Self {
+        Self {
+            max,
+            slots: Slots::default(),
+            lines: SlotList::default(),
+            siblings: SlotList::default(),
+            waiting: SlotList::default(),
+            requested: 0,
+            deadlines: Deadlines::default(),
+            ready: SlotList::default(),
+        }
+    }
+
     /// How many have not named a port.
     pub(super) fn handshaking(&self) -> usize {
         self.lines.len()
@@ -166,17 +172,18 @@ impl Clients {
         self.slots.len()
     }
 
-    /// The client that is to give way to this new one, if there are too many.
+    /// The client that is to give way to this new one, if there are too many. Of four places, siblings may have one: most are
+    /// kept for host programs.
     pub(super) fn surplus(&self, new: &Client) -> Option<Token> {
-        if new.sibling_dir.is_some() && self.siblings.len() >= MAX_SIBLINGS {
+        if new.sibling_dir.is_some() && self.siblings.len() >= (self.max / 4).max(1) {
             return self.oldest_sibling();
         }
-        self.oldest().filter(|_| self.lines.len() >= MAX_CLIENTS)
+        self.oldest().filter(|_| self.lines.len() >= self.max)
     }
 
-    /// Whether one more may wait for the guest.
+    /// Whether one more may wait for the guest. Those whose REQUEST is on its way count.
     pub(super) fn may_wait(&self) -> bool {
-        self.waiting.len() + self.requested < MAX_WAITING
+        self.waiting.len() + self.requested < self.max
     }
 
     /// One that waits has got a connection.
