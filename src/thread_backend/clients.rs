@@ -181,9 +181,14 @@ impl Clients {
         self.oldest().filter(|_| self.lines.len() >= self.max)
     }
 
-    /// Whether one more may wait for the guest. Those whose REQUEST is on its way count.
+    /// How many wait for the guest, those whose REQUEST is on its way included.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len() + self.requested
+    }
+
+    /// Whether one more may wait for the guest.
     pub(super) fn may_wait(&self) -> bool {
-        self.waiting.len() + self.requested < self.max
+        self.waiting() < self.max
     }
 
     /// One that waits has got a connection.
