@@ -35,7 +35,7 @@
 //! thread_backend                 the table of connections          (+ one file for each concern of it)
 //! vsock_conn                     one connection: its states        (+ credit, shutdown, stream_mover)
 //! rxqueue, rxops, txbuf          what is pending for the guest, and bytes that wait for the host
-//! host/                          the host's side: sockets, listeners, the CONNECT line, routes
+//! host/                          the host's side: sockets, listeners, the CONNECT line, routes, siblings
 //! metrics/                       counters, and the texts that show them
 //! packet (+ header, chain, iov)  packets in guest memory; iov is the only unsafe code
 //! memory                         how it goes back to the system

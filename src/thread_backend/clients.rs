@@ -131,7 +131,7 @@ impl Client {
 /// The clients.
 #[derive(Debug)]
 pub(super) struct Clients {
-    /// How many may be without a line, and how many may wait.
+    /// How many there may be without a line, of which one more evicts the oldest, and how many that wait for the guest.
     max: usize,
     slots: Slots<Client>,
     /// Those without a line, oldest first.
@@ -148,17 +148,16 @@ pub(super) struct Clients {
 }
 
 impl Clients {
-    /// No clients. At most `max` may be without a line, one more evicts the oldest; and at most as many may wait for the guest.
     pub(super) fn new(max: usize) -> Self {
         Self {
             max,
             slots: Slots::default(),
             lines: SlotList::default(),
-            siblings: SlotList::default(),
             waiting: SlotList::default(),
             requested: 0,
             deadlines: Deadlines::default(),
             ready: SlotList::default(),
+            siblings: SlotList::default(),
         }
     }
 
@@ -172,9 +171,10 @@ impl Clients {
         self.slots.len()
     }
 
-    /// The client without a line that is to give way to this new one, if there are too many.
+    /// The client without a line that is to give way to this new one, if there are too many. Of four places, siblings may have
+    /// one: most are kept for host programs.
     pub(super) fn surplus(&self, new: &Client) -> Option<Token> {
-        let oldest = if new.sibling_dir.is_some() && self.siblings.len() >= self.max_siblings() {
+        let oldest = if new.sibling_dir.is_some() && self.siblings.len() >= (self.max / 4).max(1) {
             self.siblings.first()
         } else if self.lines.len() >= self.max {
             self.lines.first()
@@ -184,13 +184,8 @@ impl Clients {
         self.slots.token(oldest?)
     }
 
-    /// How many of those without a line may be siblings: most places are kept for host programs.
-    fn max_siblings(&self) -> usize {
-        (self.max / 4).max(1)
-    }
-
-    /// Whether one more may wait for the guest, those whose REQUEST is on its way included. If not, it is treated as if there was
-    /// no waiting: whoever waits longest should get in first.
+    /// Whether one more may wait for the guest, those whose REQUEST is on its way included. Where not, it is treated as if there
+    /// was no waiting: whoever waits longest should get in first.
     pub(super) fn may_wait(&self) -> bool {
         self.waiting.len() + self.requested < self.max
     }
