@@ -1,5 +1,5 @@
-//! Clients, host programs and siblings, that have connected and have no connection to the guest: those that have not said yet which port they want,
-//! and those that wait for a guest that accepts them.
+//! Host programs and siblings that have connected and have no connection to the guest: those that have not said yet which port
+//! they want, and the host programs that wait for a guest that accepts them.
 //!
 //! ```text
 //! accepted --> Line --CONNECT--> Guest --REQUEST--> a connection --RESPONSE--> established
@@ -84,6 +84,19 @@ impl Client {
         }
     }
 
+    /// One that waits for the guest. Where there is one, it is asked again soon.
+    pub(super) fn waiting(socket: HostSocket, waiting: Waiting, has_guest: bool) -> Self {
+        Self {
+            socket,
+            deadline: waiting.next_try(has_guest),
+            stage: Stage::Guest {
+                waiting,
+                due: false,
+            },
+            sibling_dir: None,
+        }
+    }
+
     /// One that has connected in the directory of siblings of this index.
     pub(super) fn sibling(socket: HostSocket, directory: usize) -> Self {
         Self {
@@ -98,19 +111,6 @@ impl Client {
         match &self.stage {
             Stage::Line(line) => Some(line.caller()),
             Stage::Guest { .. } => None,
-        }
-    }
-
-    /// One that waits for the guest. Where there is one, it is asked again soon.
-    pub(super) fn waiting(socket: HostSocket, waiting: Waiting, has_guest: bool) -> Self {
-        Self {
-            socket,
-            deadline: waiting.next_try(has_guest),
-            stage: Stage::Guest {
-                waiting,
-                due: false,
-            },
-            sibling_dir: None,
         }
     }
 
@@ -131,12 +131,13 @@ impl Client {
 /// The clients.
 #[derive(Debug)]
 pub(super) struct Clients {
-    /// How many there may be without a line, of which one more evicts the oldest, and how many that wait for the guest.
+    /// How many there may be without a line, and how many that wait for the guest. One more of the first kind evicts the
+    /// oldest. One more of the second is treated as if there was no waiting: whoever waits longest should get in first.
     max: usize,
     slots: Slots<Client>,
     /// Those without a line, oldest first.
     lines: SlotList,
-    /// The siblings among these, oldest first.
+    /// The siblings among them, oldest first.
     siblings: SlotList,
     /// Those that wait for the guest.
     waiting: SlotList,
@@ -153,11 +154,11 @@ impl Clients {
             max,
             slots: Slots::default(),
             lines: SlotList::default(),
+            siblings: SlotList::default(),
             waiting: SlotList::default(),
             requested: 0,
             deadlines: Deadlines::default(),
             ready: SlotList::default(),
-            siblings: SlotList::default(),
         }
     }
 
@@ -171,21 +172,16 @@ impl Clients {
         self.slots.len()
     }
 
-    /// The client without a line that is to give way to this new one, if there are too many. Of four places, siblings may have
-    /// one: most are kept for host programs.
+    /// The client that is to give way to this new one, if there are too many. Of four places, siblings may have one: most are
+    /// kept for host programs.
     pub(super) fn surplus(&self, new: &Client) -> Option<Token> {
-        let oldest = if new.sibling_dir.is_some() && self.siblings.len() >= (self.max / 4).max(1) {
-            self.siblings.first()
-        } else if self.lines.len() >= self.max {
-            self.lines.first()
-        } else {
-            None
-        };
-        self.slots.token(oldest?)
+        if new.sibling_dir.is_some() && self.siblings.len() >= (self.max / 4).max(1) {
+            return self.oldest_sibling();
+        }
+        self.oldest().filter(|_| self.lines.len() >= self.max)
     }
 
-    /// Whether one more may wait for the guest, those whose REQUEST is on its way included. Where not, it is treated as if there
-    /// was no waiting: whoever waits longest should get in first.
+    /// Whether one more may wait for the guest. Those whose REQUEST is on its way count.
     pub(super) fn may_wait(&self) -> bool {
         self.waiting.len() + self.requested < self.max
     }
@@ -208,15 +204,14 @@ impl Clients {
         let token = self.slots.try_insert(make)?;
         if let Some(client) = self.slots.get(token) {
             match client.stage {
-                Stage::Line(_) => {
-                    self.lines.push(token.slot);
-                    if client.sibling_dir.is_some() {
-                        self.siblings.push(token.slot);
-                    }
-                }
+                Stage::Line(_) => self.lines.push(token.slot),
                 Stage::Guest { .. } => self.waiting.push(token.slot),
             }
             self.deadlines.replace(token, None, Some(client.deadline));
+        }
+        let client = self.slots.get(token);
+        if client.is_some_and(|client| client.sibling_dir.is_some()) {
+            self.siblings.push(token.slot);
         }
         Ok(token)
     }
@@ -257,6 +252,19 @@ impl Clients {
     /// The oldest without a line.
     pub(super) fn oldest(&self) -> Option<Token> {
         self.slots.token(self.lines.first()?)
+    }
+
+    /// The oldest sibling without a line.
+    fn oldest_sibling(&self) -> Option<Token> {
+        self.slots.token(self.siblings.first()?)
+    }
+
+    /// One without a line that does not wait for the guest; host programs may do so.
+    pub(super) fn oldest_that_leaves(&self, host_programs_wait: bool) -> Option<Token> {
+        match host_programs_wait {
+            true => self.oldest_sibling(),
+            false => self.oldest(),
+        }
     }
 
     /// The earliest deadline.
