@@ -28,8 +28,8 @@
 //!
 //! ```text
 //! main, cli                      arguments, signals, exit code
-//! config (+ config/)             what a process and its VMs are told to do
-//! daemon/                        server (a process), vm (one VM), service, sandbox, log_writer
+//! config (+ config/)             what a process and its VMs are told to do: options, a file of them, what can be wrong
+//! daemon/                        server (a process), vm (one VM), threads, descriptors, service, sandbox, log_writer
 //! vhu_vsock (+ session, memory)  the device, and the session of a VMM
 //! vhost_user_vsock_thread        the worker: epoll, rings, timer   (+ acceptor, busy_poll, epoll, ring)
 //! thread_backend                 the table of connections          (+ one file for each concern of it)
