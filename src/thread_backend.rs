@@ -136,6 +136,7 @@ impl VsockThreadBackend {
             vmm_connected,
             counters: self.counters.clone(),
             handshaking: self.clients.handshaking(),
+            waiting: self.clients.waiting(),
             connections: self
                 .connections
                 .iter()
@@ -364,8 +365,7 @@ impl VsockThreadBackend {
 
     /// There is no guest any more: closes its connections, and the clients that do not wait for the next one.
     pub fn disconnect(&mut self) {
-        while self.wait_for_guest.is_zero()
-            && let Some(token) = self.clients.oldest() {
+        while let Some(token) = self.clients.oldest_that_leaves(!self.wait_for_guest.is_zero()) {
             self.clients.remove(token);
             self.drop_client("the VMM is gone");
         }

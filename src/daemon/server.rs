@@ -45,7 +45,7 @@ pub enum ServerError {
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     /// Threads panicked.
-    #[error("{0} of {1} VMs were given up, the log says why")]
+    #[error("{0} of {1} VMs given up after a panic")]
     GivenUp(usize, usize),
     /// The system refused something that every daemon needs.
     #[error("can't serve: {0}")]
@@ -230,5 +230,18 @@ mod tests {
         let cid = Cid::try_from(3u32).unwrap();
         let listen = Vec::new();
         assert!(has_vsock(HostSide::Vsock { cid, listen }));
+    }
+    #[test]
+    fn socket_pairs_are_made_only_between_siblings() {
+        let has_pairs = |groups: [&str; 2]| {
+            let vm = |group: &str| VmConfig {
+                groups: vec![group.into()],
+                ..VmConfig::new(Cid::try_from(4u32).unwrap(), "/vhost", "/uds")
+            };
+            let calls = syscalls(&ProcessConfig::new(groups.map(vm).into()));
+            calls.iter().any(|call| call.number == libc::SYS_socketpair)
+        };
+        assert!(!has_pairs(["a", "b"]));
+        assert!(has_pairs(["a", "a"]));
     }
 }

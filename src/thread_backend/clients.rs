@@ -1,5 +1,5 @@
-//! Clients, host programs and siblings, that have connected and have no connection to the guest: those that have not said yet which port they want,
-//! and those that wait for a guest that accepts them.
+//! Host programs and siblings that have connected and have no connection to the guest: those that have not said yet which port
+//! they want, and the host programs that wait for a guest that accepts them.
 //!
 //! ```text
 //! accepted --> Line --CONNECT--> Guest --REQUEST--> a connection --RESPONSE--> established
@@ -84,6 +84,19 @@ impl Client {
         }
     }
 
+    /// One that waits for the guest. Where there is one, it is asked again soon.
+    pub(super) fn waiting(socket: HostSocket, waiting: Waiting, has_guest: bool) -> Self {
+        Self {
+            socket,
+            deadline: waiting.next_try(has_guest),
+            stage: Stage::Guest {
+                waiting,
+                due: false,
+            },
+            sibling_dir: None,
+        }
+    }
+
     /// One that has connected in the directory of siblings of this index.
     pub(super) fn sibling(socket: HostSocket, directory: usize) -> Self {
         Self {
@@ -98,19 +111,6 @@ impl Client {
         match &self.stage {
             Stage::Line(line) => Some(line.caller()),
             Stage::Guest { .. } => None,
-        }
-    }
-
-    /// One that waits for the guest. Where there is one, it is asked again soon.
-    pub(super) fn waiting(socket: HostSocket, waiting: Waiting, has_guest: bool) -> Self {
-        Self {
-            socket,
-            deadline: waiting.next_try(has_guest),
-            stage: Stage::Guest {
-                waiting,
-                due: false,
-            },
-            sibling_dir: None,
         }
     }
 
@@ -131,12 +131,13 @@ impl Client {
 /// The clients.
 #[derive(Debug)]
 pub(super) struct Clients {
-    /// How many may be without a line, and how many may wait.
+    /// How many there may be without a line, and how many that wait for the guest. One more of the first kind evicts the
+    /// oldest. One more of the second is treated as if there was no waiting: whoever waits longest should get in first.
     max: usize,
     slots: Slots<Client>,
     /// Those without a line, oldest first.
     lines: SlotList,
-    /// The siblings among these, oldest first.
+    /// The siblings among them, oldest first.
     siblings: SlotList,
     /// Those that wait for the guest.
     waiting: SlotList,
@@ -148,7 +149,6 @@ pub(super) struct Clients {
 }
 
 impl Clients {
-    /// No clients. At most `max` may be without a line, one more evicts the oldest; and at most as many may wait for the guest.
     pub(super) fn new(max: usize) -> Self {
         Self {
             max,
@@ -172,27 +172,23 @@ impl Clients {
         self.slots.len()
     }
 
-    /// The client without a line that is to give way to this new one, if there are too many.
+    /// The client that is to give way to this new one, if there are too many. Of four places, siblings may have one: most are
+    /// kept for host programs.
     pub(super) fn surplus(&self, new: &Client) -> Option<Token> {
-        let oldest = if new.sibling_dir.is_some() && self.siblings.len() >= self.max_siblings() {
-            self.siblings.first()
-        } else if self.lines.len() >= self.max {
-            self.lines.first()
-        } else {
-            None
-        };
-        self.slots.token(oldest?)
+        if new.sibling_dir.is_some() && self.siblings.len() >= (self.max / 4).max(1) {
+            return self.oldest_sibling();
+        }
+        self.oldest().filter(|_| self.lines.len() >= self.max)
     }
 
-    /// How many of those without a line may be siblings: most places are kept for host programs.
-    fn max_siblings(&self) -> usize {
-        (self.max / 4).max(1)
+    /// How many wait for the guest, those whose REQUEST is on its way included.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len() + self.requested
     }
 
-    /// Whether one more may wait for the guest, those whose REQUEST is on its way included. If not, it is treated as if there was
-    /// no waiting: whoever waits longest should get in first.
+    /// Whether one more may wait for the guest.
     pub(super) fn may_wait(&self) -> bool {
-        self.waiting.len() + self.requested < self.max
+        self.waiting() < self.max
     }
 
     /// One that waits has got a connection.
@@ -213,15 +209,14 @@ impl Clients {
         let token = self.slots.try_insert(make)?;
         if let Some(client) = self.slots.get(token) {
             match client.stage {
-                Stage::Line(_) => {
-                    self.lines.push(token.slot);
-                    if client.sibling_dir.is_some() {
-                        self.siblings.push(token.slot);
-                    }
-                }
+                Stage::Line(_) => self.lines.push(token.slot),
                 Stage::Guest { .. } => self.waiting.push(token.slot),
             }
             self.deadlines.replace(token, None, Some(client.deadline));
+        }
+        let client = self.slots.get(token);
+        if client.is_some_and(|client| client.sibling_dir.is_some()) {
+            self.siblings.push(token.slot);
         }
         Ok(token)
     }
@@ -266,6 +261,19 @@ impl Clients {
     /// The oldest without a line.
     pub(super) fn oldest(&self) -> Option<Token> {
         self.slots.token(self.lines.first()?)
+    }
+
+    /// The oldest sibling without a line.
+    fn oldest_sibling(&self) -> Option<Token> {
+        self.slots.token(self.siblings.first()?)
+    }
+
+    /// One without a line that does not wait for the guest; host programs may do so.
+    pub(super) fn oldest_that_leaves(&self, host_programs_wait: bool) -> Option<Token> {
+        match host_programs_wait {
+            true => self.oldest_sibling(),
+            false => self.oldest(),
+        }
     }
 
     /// The earliest deadline.
@@ -320,5 +328,88 @@ impl Clients {
             self.ready.push(token.slot);
         }
         Some(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    fn socket() -> HostSocket {
+        UnixStream::pair().unwrap().0.into()
+    }
+
+    /// Clients of which at most two wait, and one that waits for a minute.
+    fn waiting(has_guest: bool) -> (Clients, Token, Instant) {
+        let mut clients = Clients::new(2);
+        let until = Instant::now() + Duration::from_secs(60);
+        let wanted = Wanted {
+            port: GuestPort(22),
+            greeting: Greeting::Nothing,
+        };
+        let client = Client::waiting(socket(), Waiting { wanted, until }, has_guest);
+        let token = clients.try_insert(|_| Ok::<_, ()>(client)).unwrap();
+        (clients, token, until)
+    }
+
+    fn is_due(clients: &mut Clients, token: Token) -> bool {
+        let client = clients.get_mut(token).unwrap();
+        matches!(client.stage, Stage::Guest { due: true, .. })
+    }
+
+    #[test]
+    fn without_a_guest_only_the_end_of_the_wait_is_waited_for() {
+        let (mut clients, token, until) = waiting(false);
+        assert_eq!(clients.next_deadline(), Some(until));
+        assert_eq!(clients.expired(until), Some(token));
+        assert!(!clients.retry(token, until), "its time is over");
+    }
+
+    #[test]
+    fn with_a_guest_it_is_asked_again_and_put_off_where_that_can_not_be() {
+        let (mut clients, token, until) = waiting(true);
+        let next = clients.next_deadline().unwrap();
+        assert!(next <= Instant::now() + RETRY_INTERVAL);
+        assert!(!clients.has_ready() && clients.expired(next) == Some(token));
+        assert!(clients.retry(token, next));
+        assert_eq!(clients.next_deadline(), Some(until), "asked twice");
+        assert_eq!(clients.next_ready(), Some(token));
+        assert!(is_due(&mut clients, token));
+        clients.put_off(token, true);
+        assert!(!is_due(&mut clients, token) && !clients.has_ready());
+        assert!(clients.next_deadline().unwrap() < until);
+        clients.put_off(token, false);
+        assert_eq!(clients.next_deadline(), Some(until));
+    }
+
+    #[test]
+    fn a_guest_that_starts_is_asked_for_all() {
+        let (mut clients, token, until) = waiting(false);
+        clients.retry_all();
+        assert!(is_due(&mut clients, token));
+        assert_eq!(clients.next_ready(), Some(token));
+        assert_eq!(clients.next_deadline(), Some(until));
+    }
+
+    #[test]
+    fn what_a_client_writes_while_it_waits_is_not_read() {
+        let (mut clients, token, _) = waiting(true);
+        clients.set_ready(token, false);
+        assert!(!clients.has_ready());
+        clients.set_ready(token, true);
+        assert_eq!(clients.next_ready(), Some(token));
+    }
+
+    #[test]
+    fn those_that_were_asked_for_count_among_those_that_wait() {
+        let (mut clients, token, _) = waiting(true);
+        assert!(clients.may_wait());
+        clients.begin_request();
+        assert!(!clients.may_wait());
+        clients.remove(token);
+        assert!(clients.may_wait() && clients.waiting() == 1);
+        clients.end_request();
+        assert_eq!((clients.waiting(), clients.next_deadline()), (0, None));
     }
 }

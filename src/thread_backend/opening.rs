@@ -57,7 +57,7 @@ impl VsockThreadBackend {
     pub fn waits_for_guest(&self, entry: Entry) -> bool {
         match entry {
             Entry::Host | Entry::Port(_) => !self.wait_for_guest.is_zero(),
-            Entry::Sibling(_) | Entry::Vsock(_) => false,
+            Entry::Vsock(_) | Entry::Sibling(_) => false,
         }
     }
 
@@ -69,7 +69,7 @@ impl VsockThreadBackend {
             Entry::Sibling(directory) => self.read_line(Client::sibling(socket, directory)),
             Entry::Port(port) => {
                 let greeting = Greeting::Nothing;
-                self.serve_wish(socket, Wanted { port, greeting });
+                self.connect_or_wait(socket, Wanted { port, greeting });
             }
             Entry::Vsock(port) => {
                 let greeting = Greeting::Nothing;
@@ -81,19 +81,19 @@ impl VsockThreadBackend {
     fn read_line(&mut self, mut client: Client) {
         // Most clients write their line right after connecting.
         match client.read_line() {
-            Progress::Complete { port, .. } => self.line_read(client, port),
+            Progress::Complete { port, .. } => self.admit(client, GuestPort(port)),
             Progress::Incomplete => self.await_line(client),
             Progress::Invalid => self.drop_client("no CONNECT line"),
         }
     }
 
-    fn line_read(&mut self, client: Client, port: u32) {
-        let port = GuestPort(port);
-        if let Some(directory) = client.sibling_dir {
-            return self.admit_sibling(client, directory, port);
-        }
+    /// Connects a client to the port that its line names.
+    fn admit(&mut self, client: Client, port: GuestPort) {
         let greeting = Greeting::Ok;
-        self.serve_wish(client.socket, Wanted { port, greeting });
+        match client.sibling_dir {
+            None => self.connect_or_wait(client.socket, Wanted { port, greeting }),
+            Some(directory) => self.admit_sibling(client, directory, port),
+        }
     }
 
     /// Takes an event of a client's socket.
@@ -126,7 +126,7 @@ impl VsockThreadBackend {
             }
             Progress::Complete { port, .. } => {
                 if let Some(client) = self.clients.remove(token) {
-                    self.line_read(client, port);
+                    self.admit(client, GuestPort(port));
                 }
             }
         }
@@ -178,7 +178,7 @@ impl VsockThreadBackend {
     }
 
     /// Takes a host program that has said what it wants.
-    fn serve_wish(&mut self, socket: HostSocket, wanted: Wanted) {
+    fn connect_or_wait(&mut self, socket: HostSocket, wanted: Wanted) {
         let waits = !self.wait_for_guest.is_zero();
         let waiting = (waits && self.clients.may_wait()).then(|| Waiting {
             wanted,
