@@ -232,10 +232,13 @@ impl Clients {
         self.waiting.remove(token.slot);
         self.deadlines.remove(token, Some(client.deadline));
         self.ready.remove(token.slot);
-        if self.len() == 0 {
-            self.order.give_back();
-            self.ready.give_back();
-        }
+        let lists = [
+            &mut self.lines,
+            &mut self.siblings,
+            &mut self.waiting,
+            &mut self.ready,
+        ];
+        lists.into_iter().for_each(SlotList::give_back);
         Some(client)
     }
 
