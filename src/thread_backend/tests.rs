@@ -247,7 +247,7 @@ fn a_sibling_does_not_wait_for_the_guest() {
         table.backend.client_ready(token, ready);
         table.backend.serve_client();
     }
-    assert!(!is_open(&half) && table.backend.connections.len() == 0);
+    assert!(!is_open(&half) && table.backend.connections.is_empty());
 }
 
 #[test]
