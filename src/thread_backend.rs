@@ -11,7 +11,7 @@
 //! clients       host programs without a connection yet        cost               what work costs
 //! deadlines     when connections are reset                    slots, slot_list   the tables and queues that these are made of
 //! pending       packets for the guest, by kind                event_source       what an epoll event belongs to
-//! resets        RSTs for the guest
+//! resets        RSTs for the guest                             siblings           how other guests come into the table
 //! ```
 
 mod clients;
@@ -22,6 +22,7 @@ pub mod event_source;
 mod opening;
 mod pending;
 mod resets;
+mod siblings;
 mod slot_list;
 mod slots;
 #[cfg(test)]
@@ -124,7 +125,7 @@ impl VsockThreadBackend {
             routes: Routes::new(config),
             registry,
             connections: Connections::new(Places::new(config.max_connections)),
-            clients: Clients::default(),
+            clients: Clients::new(config.max_clients),
             wait_for_guest: config.wait_for_guest,
             has_guest: false,
             deadlines: Deadlines::default(),
@@ -170,6 +171,7 @@ impl VsockThreadBackend {
             vmm_connected,
             counters: self.counters.clone(),
             handshaking: self.clients.handshaking(),
+            waiting: self.clients.waiting(),
             connections: self
                 .connections
                 .iter()
@@ -406,8 +408,7 @@ impl VsockThreadBackend {
 
     /// There is no guest any more: closes its connections, and the clients that do not wait for the next one.
     pub fn disconnect(&mut self) {
-        while self.wait_for_guest.is_zero()
-            && let Some(token) = self.clients.oldest() {
+        while let Some(token) = self.clients.oldest_that_leaves(!self.wait_for_guest.is_zero()) {
             self.clients.remove(token);
             self.drop_client("the VMM is gone");
         }

@@ -42,6 +42,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::log_limit::LogLimit;
 use crate::config::VmConfig;
 use crate::host::entry::EntrySocket;
+use crate::host::siblings::Membership;
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::{PacketError, RxStorage, TxStorage};
 use crate::syscalls::Syscall;
@@ -140,6 +141,11 @@ impl VhostUserVsockThread {
             quiet: Quiet::default(),
             heads: Vec::with_capacity(MAX_TX_PACKETS),
         })
+    }
+
+    /// The guest reaches siblings in this process from now on, and they reach it.
+    pub fn join(&mut self, siblings: Arc<Membership>) {
+        self.backend.join(siblings);
     }
 
     /// What the worker waits for between two turns.

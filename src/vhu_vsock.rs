@@ -29,6 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::VmConfig;
 use crate::host::entry::EntrySocket;
+use crate::host::siblings::{Membership, Siblings};
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::header::Cid;
 use crate::thread_backend::Types;
@@ -95,17 +96,22 @@ pub struct VhostUserVsockBackend {
     requests: Mutex<Option<Backend>>,
     wake: EventFd,
     stopping: AtomicBool,
+    siblings: Arc<Membership>,
     observer: Observer,
 }
 
 impl VhostUserVsockBackend {
-    /// The device that `config` describes. Host programs connect to `entries`, and `observer` gets its activity.
+    /// The device that `config` describes. Host programs connect to `entries`, it joins `siblings`, and `observer` gets its
+    /// activity.
     pub fn new(
         config: &VmConfig,
         entries: Vec<EntrySocket>,
+        siblings: &Arc<Siblings>,
         observer: impl Fn(Activity) + Send + Sync + 'static,
     ) -> io::Result<Self> {
-        let worker = VhostUserVsockThread::new(config, entries)?;
+        let mut worker = VhostUserVsockThread::new(config, entries)?;
+        let siblings = Arc::new(siblings.join(config, worker.wake_handle()?));
+        worker.join(siblings.clone());
         let memory = GuestMemoryHandle::new(GuestMemoryMmap::new());
         let vring = |_| VsockVring::new(memory.clone(), config.queue_size);
         let vrings = (0..NUM_RINGS).map(vring).collect::<Result<_, _>>();
@@ -120,6 +126,7 @@ impl VhostUserVsockBackend {
             memory,
             requests: Mutex::default(),
             stopping: AtomicBool::new(false),
+            siblings,
             observer: Box::new(observer),
         })
     }
@@ -136,6 +143,7 @@ impl VhostUserVsockBackend {
 
     /// Ends the worker thread, after its turn.
     pub fn stop(&self) {
+        self.siblings.leave();
         self.stopping.store(true, Ordering::Release);
         // Without the worker's lock: whatever it is stuck in, this returns.
         let _ = self.wake.write(1);

@@ -293,7 +293,10 @@ fn json_is_answered_where_it_is_asked_for() {
     assert_eq!(counters["sessions"], 1);
     assert_eq!(counters["from_guest"]["bytes"], 300);
     assert_eq!(counters["to_guest"]["bytes"], 300);
-    assert_eq!(counters["opened"], json!({"guest": 1, "host": 0}));
+    assert_eq!(
+        counters["opened"],
+        json!({"guest": 1, "host": 0, "sibling": 0})
+    );
     assert_eq!(counters["ended"]["evicted"], 0);
     assert_eq!(vm["connections"].as_array().unwrap().len(), 1, "{body}");
     let connection = &vm["connections"][0];

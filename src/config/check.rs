@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -164,9 +165,10 @@ impl VmConfig {
         if before.iter().any(|other| other.guest_cid == cid) {
             return Err(("guest-cid", ConfigError::DuplicateCid(cid)));
         }
-        if let Socket::Inherited(fd) = self.socket
-            && before.iter().any(|other| other.socket == self.socket)
-        {
+        let taken: HashSet<RawFd> = before.iter().flat_map(Self::inherited).collect();
+        let mut own = HashSet::new();
+        let mut inherited = self.inherited();
+        if let Some(fd) = inherited.find(|fd| taken.contains(fd) || !own.insert(*fd)) {
             return Err(("fd", ConfigError::DuplicateFd(fd)));
         }
         let HostSide::Vsock { cid, listen } = &self.host else {
@@ -181,6 +183,19 @@ impl VmConfig {
             Some(&port) => Err((option, ConfigError::DuplicatePort { option, port })),
             None => Ok(()),
         }
+    }
+
+    /// The descriptors of its inherited sockets.
+    fn inherited(&self) -> impl Iterator<Item = RawFd> {
+        let socket = match self.socket {
+            Socket::Inherited(fd) => Some(fd),
+            Socket::Path(_) => None,
+        };
+        let uds = match self.host {
+            HostSide::Unix { fd, .. } => fd,
+            HostSide::Vsock { .. } => None,
+        };
+        socket.into_iter().chain(uds)
     }
 
     fn paths(&self, index: usize) -> impl Iterator<Item = SocketPath<'_>> {
@@ -204,9 +219,11 @@ impl VmConfig {
         let host_ports = self.host_ports.iter();
         let host_ports = host_ports
             .map(move |host| new("--host-port", (&*host.path).into(), PathKind::HostProgram));
-        let siblings = self.sibling_dirs.iter().map(move |directory| {
-            let path = paths::sibling_path(directory, self.guest_cid);
-            new("--sibling-dir", path.into(), PathKind::Sibling)
+        let siblings = self.sibling_dirs.iter().flat_map(move |directory| {
+            self.packet_types().map(move |packet_type| {
+                let path = paths::sibling_path(directory, self.guest_cid, packet_type);
+                new("--sibling-dir", path.into(), PathKind::Sibling)
+            })
         });
         let bound = uds
             .into_iter()

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::packet::header::Cid;
+use crate::packet::header::{Cid, PacketType};
 
 /// The longest path of a Unix socket, in bytes, without its closing NUL (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
@@ -21,7 +21,7 @@ const LONGEST_PORT: &str = "_4294967295";
 const SIBLING_SUFFIX: &str = ".vsock";
 
 /// The longest name of a sibling's socket.
-const LONGEST_SIBLING: &str = "4294967294.vsock";
+const LONGEST_SIBLING: &str = "4294967294.vsock_seqpacket";
 
 /// A mistake in the path of a socket. `option` is the option of the command line that has the path.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -132,8 +132,12 @@ pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
-pub fn sibling_path(directory: &Path, cid: Cid) -> PathBuf {
-    directory.join(format!("{cid}{SIBLING_SUFFIX}"))
+pub fn sibling_path(directory: &Path, cid: Cid, packet_type: PacketType) -> PathBuf {
+    let path = directory.join(format!("{cid}{SIBLING_SUFFIX}"));
+    match packet_type {
+        PacketType::Seqpacket => with_suffix(&path, SEQPACKET_SUFFIX),
+        PacketType::Stream | PacketType::Unknown(_) => path,
+    }
 }
 
 impl SocketPath<'_> {
@@ -229,7 +233,12 @@ pub(super) fn check<'s, 'c>(
 
 /// Whether a daemon may listen at `path` for guests that reach `sibling` in the same directory.
 fn is_sibling_of(path: &Path, sibling: &Path) -> bool {
-    let is_name = |name: &[u8]| name.ends_with(SIBLING_SUFFIX.as_bytes());
+    let is_name = |name: &[u8]| {
+        let name = name
+            .strip_suffix(SEQPACKET_SUFFIX.as_bytes())
+            .unwrap_or(name);
+        name.ends_with(SIBLING_SUFFIX.as_bytes())
+    };
     let name = path.file_name().map(OsStrExt::as_bytes);
     directory_of(path) == directory_of(sibling) && name.is_some_and(is_name)
 }

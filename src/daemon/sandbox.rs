@@ -1,7 +1,7 @@
 //! What the daemon gives up before it serves, so that whoever takes it over gains little.
 //!
 //! When the sandbox is entered, all sockets are bound. From then on the daemon only moves bytes between descriptors,
-//! connects to host programs, starts a thread for each VMM, and removes its sockets when it stops. Everything else is
+//! connects to host programs and siblings, starts a thread for each VMM, and removes its sockets when it stops. Everything else is
 //! given up: capabilities, new privileges, core dumps, being traced by other processes of its user, the file system
 //! (Landlock), and every system call that is not listed (seccomp).
 //!

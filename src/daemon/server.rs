@@ -7,14 +7,16 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use log::{info, warn};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use super::descriptors;
 use super::log_writer;
 use super::sandbox::{self, SandboxError};
 use super::service::{self, ServiceManager, Status};
-use super::vm::{self, BoundVm, Threads, Vm, VmError};
+use super::threads::{Naming, Threads};
+use super::vm::{self, BoundVm, Vm, VmError};
 use crate::config::{ConfigError, HostSide, ProcessConfig, VmConfig};
 use crate::host::listener::{self, ListenerError, SocketFile};
+use crate::host::siblings::{self, Siblings};
 use crate::host::vsock;
 use crate::metrics;
 use crate::metrics::counters::Snapshot;
@@ -43,6 +45,9 @@ pub enum ServerError {
     /// The sandbox is incomplete, and it must not serve without.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// Threads panicked.
+    #[error("{0} of {1} VMs given up after a panic")]
+    GivenUp(usize, usize),
     /// The system refused something that every daemon needs.
     #[error("can't serve: {0}")]
     Io(#[from] io::Error),
@@ -86,7 +91,7 @@ impl Board {
         let vmms = replace(&self.vmms, &posted.vmms, activity.has_vmm.into());
         let connections = replace(&self.connections, &posted.connections, activity.connections);
         if let Some(status) = self.status.get() {
-            status.set(vmms > 0, connections);
+            status.set(vmms, connections);
         }
     }
 }
@@ -107,20 +112,26 @@ impl Server {
     /// The configuration can't work, a socket can't be made, the sandbox is incomplete and `strict`, or the system refuses.
     pub fn start(config: &ProcessConfig) -> Result<Self, ServerError> {
         config.check()?;
-        raise_descriptor_limit();
+        let limit = descriptors::raise_limit();
         listener::tighten_umask();
         let board = Arc::new(Board::default());
+        let siblings = Arc::new(Siblings::default());
         let mut bound = Vec::new();
         for vm in &config.vms {
             let (board, posted) = (board.clone(), Posted::default());
             let observer = move |activity| board.post(&posted, activity);
-            bound.push(BoundVm::new(vm, observer)?);
+            let mut vm = vm.clone();
+            descriptors::fit(&mut vm, limit, config.vms.len());
+            bound.push(BoundVm::new(&vm, &siblings, observer)?);
         }
         let stats = config.stats_path.as_ref();
         let stats = stats.map(|path| SocketFile::bind(path, PacketType::Stream, config.access));
         let stats = stats.transpose()?;
         let manager = ServiceManager::from_env();
-        let threads = Threads::new()?;
+        let threads = Threads::new(match config.vms.len() {
+            0 | 1 => Naming::Off,
+            _ => Naming::On,
+        })?;
         sandbox::enter(config, &syscalls(config))?;
         let mut vms = Vec::new();
         for (vm, config) in bound.into_iter().zip(&config.vms) {
@@ -138,7 +149,7 @@ impl Server {
             metrics::socket::serve(stats.listener()?, snapshot)?;
         }
         // There is one service manager.
-        let _ = board.status.set(manager.ready()?);
+        let _ = board.status.set(manager.ready(config.vms.len())?);
         Ok(Self {
             vms,
             stats,
@@ -152,9 +163,11 @@ impl Server {
     /// which must follow.
     ///
     /// # Errors
-    /// The system refuses to wait.
+    /// The system refuses to wait, or a VM was given up on the way.
     pub fn run(mut self, stop: BorrowedFd<'_>) -> Result<(), ServerError> {
-        self.threads.wait(stop)?;
+        let vms = &mut self.vms;
+        self.threads
+            .wait(stop, || vms.iter_mut().for_each(Vm::remove_if_ended))?;
         self.manager.stopping();
         self.stats = None;
         for vm in &mut self.vms {
@@ -165,12 +178,16 @@ impl Server {
         } else {
             warn!("stopped, though a thread did not end");
         }
-        Ok(())
+        match self.vms.iter().filter(|vm| vm.has_panicked()).count() {
+            0 => Ok(()),
+            count => Err(ServerError::GivenUp(count, self.vms.len())),
+        }
     }
 }
 
 /// All system calls of the daemon but those of the language's run time.
 fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
+    let has_siblings = siblings::are_among(&config.vms);
     let forwards = |vm: &VmConfig| matches!(vm.host, HostSide::Vsock { .. });
     let vsock = match config.vms.iter().any(forwards) {
         true => vsock::SYSCALLS,
@@ -178,6 +195,11 @@ fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
     };
     [
         SYSCALLS,
+        if has_siblings {
+            siblings::SYSCALLS
+        } else {
+            &[]
+        },
         vm::SYSCALLS,
         &service::syscalls(),
         &log_writer::syscalls(),
@@ -188,11 +210,39 @@ fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
     .concat()
 }
 
-/// A connection is a descriptor: as many as the system allows.
-fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        warn!("the limit of open descriptors stays as it is: {error}");
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::header::Cid;
+    use crate::syscalls::Argument;
+
+    #[test]
+    fn sockets_of_af_vsock_are_made_only_to_forward() {
+        let has_vsock = |host| {
+            let mut vm = VmConfig::new(Cid::try_from(4u32).unwrap(), "/vhost", "/uds");
+            vm.host = host;
+            let calls = syscalls(&ProcessConfig::new(vec![vm]));
+            calls.iter().any(|call| {
+                let is_vsock = |argument| matches!(argument, &Argument::Is(0, libc::AF_VSOCK));
+                call.number == libc::SYS_socket && call.arguments.iter().any(is_vsock)
+            })
+        };
+        assert!(!has_vsock(HostSide::unix("/uds")));
+        let cid = Cid::try_from(3u32).unwrap();
+        let listen = Vec::new();
+        assert!(has_vsock(HostSide::Vsock { cid, listen }));
+    }
+    #[test]
+    fn socket_pairs_are_made_only_between_siblings() {
+        let has_pairs = |groups: [&str; 2]| {
+            let vm = |group: &str| VmConfig {
+                groups: vec![group.into()],
+                ..VmConfig::new(Cid::try_from(4u32).unwrap(), "/vhost", "/uds")
+            };
+            let calls = syscalls(&ProcessConfig::new(groups.map(vm).into()));
+            calls.iter().any(|call| call.number == libc::SYS_socketpair)
+        };
+        assert!(!has_pairs(["a", "b"]));
+        assert!(has_pairs(["a", "a"]));
     }
 }

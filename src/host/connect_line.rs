@@ -7,6 +7,9 @@
 //! bytes            <->      bytes
 //! ```
 //!
+//! A client that asks for another guest adds its guest's address: `CONNECT 1234 5:50000\n` is the guest with CID 5 that
+//! calls from its port 50000. Servers that don't know this ignore what follows the port, as far as they read a line.
+//!
 //! A server that refuses closes instead. Firecracker has introduced this protocol. Its other implementations accept
 //! more than this one writes, and so does this one: the keyword in any case, several blanks, and a blank or a carriage
 //! return before the newline.
@@ -15,10 +18,12 @@
 //! another daemon's guest.
 
 use super::socket::{HostSocket, ReceiveError};
-use crate::packet::header::PacketType;
+use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort};
 
 /// The most bytes that a request line may have, its newline included.
 pub const MAX_REQUEST: usize = 32;
+/// The most bytes that a sibling's request line may have, its newline included.
+pub const MAX_SIBLING_REQUEST: usize = 64;
 /// The most bytes that an answer may have, its newline included: a port has at most ten digits.
 pub const MAX_ANSWER: usize = "OK 4294967295\n".len();
 
@@ -44,7 +49,7 @@ pub fn read(socket: &HostSocket, line: &mut Line) -> Progress {
         return read_message(socket, line);
     }
     loop {
-        let mut bytes = [0; MAX_REQUEST];
+        let mut bytes = [0; MAX_SIBLING_REQUEST];
         let room = &mut bytes[..line.room()];
         let seen = match socket.peek(room) {
             Ok(0) => return Progress::Invalid,
@@ -80,12 +85,15 @@ fn read_message(socket: &HostSocket, line: &mut Line) -> Progress {
 }
 
 /// The request for a port of the guest's.
-#[cfg_attr(
-    not(any(test, feature = "fuzzing")),
-    expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
-)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub fn request(port: u32) -> String {
     format!("CONNECT {port}\n")
+}
+
+/// The request of the guest's program at `caller` for a port of another guest's.
+pub fn sibling_request(port: PeerPort, caller: PeerAddr) -> String {
+    let PeerAddr { cid, port: from } = caller;
+    format!("CONNECT {} {cid}:{}\n", port.0, from.0)
 }
 
 /// The answer that a request was accepted: the client is connected from `port`.
@@ -101,8 +109,15 @@ enum Part {
     /// Between the keyword and the port.
     Blanks,
     Port,
-    /// Between the port and the newline.
+    /// Between the port and the newline, or the caller's address.
     Trailer,
+    /// In the caller's address.
+    CallerCid,
+    /// Behind its colon.
+    Colon,
+    CallerPort,
+    /// Between the caller's address and the newline.
+    End,
 }
 
 /// A line of either role, as far as it has come: a keyword, blanks, a port and a newline.
@@ -113,6 +128,9 @@ pub struct Line {
     len: usize,
     part: Part,
     port: u32,
+    /// Whether the caller's address must follow the port. Where it need not, it must not.
+    has_caller: bool,
+    caller: (u32, u32),
 }
 
 impl Line {
@@ -121,11 +139,15 @@ impl Line {
         Self::new(b"CONNECT", MAX_REQUEST)
     }
 
+    /// A sibling's request, of at most [`MAX_SIBLING_REQUEST`] bytes.
+    pub fn sibling_request() -> Self {
+        Self {
+            has_caller: true,
+            ..Self::new(b"CONNECT", MAX_SIBLING_REQUEST)
+        }
+    }
+
     /// A server's answer, of at most [`MAX_ANSWER`] bytes.
-    #[cfg_attr(
-        not(any(test, feature = "fuzzing")),
-        expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
-    )]
     pub fn answer() -> Self {
         Self::new(b"OK", MAX_ANSWER)
     }
@@ -137,6 +159,17 @@ impl Line {
             len: 0,
             part: Part::Keyword(0),
             port: 0,
+            has_caller: false,
+            caller: (0, 0),
+        }
+    }
+
+    /// Who calls, as a sibling's request that is complete says. The CID may be anything.
+    pub fn caller(&self) -> PeerAddr {
+        let (cid, port) = self.caller;
+        PeerAddr {
+            cid: Cid::from_raw(cid.into()),
+            port: PeerPort(port),
         }
     }
 
@@ -174,14 +207,29 @@ impl Line {
                 .then_some(Part::Keyword(at + 1)),
             (Part::Keyword(_) | Part::Blanks, b' ') => Some(Part::Blanks),
             (Part::Blanks | Part::Port, b'0'..=b'9') => {
-                let digit = u32::from(byte - b'0');
-                self.port = self.port.checked_mul(10)?.checked_add(digit)?;
+                self.port = append(self.port, byte)?;
                 Some(Part::Port)
             }
-            (Part::Port | Part::Trailer, b' ' | b'\r' | b'\n') => Some(Part::Trailer),
+            (Part::Port | Part::Trailer, b' ') => Some(Part::Trailer),
+            (Part::Trailer | Part::CallerCid, b'0'..=b'9') if self.has_caller => {
+                self.caller.0 = append(self.caller.0, byte)?;
+                Some(Part::CallerCid)
+            }
+            (Part::CallerCid, b':') => Some(Part::Colon),
+            (Part::Colon | Part::CallerPort, b'0'..=b'9') => {
+                self.caller.1 = append(self.caller.1, byte)?;
+                Some(Part::CallerPort)
+            }
+            (Part::Port | Part::Trailer, b'\r' | b'\n') if !self.has_caller => Some(Part::Trailer),
+            (Part::CallerPort | Part::End, b' ' | b'\r' | b'\n') => Some(Part::End),
             _ => None,
         }
     }
+}
+
+/// A number with one more digit, if it can have that.
+fn append(number: u32, digit: u8) -> Option<u32> {
+    number.checked_mul(10)?.checked_add(u32::from(digit - b'0'))
 }
 
 #[cfg(test)]
@@ -248,7 +296,66 @@ mod tests {
         assert_eq!(parse(&[b' '; 40]), Progress::Invalid);
     }
 
+    fn parse_sibling(line: &[u8]) -> Option<(u32, u64, u32)> {
+        let mut parser = Line::sibling_request();
+        let Progress::Complete { port, consumed } = parser.feed(line) else {
+            return None;
+        };
+        assert_eq!(consumed, line.len());
+        let caller = parser.caller();
+        Some((port, caller.cid.get(), caller.port.0))
+    }
+
+    #[test]
+    fn a_sibling_says_who_calls() {
+        for line in [
+            &b"CONNECT 80 5:50000\n"[..],
+            b"connect  80  5:50000 \r\n",
+            b"CONNECT 080 05:050000\n",
+        ] {
+            assert_eq!(parse_sibling(line), Some((80, 5, 50000)));
+            assert_eq!(parse(line), Progress::Invalid, "not for the host's socket");
+        }
+        let longest = b"CONNECT 4294967295 4294967295:4294967295\n";
+        let max = u32::MAX;
+        assert_eq!(parse_sibling(longest), Some((max, max.into(), max)));
+        for line in [
+            &b"CONNECT 80\n"[..],
+            b"CONNECT 80 \n",
+            b"CONNECT 80 5\n",
+            b"CONNECT 80 5:\n",
+            b"CONNECT 80 :5\n",
+            b"CONNECT 80 5:6:7\n",
+            b"CONNECT 80 5 :6\n",
+            b"CONNECT 80 5: 6\n",
+            b"CONNECT 80\r5:6\n",
+            b"CONNECT 80:5:6\n",
+            b"CONNECT 80 5:6 7\n",
+            b"CONNECT 80 4294967296:6\n",
+            b"CONNECT 80 5:4294967296\n",
+            b"CONNECT  5:6\n",
+        ] {
+            assert_eq!(parse_sibling(line), None, "{}", line.escape_ascii());
+        }
+        let zeros = [b"CONNECT 80 5:".to_vec(), vec![b'0'; 64], b"1\n".to_vec()].concat();
+        assert_eq!(parse_sibling(&zeros), None);
+        // An answer has no address.
+        assert_eq!(Line::answer().feed(b"OK 80 5:6\n"), Progress::Invalid);
+    }
+
     proptest! {
+        #[test]
+        fn a_sibling_is_understood(numbers in any::<(u32, u32, u32)>(), cut in 0usize..41) {
+            let (port, cid, from) = numbers;
+            let caller = PeerAddr { cid: Cid::from_raw(cid.into()), port: PeerPort(from) };
+            let line = sibling_request(PeerPort(port), caller);
+            let mut parser = Line::sibling_request();
+            let (first, rest) = line.split_at(cut.min(line.len() - 1));
+            prop_assert_eq!(parser.feed(first.as_bytes()), Progress::Incomplete);
+            prop_assert_eq!(parser.feed(rest.as_bytes()), complete(port, rest.len()));
+            prop_assert_eq!(parser.caller(), caller);
+        }
+
         #[test]
         fn pieces_do_not_matter(port in any::<u32>(), cuts in prop::collection::vec(1usize..8, 40)) {
             let line = request(port);

@@ -1,4 +1,4 @@
-//! The listening sockets through which host programs reach a guest.
+//! The listening sockets through which host programs and other processes' guests reach a guest.
 
 use std::os::fd::OwnedFd;
 
@@ -13,6 +13,9 @@ pub enum Entry {
     Port(GuestPort),
     /// This port of the guest's, from the host's AF_VSOCK. There is no line either.
     Vsock(GuestPort),
+    /// The guest's port that their CONNECT line names, for guests of other processes, which it names too. They are reached in
+    /// the directory of siblings of this index.
+    Sibling(usize),
 }
 
 /// A listening socket, and what is behind it.

@@ -8,6 +8,7 @@
 //! vsock          the host's own AF_VSOCK
 //! connect_line   CONNECT and OK
 //! routes         where a guest's connection leads
+//! siblings       guests that reach each other
 //! ```
 
 pub mod connect_line;
@@ -15,12 +16,19 @@ pub mod dialer;
 pub mod entry;
 pub mod listener;
 pub mod routes;
+pub mod siblings;
 pub mod socket;
 pub mod vsock;
 
 use crate::syscalls::Syscall;
 
-/// The system calls of these files, but for those of [`vsock`].
+/// The system calls of these files, but for those of [`siblings`] and [`vsock`], which not every process makes.
 pub(crate) fn syscalls() -> Vec<Syscall> {
-    [&listener::syscalls(), dialer::SYSCALLS, socket::SYSCALLS].concat()
+    [
+        &listener::syscalls(),
+        dialer::SYSCALLS,
+        routes::SYSCALLS,
+        socket::SYSCALLS,
+    ]
+    .concat()
 }

@@ -1,15 +1,27 @@
 //! Where a guest's connection leads: the host program, or the peer, that a destination stands for.
 
-use std::io;
-use std::path::PathBuf;
+use std::fs;
+use std::io::{self, IoSlice};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::dialer::{Call, Dialer};
-use super::socket::HostSocket;
+use super::connect_line;
+use super::dialer::{self, Dialer};
+use super::siblings::{Call, CallError, Membership};
+use super::socket::{HostSocket, SendError};
 use super::vsock;
-use crate::config::{HostSide, PortPath, VmConfig, with_suffix};
+use crate::config::{HostSide, PortPath, VmConfig, sibling_path, with_suffix};
 use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort, VsockHeader};
+use crate::syscalls::Syscall;
+
+/// To see whose socket a sibling's is.
+pub(super) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_statx)];
+
+/// The user who may call in any guest's name.
+const ROOT: u32 = 0;
 
 /// Why a destination can't be reached.
 #[derive(Debug, Error)]
@@ -33,13 +45,20 @@ pub enum DialError {
         /// What the system said.
         error: io::Error,
     },
+    /// A sibling in this process can't be called.
+    #[error(transparent)]
+    Call(#[from] CallError),
 }
 
 impl DialError {
     /// Nobody listens, and asking again at once would bring the same answer.
     pub fn is_nobody(&self) -> bool {
         use io::ErrorKind::{ConnectionRefused, NotFound};
-        matches!(self, Self::Connect { error, .. } if matches!(error.kind(), ConnectionRefused | NotFound))
+        match self {
+            Self::NoSuchCid(_) => true,
+            Self::Connect { error, .. } => matches!(error.kind(), ConnectionRefused | NotFound),
+            Self::Call(_) | Self::Vsock { .. } => false,
+        }
     }
 }
 
@@ -50,11 +69,40 @@ pub enum Dialed {
     Connected(HostSocket),
     /// The other side will answer.
     Connecting(HostSocket),
+    /// The other side will answer with the line `OK`.
+    Calling(HostSocket),
+}
+
+/// Why a sibling of another process is not who it says that it is.
+#[derive(Debug, Error)]
+pub enum ClaimError {
+    /// Not a guest's CID, or this guest's.
+    #[error("no other guest has CID {0}")]
+    Cid(Cid),
+    /// The CID is that of a sibling in this process.
+    #[error("the guest with CID {0} is in this process")]
+    InProcess(Cid),
+    /// The socket for this CID is another user's.
+    #[error("CID {cid} is user {owner}'s, not user {user}'s")]
+    Owner {
+        /// The CID that was claimed.
+        cid: Cid,
+        /// Who owns the socket for it.
+        owner: u32,
+        /// Who claims it.
+        user: u32,
+    },
+    /// The system does not say who it is.
+    #[error("can't tell whose it is: {0}")]
+    Io(#[from] io::Error),
 }
 
 /// Where the destinations of one guest lead.
 #[derive(Debug)]
 pub struct Routes {
+    guest_cid: Cid,
+    siblings: Option<Arc<Membership>>,
+    sibling_dirs: Vec<PathBuf>,
     host: HostSide,
     host_ports: Vec<PortPath>,
     dialer: Dialer,
@@ -64,28 +112,117 @@ impl Routes {
     /// The routes of the guest of `config`.
     pub fn new(config: &VmConfig) -> Self {
         Self {
+            guest_cid: config.guest_cid,
+            siblings: None,
+            sibling_dirs: config.sibling_dirs.clone(),
             host: config.host.clone(),
             host_ports: config.host_ports.clone(),
             dialer: Dialer::default(),
         }
     }
 
+    /// The guest reaches siblings in this process from now on.
+    pub fn join(&mut self, siblings: Arc<Membership>) {
+        self.siblings = Some(siblings);
+    }
+
     /// Connects to the destination of a guest's REQUEST, without waiting.
     pub fn dial(&mut self, request: &VsockHeader) -> Result<Dialed, DialError> {
         let (peer, packet_type) = (request.peer, request.packet_type);
+        if let Some(called) = self.call_sibling(request) {
+            return called.map(Dialed::Calling);
+        }
         let named = if peer.cid == Cid::HOST {
             self.host_path(peer.port, packet_type)
         } else {
             None
         };
         match (named, &self.host) {
-            (Some(path), _) => match self.dialer.connect(&path, packet_type, Some(Call::of(request))) {
+            (Some(path), _) => match self.dial_host(&path, request) {
                 Ok(socket) => Ok(Dialed::Connected(socket)),
                 Err(error) => Err(DialError::Connect { path, error }),
             },
             (None, HostSide::Vsock { cid, .. }) => forward(*cid, peer.port, packet_type),
             (None, HostSide::Unix { .. }) => Err(DialError::NoSuchCid(peer.cid)),
         }
+    }
+
+    /// Calls the sibling at `callee`, in this process before others. None if there is no such sibling.
+    fn call_sibling(&mut self, request: &VsockHeader) -> Option<Result<HostSocket, DialError>> {
+        let (callee, packet_type) = (request.peer, request.packet_type);
+        if callee.cid == self.guest_cid || Cid::try_from(callee.cid.get()).is_err() {
+            return None;
+        }
+        let in_process = self.siblings.as_ref();
+        if let Some(called) = in_process.and_then(|siblings| siblings.call(request)) {
+            return Some(called.map_err(DialError::from));
+        }
+        let caller = PeerAddr {
+            cid: self.guest_cid,
+            port: PeerPort(request.guest_port.0),
+        };
+        let mut failed = None;
+        for directory in &self.sibling_dirs {
+            let path = sibling_path(directory, callee.cid, packet_type);
+            let call = Sibling { path: &path, packet_type, caller, port: callee.port };
+            match call.begin(&mut self.dialer) {
+                Ok(socket) => return Some(Ok(socket)),
+                Err(error) => {
+                    let error = DialError::Connect { path, error };
+                    if !error.is_nobody() {
+                        failed = failed.or(Some(Err(error)));
+                    }
+                }
+            }
+        }
+        failed
+    }
+
+    /// Checks that `client`, which has connected in the directory of siblings of this index, may call in the name of the guest
+    /// with this CID: the one who owns that guest's socket there may, and root.
+    pub fn check_claim(
+        &self,
+        directory: usize,
+        client: &HostSocket,
+        cid: Cid,
+    ) -> Result<(), ClaimError> {
+        if cid == self.guest_cid || Cid::try_from(cid.get()).is_err() {
+            return Err(ClaimError::Cid(cid));
+        }
+        let in_process = self.siblings.as_ref();
+        if in_process.is_some_and(|siblings| siblings.has_sibling(cid)) {
+            return Err(ClaimError::InProcess(cid));
+        }
+        let Some(directory) = self.sibling_dirs.get(directory) else {
+            return Err(ClaimError::Cid(cid));
+        };
+        let socket = sibling_path(directory, cid, PacketType::Stream);
+        let owner = match fs::symlink_metadata(socket) {
+            Ok(file) => file.uid(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let user = client.peer_uid()?;
+        if user == owner || user == ROOT {
+            Ok(())
+        } else {
+            Err(ClaimError::Owner { cid, owner, user })
+        }
+    }
+
+    fn dial_host(&mut self, path: &Path, request: &VsockHeader) -> io::Result<HostSocket> {
+        let call = dialer::Call::of(request);
+        self.dialer.connect(path, request.packet_type, Some(call))
+    }
+
+    /// Whether siblings in this process have called.
+    pub fn has_calls(&self) -> bool {
+        self.siblings.as_ref().is_some_and(|siblings| siblings.has_calls())
+    }
+
+    /// The call of a sibling in this process that is to be taken next.
+    pub fn next_call(&self) -> Option<Call> {
+        self.siblings.as_ref().filter(|siblings| siblings.has_calls())?.next_call()
     }
 
     /// Nothing will be dialed for a while.
@@ -101,6 +238,28 @@ impl Routes {
             return Some(named.path.clone());
         }
         Some(with_suffix(self.host.uds_path()?, &format!("_{}", port.0)))
+    }
+}
+
+/// A call of a sibling in another process.
+struct Sibling<'p> {
+    path: &'p Path,
+    packet_type: PacketType,
+    caller: PeerAddr,
+    port: PeerPort,
+}
+
+impl Sibling<'_> {
+    /// Connects to the sibling's socket and says who calls. The answer is to be waited for.
+    fn begin(&self, dialer: &mut Dialer) -> io::Result<HostSocket> {
+        let socket = dialer.connect(self.path, self.packet_type, None)?;
+        let line = connect_line::sibling_request(self.port, self.caller);
+        match socket.send_bytes(&[IoSlice::new(line.as_bytes())]) {
+            Ok(sent) if sent == line.len() => Ok(socket),
+            Ok(_) | Err(SendError::Full) => Err(io::ErrorKind::WouldBlock.into()),
+            Err(SendError::Closed) => Err(io::ErrorKind::ConnectionReset.into()),
+            Err(SendError::Failed(error)) => Err(error),
+        }
     }
 }
 

@@ -71,6 +71,13 @@ pub(super) const SYSCALLS: &[Syscall] = &[
             Argument::Is(2, libc::SO_ERROR),
         ],
     ),
+    Syscall::only(
+        libc::SYS_getsockopt,
+        &[
+            Argument::Is(1, libc::SOL_SOCKET),
+            Argument::Is(2, libc::SO_PEERCRED),
+        ],
+    ),
     Syscall::any(libc::SYS_getpeername),
     Syscall::any(libc::SYS_sendmsg),
     Syscall::any(libc::SYS_sendto),
@@ -194,6 +201,11 @@ impl HostSocket {
         }
         let connected = getpeername::<SockaddrStorage>(self.fd.as_raw_fd()).is_ok();
         connected.then_some(Ok(()))
+    }
+
+    /// The user who has made the other end. It is the caller of connect(2) at a socket that was accepted.
+    pub fn peer_uid(&self) -> io::Result<u32> {
+        Ok(getsockopt(self, sockopt::PeerCredentials)?.uid())
     }
 
     /// Sends payload from guest memory, and returns how much of it the socket took.
@@ -360,5 +372,45 @@ impl From<io::Error> for ReceiveError {
             Some(libc::EOPNOTSUPP) => Self::CantPeek,
             _ => Self::Failed(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+    fn pair() -> (HostSocket, UnixStream) {
+        let (ours, other) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (ours.into(), other)
+    }
+
+    #[test]
+    fn a_peer_that_only_stops_sending_has_not_closed() {
+        let (ours, other) = pair();
+        assert!(!ours.peer_closed());
+        other.shutdown(Shutdown::Write).unwrap();
+        assert!(!ours.peer_closed() && !ours.peer_stopped_receiving());
+        other.shutdown(Shutdown::Read).unwrap();
+        assert!(ours.peer_closed() && ours.peer_stopped_receiving());
+    }
+
+    #[test]
+    fn a_peer_that_only_stops_receiving_has_not_closed() {
+        let (ours, other) = pair();
+        other.shutdown(Shutdown::Read).unwrap();
+        assert!(!ours.peer_closed() && ours.peer_stopped_receiving());
+        drop(other);
+        assert!(ours.peer_closed());
+    }
+
+    #[test]
+    fn a_connect_goes_on_until_there_is_a_peer_or_an_error() {
+        let flags = SockFlag::SOCK_NONBLOCK;
+        let alone = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        assert!(HostSocket::new(PacketType::Stream, alone).connect_result().is_none());
+        let (ours, _other) = pair();
+        assert!(matches!(ours.connect_result(), Some(Ok(()))));
     }
 }

@@ -18,17 +18,20 @@ pub enum Side {
     Guest,
     /// The host program.
     Host,
+    /// Another guest's program.
+    Sibling,
 }
 
 impl Side {
     /// Every side, in the order of their discriminants.
-    pub const ALL: [Self; 2] = [Self::Guest, Self::Host];
+    pub const ALL: [Self; 3] = [Self::Guest, Self::Host, Self::Sibling];
 
     /// The name that it is exported by.
     pub fn name(self) -> &'static str {
         match self {
             Self::Guest => "guest",
             Self::Host => "host",
+            Self::Sibling => "sibling",
         }
     }
 }
@@ -119,7 +122,7 @@ pub struct Counters {
     pub ended: [u64; CloseReason::ALL.len()],
     /// Connection requests of the guest that were refused: nobody listens, or the limit is reached.
     pub refused: u64,
-    /// Host programs that have connected.
+    /// Host programs and siblings that have connected.
     pub clients: u64,
     /// Those of them that were closed before they had a connection: no valid CONNECT line, or a limit was reached.
     pub clients_dropped: u64,
@@ -167,6 +170,9 @@ pub struct VmSnapshot {
     pub vmm_connected: bool,
     /// Host programs that have connected and not named a port yet.
     pub handshaking: usize,
+    /// Host programs that wait for the guest to accept them, where they may.
+    #[serde(default)]
+    pub waiting: usize,
     /// Its counters.
     pub counters: Counters,
     /// Its connections, in no particular order. Must stay the last field, see `json`.

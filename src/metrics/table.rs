@@ -160,10 +160,14 @@ fn summary(vm: &VmSnapshot) -> String {
     let ended: Vec<String> = ended
         .map(|(reason, count)| format!("{count} {}", reason.name()))
         .collect();
+    let siblings = match counters.opened[Side::Sibling as usize] {
+        0 => String::new(),
+        count => format!(", {count} by siblings"),
+    };
     format!(
         "{vmm}, {} so far; {} kicks, {} interrupts\n\
          from the guest: {} packets, {}; to the guest: {} packets, {}\n\
-         connections: {} now, {} by the guest, {} by host programs, {} refused; ended: {}\n\
+         connections: {} now, {} by the guest, {} by host programs{siblings}, {} refused; ended: {}\n\
          resets: {}, {} lost; malformed: {}; foreign: {}; credit stalls: {}; dropped clients: {} of {}\n",
         counters.sessions,
         counters.kicks,

@@ -31,7 +31,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
             packets: 7,
             bytes: 8,
         },
-        opened: [9, 10],
+        opened: [9, 10, 11],
         ended: [1, 2, 3, 4, 5, 6, 7, 8, 9],
         shortages: 11,
         ..Counters::default()
@@ -40,6 +40,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
         cid: Cid::from_raw(cid),
         vmm_connected: true,
         handshaking: 2,
+        waiting: 0,
         counters,
         connections: (1..=connections).map(connection).collect(),
     }

@@ -1,5 +1,5 @@
-//! Host programs that have connected and have no connection to the guest: those that have not said yet which port they want,
-//! and those that wait for a guest that accepts them.
+//! Host programs and siblings that have connected and have no connection to the guest: those that have not said yet which port
+//! they want, and the host programs that wait for a guest that accepts them.
 //!
 //! ```text
 //! accepted --> Line --CONNECT--> Guest --REQUEST--> a connection --RESPONSE--> established
@@ -17,18 +17,11 @@ use super::slot_list::SlotList;
 use super::slots::Slots;
 use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
-use crate::packet::header::GuestPort;
+use crate::packet::header::{GuestPort, PeerAddr};
 use crate::vsock_conn::Greeting;
 
 /// How long a host program has to write its CONNECT line. A person may type it by hand.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How many host programs may have connected without a CONNECT line. One more evicts the oldest.
-const MAX_CLIENTS: usize = 1024;
-
-/// How many host programs may wait for the guest, those whose REQUEST is on its way included. One more is treated as if there was
-/// no waiting: whoever waits longest should get in first.
-const MAX_WAITING: usize = 1024;
 
 /// The time between two REQUESTs for a client.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
@@ -76,6 +69,8 @@ pub(super) struct Client {
     pub(super) stage: Stage,
     /// When it is looked at whatever happens.
     deadline: Instant,
+    /// In which directory of siblings it has connected, if it is one.
+    pub(super) sibling_dir: Option<usize>,
 }
 
 impl Client {
@@ -85,6 +80,7 @@ impl Client {
             socket,
             stage: Stage::Line(Line::request()),
             deadline: Instant::now() + HANDSHAKE_TIMEOUT,
+            sibling_dir: None,
         }
     }
 
@@ -97,6 +93,24 @@ impl Client {
                 waiting,
                 due: false,
             },
+            sibling_dir: None,
+        }
+    }
+
+    /// One that has connected in the directory of siblings of this index.
+    pub(super) fn sibling(socket: HostSocket, directory: usize) -> Self {
+        Self {
+            stage: Stage::Line(Line::sibling_request()),
+            sibling_dir: Some(directory),
+            ..Self::new(socket)
+        }
+    }
+
+    /// Who calls, as a sibling's line that is complete says.
+    pub(super) fn caller(&self) -> Option<PeerAddr> {
+        match &self.stage {
+            Stage::Line(line) => Some(line.caller()),
+            Stage::Guest { .. } => None,
         }
     }
 
@@ -115,11 +129,16 @@ impl Client {
 }
 
 /// The clients.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Clients {
+    /// How many there may be without a line, and how many that wait for the guest. One more of the first kind evicts the
+    /// oldest. One more of the second is treated as if there was no waiting: whoever waits longest should get in first.
+    max: usize,
     slots: Slots<Client>,
     /// Those without a line, oldest first.
     lines: SlotList,
+    /// The siblings among them, oldest first.
+    siblings: SlotList,
     /// Those that wait for the guest.
     waiting: SlotList,
     /// How many of those that wait have a connection at the moment, which the guest has not accepted.
@@ -130,6 +149,19 @@ pub(super) struct Clients {
 }
 
 impl Clients {
+    pub(super) fn new(max: usize) -> Self {
+        Self {
+            max,
+            slots: Slots::default(),
+            lines: SlotList::default(),
+            siblings: SlotList::default(),
+            waiting: SlotList::default(),
+            requested: 0,
+            deadlines: Deadlines::default(),
+            ready: SlotList::default(),
+        }
+    }
+
     /// How many have not named a port.
     pub(super) fn handshaking(&self) -> usize {
         self.lines.len()
@@ -140,14 +172,23 @@ impl Clients {
         self.slots.len()
     }
 
-    /// Whether one more without a line is too many.
-    pub(super) fn is_full(&self) -> bool {
-        self.lines.len() >= MAX_CLIENTS
+    /// The client that is to give way to this new one, if there are too many. Of four places, siblings may have one: most are
+    /// kept for host programs.
+    pub(super) fn surplus(&self, new: &Client) -> Option<Token> {
+        if new.sibling_dir.is_some() && self.siblings.len() >= (self.max / 4).max(1) {
+            return self.oldest_sibling();
+        }
+        self.oldest().filter(|_| self.lines.len() >= self.max)
+    }
+
+    /// How many wait for the guest, those whose REQUEST is on its way included.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len() + self.requested
     }
 
     /// Whether one more may wait for the guest.
     pub(super) fn may_wait(&self) -> bool {
-        self.waiting.len() + self.requested < MAX_WAITING
+        self.waiting() < self.max
     }
 
     /// One that waits has got a connection.
@@ -173,6 +214,10 @@ impl Clients {
             }
             self.deadlines.replace(token, None, Some(client.deadline));
         }
+        let client = self.slots.get(token);
+        if client.is_some_and(|client| client.sibling_dir.is_some()) {
+            self.siblings.push(token.slot);
+        }
         Ok(token)
     }
 
@@ -183,12 +228,17 @@ impl Clients {
     pub(super) fn remove(&mut self, token: Token) -> Option<Client> {
         let client = self.slots.remove(token)?;
         self.lines.remove(token.slot);
+        self.siblings.remove(token.slot);
         self.waiting.remove(token.slot);
         self.deadlines.remove(token, Some(client.deadline));
         self.ready.remove(token.slot);
-        for list in [&mut self.lines, &mut self.waiting, &mut self.ready] {
-            list.give_back();
-        }
+        let lists = [
+            &mut self.lines,
+            &mut self.siblings,
+            &mut self.waiting,
+            &mut self.ready,
+        ];
+        lists.into_iter().for_each(SlotList::give_back);
         Some(client)
     }
 
@@ -214,6 +264,19 @@ impl Clients {
     /// The oldest without a line.
     pub(super) fn oldest(&self) -> Option<Token> {
         self.slots.token(self.lines.first()?)
+    }
+
+    /// The oldest sibling without a line.
+    fn oldest_sibling(&self) -> Option<Token> {
+        self.slots.token(self.siblings.first()?)
+    }
+
+    /// One without a line that does not wait for the guest; host programs may do so.
+    pub(super) fn oldest_that_leaves(&self, host_programs_wait: bool) -> Option<Token> {
+        match host_programs_wait {
+            true => self.oldest_sibling(),
+            false => self.oldest(),
+        }
     }
 
     /// The earliest deadline.
@@ -268,5 +331,88 @@ impl Clients {
             self.ready.push(token.slot);
         }
         Some(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    fn socket() -> HostSocket {
+        UnixStream::pair().unwrap().0.into()
+    }
+
+    /// Clients of which at most two wait, and one that waits for a minute.
+    fn waiting(has_guest: bool) -> (Clients, Token, Instant) {
+        let mut clients = Clients::new(2);
+        let until = Instant::now() + Duration::from_secs(60);
+        let wanted = Wanted {
+            port: GuestPort(22),
+            greeting: Greeting::Nothing,
+        };
+        let client = Client::waiting(socket(), Waiting { wanted, until }, has_guest);
+        let token = clients.try_insert(|_| Ok::<_, ()>(client)).unwrap();
+        (clients, token, until)
+    }
+
+    fn is_due(clients: &mut Clients, token: Token) -> bool {
+        let client = clients.get_mut(token).unwrap();
+        matches!(client.stage, Stage::Guest { due: true, .. })
+    }
+
+    #[test]
+    fn without_a_guest_only_the_end_of_the_wait_is_waited_for() {
+        let (mut clients, token, until) = waiting(false);
+        assert_eq!(clients.next_deadline(), Some(until));
+        assert_eq!(clients.expired(until), Some(token));
+        assert!(!clients.retry(token, until), "its time is over");
+    }
+
+    #[test]
+    fn with_a_guest_it_is_asked_again_and_put_off_where_that_can_not_be() {
+        let (mut clients, token, until) = waiting(true);
+        let next = clients.next_deadline().unwrap();
+        assert!(next <= Instant::now() + RETRY_INTERVAL);
+        assert!(!clients.has_ready() && clients.expired(next) == Some(token));
+        assert!(clients.retry(token, next));
+        assert_eq!(clients.next_deadline(), Some(until), "asked twice");
+        assert_eq!(clients.next_ready(), Some(token));
+        assert!(is_due(&mut clients, token));
+        clients.put_off(token, true);
+        assert!(!is_due(&mut clients, token) && !clients.has_ready());
+        assert!(clients.next_deadline().unwrap() < until);
+        clients.put_off(token, false);
+        assert_eq!(clients.next_deadline(), Some(until));
+    }
+
+    #[test]
+    fn a_guest_that_starts_is_asked_for_all() {
+        let (mut clients, token, until) = waiting(false);
+        clients.retry_all();
+        assert!(is_due(&mut clients, token));
+        assert_eq!(clients.next_ready(), Some(token));
+        assert_eq!(clients.next_deadline(), Some(until));
+    }
+
+    #[test]
+    fn what_a_client_writes_while_it_waits_is_not_read() {
+        let (mut clients, token, _) = waiting(true);
+        clients.set_ready(token, false);
+        assert!(!clients.has_ready());
+        clients.set_ready(token, true);
+        assert_eq!(clients.next_ready(), Some(token));
+    }
+
+    #[test]
+    fn those_that_were_asked_for_count_among_those_that_wait() {
+        let (mut clients, token, _) = waiting(true);
+        assert!(clients.may_wait());
+        clients.begin_request();
+        assert!(!clients.may_wait());
+        clients.remove(token);
+        assert!(clients.may_wait() && clients.waiting() == 1);
+        clients.end_request();
+        assert_eq!((clients.waiting(), clients.next_deadline()), (0, None));
     }
 }

@@ -10,6 +10,8 @@ use super::slots::Slots;
 use crate::metrics::counters::Side;
 use crate::vsock_conn::{ConnKey, VsockConnection};
 
+const SIDES: usize = Side::ALL.len();
+
 /// A connection, and what the table remembers of it.
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -24,8 +26,8 @@ pub(super) struct Entry {
 
 /// How many connections there may be.
 ///
-/// Each side, the guest and the host programs, may have `per_side` connections of its own. Both together may have a third
-/// more: so a quarter of all places is kept for each, however many the other wants.
+/// Each side, the guest, the host programs and the siblings, may have `per_side` connections of its own. A third of that is kept
+/// for each, however many the others want.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Places {
     per_side: usize,
@@ -36,8 +38,22 @@ impl Places {
         Self { per_side }
     }
 
+    /// How many are kept for a side.
+    fn kept(self) -> usize {
+        self.per_side / 3
+    }
+
+    /// How many there are. What one side may have leaves those that are kept for the others.
     fn total(self) -> usize {
-        self.per_side + self.per_side / 3
+        self.per_side + (SIDES - 1) * self.kept()
+    }
+
+    /// Whether `side` may take one more.
+    fn has_one(self, side: Side, taken: &[usize; SIDES]) -> bool {
+        let others = taken.iter().enumerate().filter(|(index, _)| *index != side as usize);
+        let others: usize = others.map(|(_, taken)| (*taken).max(self.kept())).sum();
+        let own = taken[side as usize];
+        own < self.per_side && own + others < self.total()
     }
 }
 
@@ -51,7 +67,7 @@ pub(super) struct Connections {
     by_key: BTreeMap<ConnKey, Token>,
     places: Places,
     /// How many places each side has taken.
-    taken: [usize; 2],
+    taken: [usize; SIDES],
     /// Oldest first.
     lingering: SlotList,
     /// Oldest first.
@@ -64,7 +80,7 @@ impl Connections {
             slots: Slots::default(),
             by_key: BTreeMap::new(),
             places,
-            taken: [0; 2],
+            taken: [0; SIDES],
             lingering: SlotList::default(),
             deserted: SlotList::default(),
         }
@@ -86,13 +102,15 @@ impl Connections {
 
     /// Whether one more that `side` opens has a place.
     pub(super) fn has_place(&self, side: Side) -> bool {
-        self.taken[side as usize] < self.places.per_side
-            && self.taken.iter().sum::<usize>() < self.places.total()
+        self.places.has_one(side, &self.taken)
     }
 
     /// The connection that is to give way to a new one, where there are too many.
     pub(super) fn surplus(&self) -> Option<Token> {
-        if self.slots.len() < self.places.total() {
+        // Places that siblings have not taken are not for what takes none.
+        let siblings = self.taken[Side::Sibling as usize];
+        let unused = self.places.kept().saturating_sub(siblings);
+        if self.slots.len() < self.places.total() - unused {
             return None;
         }
         let oldest = self.lingering.first().or_else(|| self.deserted.first());

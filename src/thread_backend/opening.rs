@@ -10,7 +10,7 @@ use thiserror::Error;
 use super::clients::{Client, Stage, Waiting, Wanted};
 use super::event_source::{EventSource, Token};
 use super::{VsockThreadBackend, cost, name};
-use crate::host::connect_line::Progress;
+use crate::host::connect_line::{Line, Progress};
 use crate::host::entry::Entry;
 use crate::host::routes::{DialError, Dialed};
 use crate::host::socket::HostSocket;
@@ -25,7 +25,7 @@ const HOST_PORTS: u32 = 65536 - FIRST_HOST_PORT;
 
 /// Why a connection is not opened.
 #[derive(Debug, Error)]
-enum OpenError {
+pub(super) enum OpenError {
     #[error("the guest has no connections of type {0:?}")]
     Type(PacketType),
     #[error("at the limit of connections")]
@@ -34,6 +34,10 @@ enum OpenError {
     Dial(#[from] DialError),
     #[error("nobody listens, as the last REQUEST has shown")]
     SameAsBefore,
+    #[error("the guest's driver has not started the device")]
+    NoGuest,
+    #[error("its address has a connection to this port already")]
+    Taken,
     #[error("can't watch the socket: {0}")]
     Register(#[from] io::Error),
 }
@@ -55,7 +59,7 @@ impl VsockThreadBackend {
     pub fn waits_for_guest(&self, entry: Entry) -> bool {
         match entry {
             Entry::Host | Entry::Port(_) => !self.wait_for_guest.is_zero(),
-            Entry::Vsock(_) => false,
+            Entry::Vsock(_) | Entry::Sibling(_) => false,
         }
     }
 
@@ -64,9 +68,10 @@ impl VsockThreadBackend {
         self.counters.clients += 1;
         match entry {
             Entry::Host => self.read_line(Client::new(socket)),
+            Entry::Sibling(directory) => self.read_line(Client::sibling(socket, directory)),
             Entry::Port(port) => {
                 let greeting = Greeting::Nothing;
-                self.serve_wish(socket, Wanted { port, greeting });
+                self.connect_or_wait(socket, Wanted { port, greeting });
             }
             Entry::Vsock(port) => {
                 let greeting = Greeting::Nothing;
@@ -78,18 +83,19 @@ impl VsockThreadBackend {
     fn read_line(&mut self, mut client: Client) {
         // Most clients write their line right after connecting.
         match client.read_line() {
-            Progress::Complete { port, .. } => self.line_read(client, port),
+            Progress::Complete { port, .. } => self.admit(client, GuestPort(port)),
             Progress::Incomplete => self.await_line(client),
             Progress::Invalid => self.drop_client("no CONNECT line"),
         }
     }
 
-    fn line_read(&mut self, client: Client, port: u32) {
-        let wanted = Wanted {
-            port: GuestPort(port),
-            greeting: Greeting::Ok,
-        };
-        self.serve_wish(client.socket, wanted);
+    /// Connects a client to the port that its line names.
+    fn admit(&mut self, client: Client, port: GuestPort) {
+        let greeting = Greeting::Ok;
+        match client.sibling_dir {
+            None => self.connect_or_wait(client.socket, Wanted { port, greeting }),
+            Some(directory) => self.admit_sibling(client, directory, port),
+        }
     }
 
     /// Takes an event of a client's socket.
@@ -99,7 +105,7 @@ impl VsockThreadBackend {
 
     /// Whether [`VsockThreadBackend::serve_client`] has something to do.
     pub fn has_ready_clients(&self) -> bool {
-        self.clients.has_ready()
+        self.clients.has_ready() || self.routes.has_calls()
     }
 
     /// Goes on with the client that has waited longest since its event.
@@ -122,7 +128,7 @@ impl VsockThreadBackend {
             }
             Progress::Complete { port, .. } => {
                 if let Some(client) = self.clients.remove(token) {
-                    self.line_read(client, port);
+                    self.admit(client, GuestPort(port));
                 }
             }
         }
@@ -144,9 +150,7 @@ impl VsockThreadBackend {
     }
 
     fn await_line(&mut self, client: Client) {
-        if self.clients.is_full()
-            && let Some(oldest) = self.clients.oldest()
-        {
+        if let Some(oldest) = self.clients.surplus(&client) {
             self.clients.remove(oldest);
             self.drop_client("too many without a CONNECT line, this is the oldest");
         }
@@ -176,7 +180,7 @@ impl VsockThreadBackend {
     }
 
     /// Takes a host program that has said what it wants.
-    fn serve_wish(&mut self, socket: HostSocket, wanted: Wanted) {
+    fn connect_or_wait(&mut self, socket: HostSocket, wanted: Wanted) {
         let waits = !self.wait_for_guest.is_zero();
         let waiting = (waits && self.clients.may_wait()).then(|| Waiting {
             wanted,
@@ -302,6 +306,10 @@ impl VsockThreadBackend {
                 let dialing = Dialing::Connect;
                 VsockConnection::dialing(request, socket, dialing, self.tx_buffer_size)
             }
+            Dialed::Calling(socket) => {
+                let dialing = Dialing::Answer(Line::answer());
+                VsockConnection::dialing(request, socket, dialing, self.tx_buffer_size)
+            }
         };
         Ok(self.insert(Side::Guest, conn)?)
     }
@@ -309,7 +317,7 @@ impl VsockThreadBackend {
 
 // For both.
 impl VsockThreadBackend {
-    fn check_type(&self, packet_type: PacketType) -> Result<(), OpenError> {
+    pub(super) fn check_type(&self, packet_type: PacketType) -> Result<(), OpenError> {
         if self.types.contains(packet_type) {
             Ok(())
         } else {
@@ -317,7 +325,7 @@ impl VsockThreadBackend {
         }
     }
 
-    fn check_limit(&self, side: Side) -> Result<(), OpenError> {
+    pub(super) fn check_limit(&self, side: Side) -> Result<(), OpenError> {
         if self.connections.has_place(side) {
             Ok(())
         } else {
@@ -325,14 +333,14 @@ impl VsockThreadBackend {
         }
     }
 
-    fn make_room(&mut self) {
+    pub(super) fn make_room(&mut self) {
         if let Some(surplus) = self.connections.surplus() {
             self.reset_connection(surplus, CloseReason::Evicted);
         }
     }
 
     /// Puts a connection into the table, and its socket into the event loop.
-    fn insert(&mut self, side: Side, conn: VsockConnection) -> io::Result<Token> {
+    pub(super) fn insert(&mut self, side: Side, conn: VsockConnection) -> io::Result<Token> {
         let registry = &self.registry;
         let token = self.connections.try_insert(side, |token| {
             registry.register(conn.socket(), EventSource::Connection(token))?;

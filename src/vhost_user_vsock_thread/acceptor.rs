@@ -139,7 +139,9 @@ impl Acceptor {
                     let socket = OwnedFd::from(socket);
                     let socket = match self.entry {
                         Entry::Vsock(_) => HostSocket::vsock(self.packet_type, socket),
-                        Entry::Host | Entry::Port(_) => HostSocket::new(self.packet_type, socket),
+                        Entry::Host | Entry::Port(_) | Entry::Sibling(_) => {
+                            HostSocket::new(self.packet_type, socket)
+                        }
                     };
                     return Accepted::Client(self.entry, socket);
                 }

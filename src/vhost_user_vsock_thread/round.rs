@@ -102,6 +102,7 @@ impl VhostUserVsockThread {
     /// it are closed at once.
     fn serve_clients(&mut self) {
         self.backend.serve_client();
+        self.backend.serve_call();
         if !self.acceptors.is_pending() {
             return;
         }

@@ -9,10 +9,6 @@ pub enum Dialing {
     /// The end of a connect(2) that has not waited.
     Connect,
     /// The answer to our CONNECT line.
-    #[cfg_attr(
-        not(any(test, feature = "fuzzing")),
-        expect(dead_code, reason = "for routes to other daemons' guests")
-    )]
     Answer(Line),
 }
 

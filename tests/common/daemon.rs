@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -70,15 +70,7 @@ impl Daemon {
     }
 
     fn command(directory: &TempDir) -> Command {
-        // File modes apply to the daemon even when the tests run as root.
-        let mut command = if geteuid().is_root() {
-            let mut command = Command::new("setpriv");
-            command.args(["--bounding-set=-dac_override,-dac_read_search"]);
-            command.arg(binary());
-            command
-        } else {
-            Command::new(binary())
-        };
+        let mut command = program();
         command
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--uds-path")
@@ -260,10 +252,15 @@ impl Daemon {
 
     fn wait_for_sockets(&mut self) {
         let deadline = Instant::now() + self.patience;
-        // Without a guest, clients are closed at once. When that happens, all threads are up.
+        // Without a guest, clients are closed at once; those of a daemon that lets them wait are for what they write. When
+        // that happens, all threads are up.
         let is_closed = |mut client: UnixStream| {
             client.set_read_timeout(Some(PATIENCE)).unwrap();
-            matches!(client.read(&mut [0]), Ok(0))
+            let _ = client.write_all(b"\n");
+            match client.read(&mut [0]) {
+                Ok(count) => count == 0,
+                Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+            }
         };
         while !UnixStream::connect(self.uds_path()).is_ok_and(is_closed) {
             self.assert_alive();
@@ -285,6 +282,17 @@ impl Drop for Daemon {
             eprintln!("--- the daemon's log\n{}", self.log());
         }
     }
+}
+
+/// A command that runs the binary under test. File modes apply to it even when the tests run as root.
+pub fn program() -> Command {
+    if !geteuid().is_root() {
+        return Command::new(binary());
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set=-dac_override,-dac_read_search"]);
+    command.arg(binary());
+    command
 }
 
 /// The binary under test: this crate's own, or any other with the same three options.

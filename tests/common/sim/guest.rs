@@ -272,7 +272,9 @@ impl SimGuest {
             let take = (part.len as usize).min(used - bytes.len());
             bytes.extend(self.memory.read(part.addr, take));
         }
-        Packet::parse(&bytes)
+        let packet = Packet::parse(&bytes);
+        assert_eq!(packet.dst_cid, self.setup.cid, "{packet:?}");
+        packet
     }
 
     /// The next packet, if one comes in time.
@@ -389,7 +391,10 @@ impl SimGuest {
         for _ in 0..2 {
             self.probes += 1;
             let port = PROBE_PORT + self.probes;
-            self.send(&Packet::new(Op::CreditRequest, port, port));
+            self.send(&Packet {
+                src_cid: self.setup.cid,
+                ..Packet::new(Op::CreditRequest, port, port)
+            });
             loop {
                 let packet = self.recv();
                 if packet.dst_port == port && packet.is(Op::Rst) {

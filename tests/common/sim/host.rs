@@ -14,15 +14,17 @@ use nix::sys::socket::{
 };
 
 use super::guest::SimGuest;
-use super::packet::{EOM, Flow, Op, Packet, STREAM};
+use super::packet::{EOM, Flow, HOST_CID, Op, Packet, STREAM};
 use super::setup::Setup;
-use crate::common::daemon::{Daemon, PATIENCE};
+use crate::common::daemon::{Daemon, GUEST_CID, PATIENCE};
 
 /// The host port of [`FLOW`].
 pub const PORT: u32 = 1234;
 
 /// The default connection made by the guest.
 pub const FLOW: Flow = Flow {
+    guest_cid: GUEST_CID,
+    peer_cid: HOST_CID,
     guest_port: 40_000,
     host_port: PORT,
     kind: STREAM,

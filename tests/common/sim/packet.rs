@@ -125,7 +125,6 @@ impl Packet {
             packet.payload.len(),
             "len against the used length: {packet:?}"
         );
-        assert_eq!(packet.dst_cid, GUEST_CID, "{packet:?}");
         if packet.op != Op::Rw as u16 {
             assert_eq!(
                 packet.len, 0,
@@ -147,13 +146,16 @@ impl Packet {
             self.is(op) && flow.owns(self),
             "wanted {op:?} for {flow:?}, got {self:?}"
         );
-        assert_eq!(self.src_cid, HOST_CID, "{self:?}");
     }
 }
 
 /// One connection, as the guest sees it: makes the packets that belong to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
+    /// The guest's CID.
+    pub guest_cid: u64,
+    /// The other end's: the host's, or another guest's.
+    pub peer_cid: u64,
     /// The guest's port.
     pub guest_port: u32,
     /// The host's port.
@@ -170,6 +172,8 @@ impl Flow {
     /// A stream between two ports.
     pub fn new(guest_port: u32, host_port: u32) -> Self {
         Self {
+            guest_cid: GUEST_CID,
+            peer_cid: HOST_CID,
             guest_port,
             host_port,
             kind: STREAM,
@@ -190,14 +194,20 @@ impl Flow {
     pub fn of(packet: &Packet) -> Self {
         Self {
             kind: packet.kind,
+            guest_cid: packet.dst_cid,
+            peer_cid: packet.src_cid,
             ..Self::new(packet.dst_port, packet.src_port)
         }
     }
 
     /// Whether a packet from the host belongs to this connection.
     pub fn owns(&self, packet: &Packet) -> bool {
-        (packet.dst_port, packet.src_port, packet.kind)
-            == (self.guest_port, self.host_port, self.kind)
+        *self
+            == Self {
+                buf_alloc: self.buf_alloc,
+                fwd_cnt: self.fwd_cnt,
+                ..Self::of(packet)
+            }
     }
 
     /// A packet without payload.
@@ -206,6 +216,8 @@ impl Flow {
             kind: self.kind,
             buf_alloc: self.buf_alloc,
             fwd_cnt: self.fwd_cnt,
+            src_cid: self.guest_cid,
+            dst_cid: self.peer_cid,
             ..Packet::new(op, self.guest_port, self.host_port)
         }
     }

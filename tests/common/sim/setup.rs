@@ -3,6 +3,7 @@
 use super::memory::Backing;
 use super::packet::{BUF_ALLOC, HEADER_LEN};
 use super::ring::{Indirect, feature};
+use crate::common::daemon::GUEST_CID;
 
 /// Where a packet's header stands among the descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +63,8 @@ impl TxLayout {
 /// The configuration of a guest.
 #[derive(Clone, Debug)]
 pub struct Setup {
+    /// The guest's CID, as the daemon has it.
+    pub cid: u64,
     /// Descriptors per ring.
     pub ring_size: u16,
     /// Features to accept, where they are offered.
@@ -103,6 +106,7 @@ pub struct Setup {
 impl Default for Setup {
     fn default() -> Self {
         Self {
+            cid: GUEST_CID,
             ring_size: 128,
             features: feature::EVENT_IDX | feature::INDIRECT_DESC,
             queues: 2,

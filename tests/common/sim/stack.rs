@@ -13,10 +13,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::guest::{RX, SimGuest, TX};
-use super::packet::{Flow, NO_RECEIVE, NO_SEND, Op, Packet};
+use super::packet::{Flow, HOST_CID, NO_RECEIVE, NO_SEND, Op, Packet};
 use crate::common::daemon::PATIENCE;
 
-type Key = (u32, u32);
+/// The guest's port, the peer's CID and its port.
+type Key = (u32, u64, u32);
+
+fn key_of(flow: &Flow) -> Key {
+    (flow.guest_port, flow.peer_cid, flow.host_port)
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -163,14 +168,29 @@ impl GuestStack {
 
     /// Connects to a host port.
     pub fn connect(&self, port: u32) -> io::Result<GuestStream> {
-        let stream = self.request(port)?;
+        self.connect_to(HOST_CID, port)
+    }
+
+    /// Connects to a port of any CID.
+    pub fn connect_to(&self, cid: u64, port: u32) -> io::Result<GuestStream> {
+        let stream = self.request(cid, port)?;
         self.shared.wake();
         self.answered(stream)
     }
 
     /// Connects to a host port so many times at once. Returns the connections that were accepted; all others were refused.
     pub fn connect_many(&self, port: u32, count: usize) -> io::Result<Vec<GuestStream>> {
-        let requests = (0..count).map(|_| self.request(port));
+        self.connect_many_to(HOST_CID, port, count)
+    }
+
+    /// The same for a port of any CID.
+    pub fn connect_many_to(
+        &self,
+        cid: u64,
+        port: u32,
+        count: usize,
+    ) -> io::Result<Vec<GuestStream>> {
+        let requests = (0..count).map(|_| self.request(cid, port));
         let requests = requests.collect::<io::Result<Vec<_>>>()?;
         self.shared.wake();
         let answers = requests.into_iter().map(|stream| self.answered(stream));
@@ -180,15 +200,19 @@ impl GuestStack {
         accepted.collect()
     }
 
-    fn request(&self, port: u32) -> io::Result<GuestStream> {
+    fn request(&self, cid: u64, port: u32) -> io::Result<GuestStream> {
         let mut state = self.shared.lock();
         if state.stop {
             return Err(ErrorKind::NotConnected.into());
         }
         state.next_port += 1;
-        let mut flow = Flow::new(state.next_port, port);
-        flow.buf_alloc = state.guest.setup.buf_alloc;
-        let key = (flow.guest_port, flow.host_port);
+        let flow = Flow {
+            guest_cid: state.guest.setup.cid,
+            peer_cid: cid,
+            buf_alloc: state.guest.setup.buf_alloc,
+            ..Flow::new(state.next_port, port)
+        };
+        let key = key_of(&flow);
         state.control.push_back(flow.packet(Op::Request));
         state.conns.insert(key, Conn::new(flow, Phase::Asked));
         Ok(GuestStream {
@@ -376,7 +400,7 @@ impl State {
     }
 
     fn take(&mut self, packet: &Packet) {
-        let key = (packet.dst_port, packet.src_port);
+        let key = key_of(&Flow::of(packet));
         if packet.is(Op::Request)
             && !self
                 .conns
@@ -399,7 +423,7 @@ impl State {
     fn take_request(&mut self, packet: &Packet) {
         let mut flow = Flow::of(packet);
         flow.buf_alloc = self.guest.setup.buf_alloc;
-        let key = (flow.guest_port, flow.host_port);
+        let key = key_of(&flow);
         let Some(backlog) = self.listeners.get_mut(&flow.guest_port) else {
             return self.control.push_back(flow.packet(Op::Rst));
         };
@@ -522,7 +546,12 @@ impl State {
 impl GuestStream {
     /// The guest's and the host's port.
     pub fn ports(&self) -> (u32, u32) {
-        self.key
+        (self.key.0, self.key.2)
+    }
+
+    /// The CID of the other end.
+    pub fn peer_cid(&self) -> u64 {
+        self.key.1
     }
 
     /// Another handle of the same stream.
