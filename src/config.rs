@@ -89,7 +89,7 @@ pub enum HostSide {
         /// The CID that the guest's connections lead to: to the same port there.
         cid: Cid,
         /// The ports of the host's AF_VSOCK, of any CID, that lead to the guest's ports of the same numbers.
-        listen: Vec<u32>,
+        listen: Vec<VsockPort>,
     },
 }
 
@@ -118,6 +118,15 @@ impl fmt::Display for HostSide {
             Self::Vsock { cid, .. } => write!(f, "CID {cid} of AF_VSOCK"),
         }
     }
+}
+
+/// A port of the host's AF_VSOCK to listen on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct VsockPort {
+    /// The port.
+    pub port: u32,
+    /// What its connections carry.
+    pub packet_type: PacketType,
 }
 
 /// A port, and the Unix socket that stands for it.

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::{sleep, spawn};
@@ -45,7 +45,7 @@ fn connections_are_forwarded_in_a_guest() {
     );
     let output = guest.run(&command);
     assert_eq!(output.status, 0, "{}", output.stdout);
-    assert!(output.stdout.contains(" 6 passed"), "{}", output.stdout);
+    assert!(output.stdout.contains(" 7 passed"), "{}", output.stdout);
 }
 
 /// A daemon that forwards, and its guest. Killed on drop.
@@ -268,6 +268,29 @@ fn ports_that_are_listened_on_lead_to_the_guests() {
     sleep(Duration::from_millis(100));
     guest.send(&flow.packet(Op::Response));
     recv_other(&mut guest).assert_is(Op::Rst, &flow);
+}
+
+#[test]
+#[ignore = "runs in a guest"]
+fn ports_with_a_path_of_their_own_are_not_forwarded() {
+    let folder = TempDir::new().unwrap();
+    let [host_path, guest_path] = ["host", "guest"].map(|name| folder.path().join(name));
+    let (_daemon, mut guest) = Forwarding::start(&[
+        &format!("--host-port={PORT}={}", host_path.display()),
+        &format!("--guest-port=22={}", guest_path.display()),
+    ]);
+    let _not_this_one = listen(PORT);
+    let unix = UnixListener::bind(&host_path).unwrap();
+    let flow = Flow::new(40_000, PORT);
+    guest.send(&flow.packet(Op::Request));
+    let program = unix.accept().unwrap().0;
+    guest.recv().assert_is(Op::Response, &flow);
+    assert_moves_bytes(&mut guest, &program, &flow);
+    let client = UnixStream::connect(guest_path).unwrap();
+    let flow = Flow::of(&guest.recv());
+    assert_eq!(flow.guest_port, 22);
+    guest.send(&flow.packet(Op::Response));
+    assert_moves_bytes(&mut guest, &client, &flow);
 }
 
 #[test]

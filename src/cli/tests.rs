@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::config::{HostSide, PortPath, Socket, SocketMode, VmConfig};
+use crate::config::{HostSide, PortPath, Socket, SocketMode, VmConfig, VsockPort};
 use crate::packet::header::Cid;
 use crate::packet::header::PacketType;
 
@@ -111,6 +111,13 @@ fn options_beside_vm_are_for_those_that_say_nothing_else() {
     assert_eq!(config.access.mode, SocketMode(0o606));
 }
 
+fn at(port: u32) -> VsockPort {
+    VsockPort {
+        port,
+        packet_type: PacketType::Stream,
+    }
+}
+
 #[test]
 fn a_vm_with_a_uds_path_is_not_forwarded_by_default() {
     let config = config(&[
@@ -121,7 +128,7 @@ fn a_vm_with_a_uds_path_is_not_forwarded_by_default() {
     assert_eq!(config.vms[0].host, HostSide::unix("/tmp/b"));
     let forwarded = HostSide::Vsock {
         cid: Cid::from_raw(1),
-        listen: vec![9001, 9002],
+        listen: vec![at(9001), at(9002)],
     };
     assert_eq!(config.vms[1].host, forwarded);
 }

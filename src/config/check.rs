@@ -7,7 +7,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::paths::{self, PathKind, SocketPath};
-use super::{ConfigError, HostSide, PortPath, ProcessConfig, Socket, VmConfig, directory_of};
+use super::{
+    ConfigError, HostSide, PortPath, ProcessConfig, Socket, VmConfig, VsockPort, directory_of,
+};
 use crate::packet::header::{Cid, PacketType};
 
 /// The largest buffer of a connection, in bytes.
@@ -145,15 +147,20 @@ impl VmConfig {
             check_ports("host-port", ports(&self.host_ports))?;
         }
         let named = self.guest_ports.iter().chain(&self.host_ports);
-        let mut messages = named.filter(|named| named.packet_type == PacketType::Seqpacket);
-        if !self.seqpacket && messages.next().is_some() {
+        let mut types = named
+            .map(|named| named.packet_type)
+            .chain(self.forwarded_types());
+        if !self.seqpacket && types.any(|packet_type| packet_type == PacketType::Seqpacket) {
             return Err(("seqpacket", ConfigError::SeqpacketOff));
         }
         if let HostSide::Vsock { cid, listen } = &self.host {
             if !(1..u64::from(u32::MAX)).contains(&cid.get()) {
                 return Err(("forward-cid", ConfigError::ForwardCid(*cid)));
             }
-            check_ports("forward-listen", listen.iter().copied())?;
+            for packet_type in [PacketType::Stream, PacketType::Seqpacket] {
+                let ports = listen.iter().filter(|at| at.packet_type == packet_type);
+                check_ports("forward-listen", ports.map(|at| at.port))?;
+            }
         }
         Ok(())
     }
@@ -177,10 +184,12 @@ impl VmConfig {
         if vms.iter().any(|other| other.guest_cid == *cid) {
             return Err(("forward-cid", ConfigError::ForwardToGuest(*cid)));
         }
-        let taken: HashSet<u32> = before.iter().flat_map(forwarded).copied().collect();
+        let taken: HashSet<VsockPort> = before.iter().flat_map(forwarded).copied().collect();
         let option = "forward-listen";
-        match listen.iter().find(|port| taken.contains(port)) {
-            Some(&port) => Err((option, ConfigError::DuplicatePort { option, port })),
+        match listen.iter().find(|at| taken.contains(at)) {
+            Some(&VsockPort { port, .. }) => {
+                Err((option, ConfigError::DuplicatePort { option, port }))
+            }
             None => Ok(()),
         }
     }
@@ -196,6 +205,10 @@ impl VmConfig {
             HostSide::Vsock { .. } => None,
         };
         socket.into_iter().chain(uds)
+    }
+
+    fn forwarded_types(&self) -> impl Iterator<Item = PacketType> {
+        forwarded(self).iter().map(|at| at.packet_type)
     }
 
     fn paths(&self, index: usize) -> impl Iterator<Item = SocketPath<'_>> {
@@ -234,7 +247,7 @@ impl VmConfig {
     }
 }
 
-fn forwarded(vm: &VmConfig) -> &[u32] {
+fn forwarded(vm: &VmConfig) -> &[VsockPort] {
     match &vm.host {
         HostSide::Vsock { listen, .. } => listen,
         HostSide::Unix { .. } => &[],

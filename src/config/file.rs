@@ -221,8 +221,15 @@ fn wrong_kind(node: &Node, name: &str, expected: &str, found: &Value) -> YamlErr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::PortPath;
+    use crate::config::{PortPath, VsockPort};
     use crate::packet::header::PacketType;
+
+    fn at(port: u32) -> VsockPort {
+        VsockPort {
+            port,
+            packet_type: PacketType::Stream,
+        }
+    }
 
     fn read(text: &str) -> Result<Vec<VmOptions>, String> {
         let read = vms(Path::new("f"), text);
@@ -253,13 +260,13 @@ mod tests {
             "forward-listen: '9001'",
             "forward-listen: [9001]",
         ] {
-            assert_eq!(one(option).forward_listen, [9001], "{option}");
+            assert_eq!(one(option).forward_listen, [at(9001)], "{option}");
         }
         assert_eq!(
             one("forward-listen: 9001+9002").forward_listen,
-            [9001, 9002]
+            [at(9001), at(9002)]
         );
-        assert_eq!(one("forward-listen: []").forward_listen, [0; 0]);
+        assert_eq!(one("forward-listen: []").forward_listen, []);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use thiserror::Error;
 
 use super::{
     ConfigError, HostSide, PortPath, Socket, SocketAccess, SocketGroup, SocketMode, VmConfig,
+    VsockPort,
 };
 use crate::packet::header::{Cid, PacketType};
 
@@ -67,9 +68,10 @@ pub struct VmOptions {
     #[arg(long, value_name = "CID")]
     pub forward_cid: Option<u32>,
 
-    /// With --forward-cid: ports of the host's AF_VSOCK, joined by `+`, that lead to the guest's ports of the same numbers
+    /// With --forward-cid: ports of the host's AF_VSOCK, joined by `+`, that lead to the guest's ports of the same
+    /// numbers; for messages with `,seqpacket` behind PORT
     #[arg(long, value_name = "PORT+...", value_delimiter = '+', action = ArgAction::Append)]
-    pub forward_listen: Vec<u32>,
+    pub forward_listen: Vec<VsockPort>,
 
     /// A Unix socket for one port of the guest: every connection goes to the guest's PORT, without CONNECT and OK; for messages
     /// with `,seqpacket` behind PATH. Repeatable
@@ -269,16 +271,31 @@ pub enum Switch {
 /// What follows the path of a port's socket that carries messages.
 const SEQPACKET: &str = ",seqpacket";
 
+impl FromStr for VsockPort {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        let (port, packet_type) = typed(text);
+        let port = port.parse()?;
+        Ok(Self { port, packet_type })
+    }
+}
+
+/// A text, and the type that it names at its end.
+fn typed(text: &str) -> (&str, PacketType) {
+    match text.strip_suffix(SEQPACKET) {
+        Some(text) => (text, PacketType::Seqpacket),
+        None => (text, PacketType::Stream),
+    }
+}
+
 impl FromStr for PortPath {
     type Err = PortPathError;
 
     fn from_str(text: &str) -> Result<Self, PortPathError> {
         let (port, path) = text.split_once('=').ok_or(PortPathError)?;
         let port = port.parse().map_err(|_| PortPathError)?;
-        let (path, packet_type) = match path.strip_suffix(SEQPACKET) {
-            Some(path) => (path, PacketType::Seqpacket),
-            None => (path, PacketType::Stream),
-        };
+        let (path, packet_type) = typed(path);
         Ok(Self {
             port,
             packet_type,

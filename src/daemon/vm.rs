@@ -20,7 +20,7 @@ use vhost::vhost_user::Error as VhostUserError;
 
 use super::threads::{Naming, Threads, VmThreads, wait_readable};
 use crate::config::{
-    ConfigError, HostSide, ProcessConfig, Sandbox, Socket, VmConfig, sibling_path,
+    ConfigError, HostSide, ProcessConfig, Sandbox, Socket, VmConfig, VsockPort, sibling_path,
 };
 use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
@@ -155,15 +155,12 @@ fn listen_on_vsock(config: &VmConfig) -> Result<Vec<EntrySocket>, ListenerError>
     let HostSide::Vsock { listen, .. } = &config.host else {
         return Ok(Vec::new());
     };
-    let mut entries = Vec::new();
-    for port in listen {
-        for packet_type in config.packet_types() {
-            let listener = vsock::listen_on(*port, packet_type);
-            let listener = listener.map_err(|error| ListenerError::Vsock(*port, error))?;
-            entries.push(EntrySocket::new(Entry::Vsock(GuestPort(*port)), listener));
-        }
-    }
-    Ok(entries)
+    vsock::check().map_err(ListenerError::NoVsock)?;
+    let listen_on = |at: &VsockPort| match vsock::listen_on(at.port, at.packet_type) {
+        Ok(listener) => Ok(EntrySocket::new(Entry::Vsock(GuestPort(at.port)), listener)),
+        Err(error) => Err(ListenerError::Vsock(at.port, error)),
+    };
+    listen.iter().map(listen_on).collect()
 }
 
 /// Makes the listening Unix sockets through which a guest is reached.

@@ -39,6 +39,11 @@ pub fn begin_connect(cid: u32, port: PeerPort, packet_type: PacketType) -> io::R
     }
 }
 
+/// Fails where the kernel has no AF_VSOCK, and no module for it.
+pub fn check() -> io::Result<()> {
+    new_socket(PacketType::Stream).map(drop)
+}
+
 /// Listens on `port`, whichever CID of the host's is dialed.
 pub fn listen_on(port: u32, packet_type: PacketType) -> io::Result<OwnedFd> {
     let socket = new_socket(packet_type)?;
