@@ -253,6 +253,26 @@ mod tests {
     }
 
     #[test]
+    fn its_end_can_be_dropped() {
+        let mut buffer = LocalTxBuf::new(MIN_RING as u32);
+        // So that the bytes go over the end of the ring.
+        assert!(push(&mut buffer, &[0; MIN_RING - 4]));
+        buffer.flush(MIN_RING - 5, |_| Ok::<_, ()>(MIN_RING - 5)).unwrap();
+        assert!(push(&mut buffer, b"0123456789"));
+        for (len, left) in [(20, 11), (9, 9), (3, 3)] {
+            buffer.truncate(len);
+            assert_eq!(buffer.len(), left);
+        }
+        assert!(push(&mut buffer, b"ab"));
+        let mut out = Vec::new();
+        flush_to(&mut buffer, &mut out).unwrap();
+        assert_eq!(out, b"\x0001ab");
+        assert!(push(&mut buffer, b"x"));
+        buffer.truncate(0);
+        assert!(buffer.is_empty() && buffer.ring.is_none());
+    }
+
+    #[test]
     fn it_refuses_what_exceeds_its_limit() {
         let mut buffer = LocalTxBuf::new(10);
         assert!(push(&mut buffer, &[1; 10]));

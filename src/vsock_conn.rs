@@ -38,6 +38,8 @@ mod key;
 mod mover;
 mod readiness;
 mod seqpacket_mover;
+#[cfg(test)]
+mod seqpacket_tests;
 mod shutdown;
 mod state;
 mod stream_mover;

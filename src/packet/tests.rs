@@ -147,6 +147,49 @@ fn rx_buffers_hold_a_header_and_a_byte() {
 }
 
 #[test]
+fn the_last_packet_of_a_message_says_so() {
+    let memory = memory();
+    for (bytes, lengths) in [(1, &[1][..]), (10, &[10]), (11, &[10, 1]), (20, &[10, 10])] {
+        let mut batch = rx_batch_of(&memory);
+        for addr in [0x8000, 0x9000] {
+            let area = [(addr, 54, WRITE)];
+            batch.push(chain(&memory, &area), RING_SIZE, 10).unwrap();
+        }
+        batch.fill(&rw(0), bytes, MessageFlags::EOM);
+        let mut headers = [0x8000, 0x9000].map(|addr| {
+            let mut header = [0; HEADER_LEN];
+            memory.read_slice(&mut header, GuestAddress(addr)).unwrap();
+            VsockHeader::from_rx(&header)
+        });
+        let found: Vec<_> = batch.filled().iter().map(RxBuffer::payload).collect();
+        assert_eq!(found, lengths);
+        let headers = &mut headers[..lengths.len()];
+        assert!(headers.iter().zip(lengths).all(|(header, len)| u64::from(header.len) == *len));
+        let ends: Vec<_> = headers.iter().map(|header| header.ends_message()).collect();
+        let last = lengths.len() - 1;
+        assert!(ends.iter().enumerate().all(|(index, ends)| *ends == (index == last)));
+        memory.write_slice(&[0; 0x2000], GuestAddress(0x8000)).unwrap();
+    }
+}
+
+#[test]
+fn one_receive_takes_no_more_slices_than_the_kernel_does() {
+    let memory = memory();
+    let mut batch = rx_batch_of(&memory);
+    // 60 slices of 2 bytes behind each header.
+    let lengths = [&[44][..], &[2; 60]].concat();
+    for _ in 0..18 {
+        assert!(!batch.is_full());
+        let buffer = chain(&memory, &areas(0x8000, &lengths, WRITE));
+        batch.push(buffer, RING_SIZE, usize::MAX).unwrap();
+        assert!(batch.receives_at_once(batch.capacity().min(2048)));
+        assert!(!batch.receives_at_once(batch.capacity() + 1));
+    }
+    assert!(batch.is_full() && batch.capacity() == 2160);
+    assert!(batch.receives_at_once(2048) && !batch.receives_at_once(2049));
+}
+
+#[test]
 fn a_read_that_ends_at_descriptors_is_not_all() {
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
     use std::io::IoSlice;
