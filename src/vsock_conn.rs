@@ -190,7 +190,7 @@ impl VsockConnection {
 
     /// Whether the guest has closed it properly and bytes still wait for the host program, to which they belong.
     pub fn is_flushing(&self) -> bool {
-        matches!(self.state, State::Flushing) && self.mover.buffered() > 0
+        matches!(self.state, State::Flushing) && self.mover.waits_for_host()
     }
 
     /// How many bytes wait for the host program.
@@ -260,7 +260,7 @@ impl VsockConnection {
             to_guest: self.credit.sent(),
             buffered: self.mover.buffered(),
             credit,
-            waits_for: if self.mover.buffered() > 0 || matches!(self.state, State::Dialing(_)) {
+            waits_for: if self.mover.waits_for_host() || matches!(self.state, State::Dialing(_)) {
                 Some(Side::Host)
             } else if matches!(self.state, State::Requested)
                 || self.credit_requested

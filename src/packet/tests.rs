@@ -9,7 +9,9 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 
 use crate::packet::header::{Cid, GuestPort, Op, PeerAddr};
-use crate::testing::{Area, BORDER, RING_SIZE, WRITE, chain, chain_ending, memory, rx_batch};
+use crate::testing::{
+    Area, BORDER, RING_SIZE, WRITE, chain, chain_ending, memory, rx_batch, tx_batch,
+};
 
 const NEXT: u16 = 1;
 
@@ -169,6 +171,37 @@ fn the_last_packet_of_a_message_says_so() {
         let last = lengths.len() - 1;
         assert!(ends.iter().enumerate().all(|(index, ends)| *ends == (index == last)));
         memory.write_slice(&[0; 0x2000], GuestAddress(0x8000)).unwrap();
+    }
+}
+
+#[test]
+fn the_beginning_of_a_message_is_left_for_the_next_batch() {
+    let piece = |port: u32, flags: MessageFlags| VsockHeader {
+        guest_port: GuestPort(port),
+        packet_type: PacketType::Seqpacket,
+        flags: flags.bits(),
+        ..rw(0)
+    };
+    let (part, end) = (
+        |port| piece(port, MessageFlags::empty()),
+        |port| piece(port, MessageFlags::EOM),
+    );
+    for (packets, left) in [
+        (vec![], 0),
+        (vec![end(1)], 0),
+        (vec![part(1), part(1)], 0),
+        (vec![end(1), part(1)], 1),
+        (vec![part(1), end(1), part(1), part(1)], 2),
+        (vec![part(2), part(1)], 1),
+        (vec![part(1), end(2)], 0),
+        (vec![part(1), rw(0)], 0),
+        (vec![rw(0), part(1)], 1),
+    ] {
+        let memory = memory();
+        let chains: Vec<_> = packets.iter().map(|header| (*header, &b"x"[..])).collect();
+        let mut batch = tx_batch(&memory, &chains);
+        assert_eq!(batch.leave_unfinished(), left, "{packets:?}");
+        assert_eq!(batch.packets().len(), packets.len() - left);
     }
 }
 

@@ -68,7 +68,6 @@ impl VsockConnection {
             }
             Err(ReceiveError::GuestMemory) => {
                 // What the guest gets has a hole, but not what the host program gets.
-                self.mover.drop_unfinished();
                 self.state = State::Flushing;
                 self.rx_queue.clear();
                 return Verdict::Reset(CloseReason::Protocol);
