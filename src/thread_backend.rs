@@ -407,7 +407,8 @@ impl VsockThreadBackend {
     /// There is no guest any more: closes its connections, and the clients that do not wait for the next one.
     pub fn disconnect(&mut self) {
         while self.wait_for_guest.is_zero()
-            && let Some(token) = self.clients.oldest() {
+            && let Some(token) = self.clients.oldest()
+        {
             self.clients.remove(token);
             self.drop_client("the VMM is gone");
         }

@@ -62,10 +62,10 @@ use credit::Credit;
 use dialing::Answer;
 pub use dialing::Dialing;
 pub use key::ConnKey;
+use mover::{Delivered, Flushed, Mover, Wants};
 pub use readiness::Readiness;
 use shutdown::Shutdown;
 use state::State;
-use mover::{Delivered, Flushed, Mover, Wants};
 
 /// How long the guest has to answer a REQUEST, and the peer to answer the guest's.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -262,9 +262,7 @@ impl VsockConnection {
             credit,
             waits_for: if self.mover.waits_for_host() || matches!(self.state, State::Dialing(_)) {
                 Some(Side::Host)
-            } else if matches!(self.state, State::Requested)
-                || self.credit_requested
-            {
+            } else if matches!(self.state, State::Requested) || self.credit_requested {
                 Some(Side::Guest)
             } else {
                 None
@@ -467,7 +465,10 @@ impl VsockConnection {
 
     /// Sends payload to the host program, and buffers what it does not take yet.
     fn deliver(&mut self, batch: &TxBatch<'_>, packets: &[VsockPacket]) -> Verdict {
-        let len = packets.iter().map(|packet| packet.header().len as usize).sum();
+        let len = packets
+            .iter()
+            .map(|packet| packet.header().len as usize)
+            .sum();
         self.credit.count_received(len);
         if self.shutdown.host_receives() {
             let held = self.mover.buffered() + len;

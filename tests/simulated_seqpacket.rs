@@ -306,7 +306,20 @@ fn the_caller_is_named() {
 
 /// Sizes at the borders of everything between a program and another.
 const SIZES: [usize; 14] = [
-    1, 2, 43, 44, 45, 1000, 3731, 3732, 3733, 4096, 16_385, 65_536, 65_537, BUF_ALLOC as usize,
+    1,
+    2,
+    43,
+    44,
+    45,
+    1000,
+    3731,
+    3732,
+    3733,
+    4096,
+    16_385,
+    65_536,
+    65_537,
+    BUF_ALLOC as usize,
 ];
 
 /// Messages of all sizes over one connection, each way.
@@ -355,7 +368,8 @@ fn sizes_rings_packets_and_buffers_do_not_matter() {
             let most = setup.tx_payload;
             // What with_borders leaves has no room for so many buffers.
             let room: u32 = rx.iter().sum::<u32>() + 64;
-            setup.rx_buffers = Some((usize::from(ring_size) / rx.len()).min((8 << 20) / room as usize));
+            setup.rx_buffers =
+                Some((usize::from(ring_size) / rx.len()).min((8 << 20) / room as usize));
             assert_sizes_pass(&daemon, setup, most);
         }
     }
@@ -412,7 +426,14 @@ fn messages_of_more_slices_than_one_send_takes() {
     for seed in 0..3 {
         assert_same(&read_message(&program), &pattern(seed, 40 * 300));
     }
-    for size in [1024 * 10, 1025 * 10, 36 * 290 - 1, 36 * 290, 36 * 290 + 1, 100_000] {
+    for size in [
+        1024 * 10,
+        1025 * 10,
+        36 * 290 - 1,
+        36 * 290,
+        36 * 290 + 1,
+        100_000,
+    ] {
         let message = pattern(9, size);
         write_message(&program, &message);
         assert_message(&mut guest, &flow, &message);
@@ -430,7 +451,9 @@ fn messages_that_lie_in_the_ring_together_pass_in_order() {
     let programs = flows.clone().map(|flow| open(&daemon, &mut guest, &flow));
     // More bytes than are taken at a time, cut at another place each time.
     for size in [30_000, 50_000, 70_000, 100_000] {
-        let messages: Vec<_> = (0..200_000 / size as u64).map(|seed| pattern(seed, size)).collect();
+        let messages: Vec<_> = (0..200_000 / size as u64)
+            .map(|seed| pattern(seed, size))
+            .collect();
         let mut packets = Vec::new();
         for message in &messages {
             for flow in &flows {
@@ -716,7 +739,10 @@ fn a_connection_that_ends_within_a_message_delivers_no_part_of_it() {
                 whole.extend(fill(&mut guest, &flow(), 2000));
             }
             // In one batch, or the rest of it.
-            send_at_once(&mut guest, &[flow().rw(b"no "), flow().rw(b"message"), end.clone()]);
+            send_at_once(
+                &mut guest,
+                &[flow().rw(b"no "), flow().rw(b"message"), end.clone()],
+            );
             for message in whole {
                 assert_same(&read_message(&program), &message);
             }
@@ -821,7 +847,12 @@ fn a_close_waits_until_all_messages_are_delivered() {
         let program = open(&daemon, &mut guest, &flow());
         let sent = fill(&mut guest, &flow(), size);
         guest.send(&flow().shutdown(NO_RECEIVE | NO_SEND));
-        assert!(guest.settle().iter().all(|packet| packet.is(Op::CreditUpdate)));
+        assert!(
+            guest
+                .settle()
+                .iter()
+                .all(|packet| packet.is(Op::CreditUpdate))
+        );
         for message in &sent {
             assert_same(&read_message(&program), message);
         }
@@ -1008,7 +1039,10 @@ impl Modelled {
             self.partial.extend(&packet.payload);
             if packet.flags == EOM {
                 let whole = std::mem::take(&mut self.partial);
-                assert_same(&whole, &self.to_guest.pop_front().expect("a message too many"));
+                assert_same(
+                    &whole,
+                    &self.to_guest.pop_front().expect("a message too many"),
+                );
                 let flow = &mut self.flow;
                 give_credit(guest, flow, whole.len());
             }

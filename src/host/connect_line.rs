@@ -82,7 +82,10 @@ fn read_message(socket: &HostSocket, line: &mut Line) -> Progress {
 /// The request for a port of the guest's.
 #[cfg_attr(
     not(any(test, feature = "fuzzing")),
-    expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
+    expect(
+        dead_code,
+        reason = "the client's role, for routes to other daemons' guests"
+    )
 )]
 pub fn request(port: u32) -> String {
     format!("CONNECT {port}\n")
@@ -124,7 +127,10 @@ impl Line {
     /// A server's answer, of at most [`MAX_ANSWER`] bytes.
     #[cfg_attr(
         not(any(test, feature = "fuzzing")),
-        expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
+        expect(
+            dead_code,
+            reason = "the client's role, for routes to other daemons' guests"
+        )
     )]
     pub fn answer() -> Self {
         Self::new(b"OK", MAX_ANSWER)

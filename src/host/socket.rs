@@ -32,8 +32,8 @@ use std::os::unix::net::UnixStream;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    MsgFlags, SockType, SockaddrStorage, getpeername, getsockopt, recv, recvmsg, send, sendmsg, setsockopt, shutdown,
-    sockopt,
+    MsgFlags, SockType, SockaddrStorage, getpeername, getsockopt, recv, recvmsg, send, sendmsg,
+    setsockopt, shutdown, sockopt,
 };
 
 use crate::packet::header::PacketType;
@@ -261,8 +261,7 @@ impl HostSocket {
         }
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let received = recvmsg::<()>(self.fd.as_raw_fd(), &mut [], None, flags);
-        let is_message =
-            received.is_ok_and(|message| message.flags.contains(MsgFlags::MSG_CTRUNC));
+        let is_message = received.is_ok_and(|message| message.flags.contains(MsgFlags::MSG_CTRUNC));
         // Where it stays set, the kernel gives a name to a socket that has none.
         let _ = setsockopt(&self.fd, sockopt::PassCred, &false);
         is_message

@@ -166,11 +166,22 @@ fn the_last_packet_of_a_message_says_so() {
         let found: Vec<_> = batch.filled().iter().map(RxBuffer::payload).collect();
         assert_eq!(found, lengths);
         let headers = &mut headers[..lengths.len()];
-        assert!(headers.iter().zip(lengths).all(|(header, len)| u64::from(header.len) == *len));
+        assert!(
+            headers
+                .iter()
+                .zip(lengths)
+                .all(|(header, len)| u64::from(header.len) == *len)
+        );
         let ends: Vec<_> = headers.iter().map(|header| header.ends_message()).collect();
         let last = lengths.len() - 1;
-        assert!(ends.iter().enumerate().all(|(index, ends)| *ends == (index == last)));
-        memory.write_slice(&[0; 0x2000], GuestAddress(0x8000)).unwrap();
+        assert!(
+            ends.iter()
+                .enumerate()
+                .all(|(index, ends)| *ends == (index == last))
+        );
+        memory
+            .write_slice(&[0; 0x2000], GuestAddress(0x8000))
+            .unwrap();
     }
 }
 

@@ -37,7 +37,8 @@ impl VhostUserVsockThread {
             }
         }
         let read = chains.bytes() + chains.descriptors() * cost::DESCRIPTOR;
-        self.backend.add_cost(read + self.heads.len() * cost::PACKET);
+        self.backend
+            .add_cost(read + self.heads.len() * cost::PACKET);
         let mut batch = chains.parse(|error| self.count_malformed(&error));
         if is_cut && batch.packets().len() == self.heads.len() {
             // The rest of a message may be in the ring. All of it is in the next batch, and need not be copied.

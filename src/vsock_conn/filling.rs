@@ -72,7 +72,9 @@ impl VsockConnection {
                 self.rx_queue.clear();
                 return Verdict::Reset(CloseReason::Protocol);
             }
-            Err(ReceiveError::CantPeek | ReceiveError::Failed(_)) => return Verdict::Reset(CloseReason::HostGone),
+            Err(ReceiveError::CantPeek | ReceiveError::Failed(_)) => {
+                return Verdict::Reset(CloseReason::HostGone);
+            }
         }
         Verdict::Open
     }

@@ -134,7 +134,9 @@ impl SeqpacketMover {
         let mut sent = 0;
         let mut rest = packets;
         while !rest.is_empty() {
-            let end = rest.iter().position(|packet| packet.header().ends_message());
+            let end = rest
+                .iter()
+                .position(|packet| packet.header().ends_message());
             let (pieces, after) = rest.split_at(end.map_or(rest.len(), |end| end + 1));
             // One that came in pieces leaves first, so that those behind it need not be copied.
             if self.writable && self.lengths.len() == 1 && self.unfinished == 0 {
@@ -169,7 +171,10 @@ impl SeqpacketMover {
             }
         }
         // The guest's credit is the room in this buffer: it fails only where the system has no memory.
-        if !self.tx_buf.push(len, |offset, place| pieces.copy_to(offset, place)) {
+        if !self
+            .tx_buf
+            .push(len, |offset, place| pieces.copy_to(offset, place))
+        {
             return Delivered::Failed;
         }
         self.unfinished += len;
@@ -201,7 +206,9 @@ impl SeqpacketMover {
                 return Flushed::Part;
             }
             let socket = &self.socket;
-            let sent = self.tx_buf.flush(len as usize, |slices| socket.send_bytes(slices));
+            let sent = self
+                .tx_buf
+                .flush(len as usize, |slices| socket.send_bytes(slices));
             match sent {
                 Ok(sent) => {
                     self.lengths.pop_front();

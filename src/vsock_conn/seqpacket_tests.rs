@@ -88,7 +88,10 @@ impl Ends {
     fn messages(&mut self, room: usize) -> Vec<Vec<u8>> {
         let mut messages = vec![Vec::new()];
         for (header, bytes) in self.packets(room) {
-            assert_eq!((header.op, header.packet_type), (Op::Rw, PacketType::Seqpacket));
+            assert_eq!(
+                (header.op, header.packet_type),
+                (Op::Rw, PacketType::Seqpacket)
+            );
             messages.last_mut().unwrap().extend(bytes);
             if header.ends_message() {
                 messages.push(Vec::new());
@@ -130,10 +133,16 @@ fn whole_messages_are_sent_without_a_copy() {
 #[test]
 fn a_message_in_pieces_is_gathered_and_does_not_delay_those_behind_it() {
     let mut ends = Ends::new(WINDOW);
-    assert_eq!(ends.guest_writes(&[(b"first", true), (b"in ", false)]), Verdict::Open);
+    assert_eq!(
+        ends.guest_writes(&[(b"first", true), (b"in ", false)]),
+        Verdict::Open
+    );
     ends.assert_read(&[b"first"]);
     assert!(!ends.conn.can_flush(), "there is nothing whole");
-    assert_eq!(ends.guest_writes(&[(b"pieces", true), (b"last", true)]), Verdict::Open);
+    assert_eq!(
+        ends.guest_writes(&[(b"pieces", true), (b"last", true)]),
+        Verdict::Open
+    );
     assert_eq!(ends.conn.buffered(), 0);
     ends.assert_read(&[b"in pieces", b"last"]);
     assert_eq!(ends.guest_writes(&[(b"x", false)]), Verdict::Open);
@@ -154,7 +163,10 @@ fn a_message_that_can_not_end_resets() {
     let verdict = ends.guest_writes(&[(&[1; 1], false)]);
     assert_eq!(verdict, Verdict::Reset(CloseReason::Protocol));
     let mut ends = Ends::new(100);
-    assert_eq!(ends.guest_writes(&[(&[1; 99], false), (&[1; 1], true)]), Verdict::Open);
+    assert_eq!(
+        ends.guest_writes(&[(&[1; 99], false), (&[1; 1], true)]),
+        Verdict::Open
+    );
     ends.assert_read(&[&[1; 100]]);
 }
 
@@ -188,7 +200,10 @@ fn a_full_socket_keeps_messages_apart() {
 fn a_shutdown_drops_what_is_not_whole() {
     for flags in [ShutdownFlags::SEND, ShutdownFlags::all()] {
         let mut ends = Ends::new(WINDOW);
-        assert_eq!(ends.guest_writes(&[(b"whole", true), (b"part", false)]), Verdict::Open);
+        assert_eq!(
+            ends.guest_writes(&[(b"whole", true), (b"part", false)]),
+            Verdict::Open
+        );
         let verdict = ends.guest(Op::Shutdown, |header| header.flags = flags.bits());
         let done = Verdict::Reset(CloseReason::Done);
         assert_eq!(verdict, if flags.is_all() { done } else { Verdict::Open });
@@ -205,7 +220,10 @@ fn a_program_that_has_gone_counts_nothing_twice() {
     let mut ends = Ends::new(WINDOW);
     assert_eq!(ends.guest_writes(&[(b"part", false)]), Verdict::Open);
     ends.program.shutdown(Half::Read).unwrap();
-    assert_eq!(ends.guest_writes(&[(b"end", true), (b"next", true)]), Verdict::Open);
+    assert_eq!(
+        ends.guest_writes(&[(b"end", true), (b"next", true)]),
+        Verdict::Open
+    );
     let packets = ends.packets(0);
     assert_eq!((packets[0].0.op, packets[0].0.fwd_cnt), (Op::Shutdown, 11));
     assert_eq!(ends.conn.buffered(), 0);
@@ -232,7 +250,10 @@ fn a_message_waits_for_all_of_its_credit_and_asks_once() {
     assert_eq!(ops, [Op::Rw, Op::CreditRequest]);
     assert_eq!(ends.readable(), Verdict::Open);
     assert_eq!(ends.conn.pending(), None);
-    assert_eq!(ends.guest(Op::CreditUpdate, |header| header.fwd_cnt = 1), Verdict::Open);
+    assert_eq!(
+        ends.guest(Op::CreditUpdate, |header| header.fwd_cnt = 1),
+        Verdict::Open
+    );
     assert_eq!(ends.messages(50), [[2; 97]]);
 }
 
