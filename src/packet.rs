@@ -28,7 +28,7 @@ use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
 pub use chain::PacketError;
 use chain::{Writer, walk};
-use header::{HEADER_LEN, MessageFlags, VsockHeader};
+use header::{HEADER_LEN, MessageFlags, Op, PacketType, VsockHeader};
 pub use iov::Received;
 use iov::{GuestSlices, MAX_SLICES, SliceStorage, prefetch};
 
@@ -202,6 +202,28 @@ impl TxBatch<'_> {
             slices: &self.slices,
             range,
         }
+    }
+
+    /// Leaves the beginning of a message at the end of the batch out of it, and returns how many packets that are. A batch of
+    /// nothing else stays as it is.
+    pub fn leave_unfinished(&mut self) -> usize {
+        let Some(last) = self.packets.last().map(|packet| packet.header) else {
+            return 0;
+        };
+        let is_piece = |packet: &&VsockPacket| {
+            let header = packet.header();
+            header.op == Op::Rw
+                && header.packet_type == PacketType::Seqpacket
+                && !header.ends_message()
+                && (header.guest_cid, header.guest_port, header.peer)
+                    == (last.guest_cid, last.guest_port, last.peer)
+        };
+        let count = self.packets.iter().rev().take_while(is_piece).count();
+        if count == self.packets.len() {
+            return 0;
+        }
+        self.packets.truncate(self.packets.len() - count);
+        count
     }
 
     /// Ends the batch, and keeps its allocations for the next.

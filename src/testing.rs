@@ -1,8 +1,11 @@
 //! A configuration, guest memory and descriptor chains for the unit tests.
 
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -11,7 +14,8 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::config::VmConfig;
-use crate::packet::header::{Cid, VsockHeader};
+use crate::host::socket::HostSocket;
+use crate::packet::header::{Cid, PacketType, VsockHeader};
 use crate::packet::{RxBatch, RxStorage, TxBatch, TxChains, TxStorage};
 
 /// The size of the rings these chains are from.
@@ -25,6 +29,20 @@ pub(crate) fn config(folder: &Path) -> VmConfig {
         busy_poll: Duration::ZERO,
         ..VmConfig::new(Cid::from_raw(4), folder.join("vhost"), folder.join("uds"))
     }
+}
+
+/// The two ends of a connection of messages: ours, and the host program's.
+pub(crate) fn message_pair() -> (HostSocket, UnixStream) {
+    let (family, kind) = (AddressFamily::Unix, SockType::SeqPacket);
+    let (ours, program) = socketpair(family, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let program = UnixStream::from(program);
+    program
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let ours = UnixStream::from(ours);
+    ours.set_nonblocking(true).unwrap();
+    let socket = HostSocket::new(PacketType::Seqpacket, OwnedFd::from(ours));
+    (socket, program)
 }
 
 /// Where the second region of the memory begins, right behind the first.

@@ -233,7 +233,13 @@ mod tests {
     #[test]
     fn a_ring_that_is_used_again_shows_nothing_of_what_was_in_it() {
         let mut buffer = LocalTxBuf::new(300_000);
-        for (byte, len) in [(1, 20_000), (2, 300_000), (3, 10), (4, 200_000), (5, 40_000)] {
+        for (byte, len) in [
+            (1, 20_000),
+            (2, 300_000),
+            (3, 10),
+            (4, 200_000),
+            (5, 40_000),
+        ] {
             assert!(push(&mut buffer, &vec![byte; len]));
             let mut out = Vec::new();
             flush_to(&mut buffer, &mut out).unwrap();
@@ -250,6 +256,28 @@ mod tests {
         let taken = buffer.flush(4, |slices| out.write_vectored(slices));
         assert_eq!(taken.unwrap(), 4);
         assert_eq!((&out[..], buffer.len()), (&b"0123"[..], 6));
+    }
+
+    #[test]
+    fn its_end_can_be_dropped() {
+        let mut buffer = LocalTxBuf::new(MIN_RING as u32);
+        // So that the bytes go over the end of the ring.
+        assert!(push(&mut buffer, &[0; MIN_RING - 4]));
+        buffer
+            .flush(MIN_RING - 5, |_| Ok::<_, ()>(MIN_RING - 5))
+            .unwrap();
+        assert!(push(&mut buffer, b"0123456789"));
+        for (len, left) in [(20, 11), (9, 9), (3, 3)] {
+            buffer.truncate(len);
+            assert_eq!(buffer.len(), left);
+        }
+        assert!(push(&mut buffer, b"ab"));
+        let mut out = Vec::new();
+        flush_to(&mut buffer, &mut out).unwrap();
+        assert_eq!(out, b"\x0001ab");
+        assert!(push(&mut buffer, b"x"));
+        buffer.truncate(0);
+        assert!(buffer.is_empty() && buffer.ring.is_none());
     }
 
     #[test]

@@ -23,9 +23,9 @@ mod rings;
 mod round;
 mod rx_ring;
 mod shares;
-mod tx_ring;
 #[cfg(test)]
 mod tests;
+mod tx_ring;
 
 use std::fs::File;
 use std::io;
@@ -39,15 +39,15 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::log_limit::LogLimit;
 use crate::config::VmConfig;
 use crate::host::entry::EntrySocket;
 use crate::host::siblings::Membership;
+use crate::log_limit::LogLimit;
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::{PacketError, RxStorage, TxStorage};
 use crate::syscalls::Syscall;
-use crate::thread_backend::{Types, VsockThreadBackend};
 use crate::thread_backend::event_source::EventSource;
+use crate::thread_backend::{Types, VsockThreadBackend};
 use acceptor::Acceptors;
 use busy_poll::BusyPoll;
 use epoll::SocketRegistry;

@@ -38,6 +38,8 @@ mod key;
 mod mover;
 mod readiness;
 mod seqpacket_mover;
+#[cfg(test)]
+mod seqpacket_tests;
 mod shutdown;
 mod state;
 mod stream_mover;
@@ -60,10 +62,10 @@ use credit::Credit;
 use dialing::Answer;
 pub use dialing::Dialing;
 pub use key::ConnKey;
+use mover::{Delivered, Flushed, Mover, Wants};
 pub use readiness::Readiness;
 use shutdown::Shutdown;
 use state::State;
-use mover::{Delivered, Flushed, Mover, Wants};
 
 /// How long the guest has to answer a REQUEST, and the peer to answer the guest's.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -188,7 +190,7 @@ impl VsockConnection {
 
     /// Whether the guest has closed it properly and bytes still wait for the host program, to which they belong.
     pub fn is_flushing(&self) -> bool {
-        matches!(self.state, State::Flushing) && self.mover.buffered() > 0
+        matches!(self.state, State::Flushing) && self.mover.waits_for_host()
     }
 
     /// How many bytes wait for the host program.
@@ -258,11 +260,9 @@ impl VsockConnection {
             to_guest: self.credit.sent(),
             buffered: self.mover.buffered(),
             credit,
-            waits_for: if self.mover.buffered() > 0 || matches!(self.state, State::Dialing(_)) {
+            waits_for: if self.mover.waits_for_host() || matches!(self.state, State::Dialing(_)) {
                 Some(Side::Host)
-            } else if matches!(self.state, State::Requested)
-                || self.credit_requested
-            {
+            } else if matches!(self.state, State::Requested) || self.credit_requested {
                 Some(Side::Guest)
             } else {
                 None
@@ -465,7 +465,10 @@ impl VsockConnection {
 
     /// Sends payload to the host program, and buffers what it does not take yet.
     fn deliver(&mut self, batch: &TxBatch<'_>, packets: &[VsockPacket]) -> Verdict {
-        let len = packets.iter().map(|packet| packet.header().len as usize).sum();
+        let len = packets
+            .iter()
+            .map(|packet| packet.header().len as usize)
+            .sum();
         self.credit.count_received(len);
         if self.shutdown.host_receives() {
             let held = self.mover.buffered() + len;

@@ -442,6 +442,34 @@ fn messages_of_more_slices_than_one_send_takes() {
 }
 
 #[test]
+fn messages_that_lie_in_the_ring_together_pass_in_order() {
+    let daemon = Daemon::start();
+    let mut setup = setup();
+    setup.ring_size = 1024;
+    let mut guest = SimGuest::start(&daemon, setup);
+    let flows = [1, 2].map(|port| Flow::seqpacket(port, PORT));
+    let programs = flows.clone().map(|flow| open(&daemon, &mut guest, &flow));
+    // More bytes than are taken at a time, cut at another place each time.
+    for size in [30_000, 50_000, 70_000, 100_000] {
+        let messages: Vec<_> = (0..200_000 / size as u64)
+            .map(|seed| pattern(seed, size))
+            .collect();
+        let mut packets = Vec::new();
+        for message in &messages {
+            for flow in &flows {
+                packets.extend(flow.message(message, 17_000));
+            }
+        }
+        send_at_once(&mut guest, &packets);
+        for message in &messages {
+            for program in &programs {
+                assert_same(&read_message(program), message);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_program_that_reads_less_loses_the_rest_of_that_message_alone() {
     let (_daemon, mut guest, program) = connected();
     send_message(&mut guest, &flow(), b"long message", 100);
@@ -831,6 +859,36 @@ fn a_close_waits_until_all_messages_are_delivered() {
         assert_closed(&program);
         recv_other(&mut guest).assert_is(Op::Rst, &flow());
     }
+}
+
+#[test]
+fn an_rst_after_a_close_keeps_the_messages_and_frees_the_ports() {
+    let (daemon, mut guest, program) = connected();
+    let sent = fill(&mut guest, &flow(), 1000);
+    guest.send(&flow().shutdown(NO_RECEIVE | NO_SEND));
+    guest.send(&flow().packet(Op::Rst));
+    guest.settle();
+    let next = open(&daemon, &mut guest, &flow());
+    assert_moves_messages(&mut guest, &next, &flow());
+    for message in &sent {
+        assert_same(&read_message(&program), message);
+    }
+    assert_closed(&program);
+}
+
+#[test]
+fn a_client_may_wait_for_the_guest() {
+    let daemon = Daemon::start_with(&["--wait-for-guest=60"]);
+    let program = connect_for_messages(&entry(&daemon));
+    write_message(&program, b"CONNECT 5000\n");
+    write_message(&program, b"first");
+    let mut guest = SimGuest::connect(&daemon, setup());
+    guest.post_rx();
+    guest.start_rings();
+    let flow = accept_request(&mut guest, 5000);
+    assert_message(&mut guest, &flow, b"first");
+    read_message(&program);
+    assert_moves_messages(&mut guest, &program, &flow);
 }
 
 #[test]

@@ -235,7 +235,9 @@ fn append(number: u32, digit: u8) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::message_pair;
     use proptest::prelude::*;
+    use std::io::Write;
 
     fn parse(line: &[u8]) -> Progress {
         Line::request().feed(line)
@@ -341,6 +343,30 @@ mod tests {
         assert_eq!(parse_sibling(&zeros), None);
         // An answer has no address.
         assert_eq!(Line::answer().feed(b"OK 80 5:6\n"), Progress::Invalid);
+    }
+
+    #[test]
+    fn a_message_is_the_whole_line() {
+        let (socket, mut program) = message_pair();
+        let mut first = |message: &[u8]| {
+            assert_eq!(program.write(message).unwrap(), message.len());
+            read(&socket, &mut Line::request())
+        };
+        assert_eq!(first(b"CONNECT 80\n"), complete(80, 11));
+        for message in [
+            &b""[..],
+            b"CONNECT 80",
+            b"CONNECT 80\nhello",
+            b"CONNECT 80\n\n",
+            &[b' '; MAX_REQUEST + 1],
+        ] {
+            assert_eq!(first(message), Progress::Invalid);
+        }
+        // Every one of them was taken.
+        assert_eq!(first(b"connect 9\r\n"), complete(9, 11));
+        assert_eq!(read(&socket, &mut Line::request()), Progress::Incomplete);
+        drop(program);
+        assert_eq!(read(&socket, &mut Line::request()), Progress::Invalid);
     }
 
     proptest! {

@@ -32,8 +32,8 @@ use std::os::unix::net::UnixStream;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    MsgFlags, SockType, SockaddrStorage, getpeername, getsockopt, recv, recvmsg, send, sendmsg, setsockopt, shutdown,
-    sockopt,
+    MsgFlags, SockType, SockaddrStorage, getpeername, getsockopt, recv, recvmsg, send, sendmsg,
+    setsockopt, shutdown, sockopt,
 };
 
 use crate::packet::header::PacketType;
@@ -273,8 +273,7 @@ impl HostSocket {
         }
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let received = recvmsg::<()>(self.fd.as_raw_fd(), &mut [], None, flags);
-        let is_message =
-            received.is_ok_and(|message| message.flags.contains(MsgFlags::MSG_CTRUNC));
+        let is_message = received.is_ok_and(|message| message.flags.contains(MsgFlags::MSG_CTRUNC));
         // Where it stays set, the kernel gives a name to a socket that has none.
         let _ = setsockopt(&self.fd, sockopt::PassCred, &false);
         is_message
@@ -378,6 +377,8 @@ impl From<io::Error> for ReceiveError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::message_pair;
+    use std::io::{Read, Write};
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
     fn pair() -> (HostSocket, UnixStream) {
@@ -412,5 +413,80 @@ mod tests {
         assert!(HostSocket::new(PacketType::Stream, alone).connect_result().is_none());
         let (ours, _other) = pair();
         assert!(matches!(ours.connect_result(), Some(Ok(()))));
+    }
+
+    fn lengths(socket: &HostSocket) -> Vec<usize> {
+        let mut lengths = Vec::new();
+        while let Ok(Some(len)) = socket.next_message() {
+            let again = socket.next_message();
+            assert!(matches!(again, Ok(Some(same)) if same == len), "{again:?}");
+            lengths.push(len);
+            assert_eq!(socket.take_message(1000).unwrap().1, len);
+        }
+        lengths
+    }
+
+    #[test]
+    fn messages_are_measured_and_the_end_is_none() {
+        let (socket, mut program) = message_pair();
+        assert!(matches!(socket.next_message(), Err(ReceiveError::Empty)));
+        for message in [&b""[..], b"four", b"", &[0; 5000]] {
+            assert_eq!(program.write(message).unwrap(), message.len());
+        }
+        assert_eq!(lengths(&socket), [0, 4, 0, 5000]);
+        assert!(matches!(socket.next_message(), Err(ReceiveError::Empty)));
+        assert_eq!(program.write(b"").unwrap(), 0);
+        program.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(lengths(&socket), [0]);
+        assert!(matches!(socket.next_message(), Ok(None)));
+        assert!(!socket.peer_closed());
+        drop(program);
+        assert!(socket.peer_closed());
+    }
+
+    #[test]
+    fn messages_are_received_behind_a_reset() {
+        let (socket, mut program) = message_pair();
+        socket.send_bytes(&[IoSlice::new(b"never read")]).unwrap();
+        for message in [b"one", b"two"] {
+            assert_eq!(program.write(message).unwrap(), 3);
+        }
+        drop(program);
+        assert_eq!(lengths(&socket), [3, 3]);
+        assert!(matches!(socket.next_message(), Ok(None)));
+    }
+
+    #[test]
+    fn a_look_at_an_empty_message_gives_the_socket_no_name() {
+        let (socket, mut program) = message_pair();
+        assert_eq!(program.write(b"").unwrap(), 0);
+        assert!(matches!(socket.next_message(), Ok(Some(0))));
+        socket.send_bytes(&[IoSlice::new(b"x")]).unwrap();
+        assert_eq!(program.read(&mut [0; 2]).unwrap(), 1);
+        assert!(program.peer_addr().unwrap().is_unnamed());
+    }
+
+    #[test]
+    fn a_message_longer_than_asked_for_is_cut_and_its_length_is_told() {
+        let (socket, mut program) = message_pair();
+        assert_eq!(program.write(b"0123456789").unwrap(), 10);
+        assert_eq!(socket.take_message(4).unwrap(), (b"0123".to_vec(), 10));
+        assert!(matches!(socket.take_message(4), Err(ReceiveError::Empty)));
+    }
+
+    #[test]
+    fn what_is_reserved_can_be_sent() {
+        for wanted in [1, 70_000, 256 * 1024, 1 << 30] {
+            let (socket, program) = message_pair();
+            let longest = socket.reserve(wanted);
+            assert!(longest <= wanted.min(MAX_MESSAGE), "{longest}");
+            let message = vec![7; longest as usize];
+            let sent = socket.send_bytes(&[IoSlice::new(&message)]);
+            assert_eq!(sent.unwrap(), message.len());
+            let mut bytes = vec![0; message.len() + 1];
+            assert_eq!((&program).read(&mut bytes).unwrap(), message.len());
+        }
+        let (stream, _program) = UnixStream::pair().unwrap();
+        assert_eq!(HostSocket::from(stream).reserve(1 << 30), 1 << 30);
     }
 }

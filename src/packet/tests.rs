@@ -9,7 +9,9 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 
 use crate::packet::header::{Cid, GuestPort, Op, PeerAddr};
-use crate::testing::{Area, BORDER, RING_SIZE, WRITE, chain, chain_ending, memory, rx_batch};
+use crate::testing::{
+    Area, BORDER, RING_SIZE, WRITE, chain, chain_ending, memory, rx_batch, tx_batch,
+};
 
 const NEXT: u16 = 1;
 
@@ -144,6 +146,91 @@ fn rx_buffers_hold_a_header_and_a_byte() {
     let readable = batch.push(chain(&memory, &[(0x8000, 100, 0)]), RING_SIZE, 1);
     assert!(matches!(readable, Err(PacketError::Direction)));
     assert_eq!((batch.len(), batch.capacity()), (2, 1));
+}
+
+#[test]
+fn the_last_packet_of_a_message_says_so() {
+    let memory = memory();
+    for (bytes, lengths) in [(1, &[1][..]), (10, &[10]), (11, &[10, 1]), (20, &[10, 10])] {
+        let mut batch = rx_batch_of(&memory);
+        for addr in [0x8000, 0x9000] {
+            let area = [(addr, 54, WRITE)];
+            batch.push(chain(&memory, &area), RING_SIZE, 10).unwrap();
+        }
+        batch.fill(&rw(0), bytes, MessageFlags::EOM);
+        let mut headers = [0x8000, 0x9000].map(|addr| {
+            let mut header = [0; HEADER_LEN];
+            memory.read_slice(&mut header, GuestAddress(addr)).unwrap();
+            VsockHeader::from_rx(&header)
+        });
+        let found: Vec<_> = batch.filled().iter().map(RxBuffer::payload).collect();
+        assert_eq!(found, lengths);
+        let headers = &mut headers[..lengths.len()];
+        assert!(
+            headers
+                .iter()
+                .zip(lengths)
+                .all(|(header, len)| u64::from(header.len) == *len)
+        );
+        let ends: Vec<_> = headers.iter().map(|header| header.ends_message()).collect();
+        let last = lengths.len() - 1;
+        assert!(
+            ends.iter()
+                .enumerate()
+                .all(|(index, ends)| *ends == (index == last))
+        );
+        memory
+            .write_slice(&[0; 0x2000], GuestAddress(0x8000))
+            .unwrap();
+    }
+}
+
+#[test]
+fn the_beginning_of_a_message_is_left_for_the_next_batch() {
+    let piece = |port: u32, flags: MessageFlags| VsockHeader {
+        guest_port: GuestPort(port),
+        packet_type: PacketType::Seqpacket,
+        flags: flags.bits(),
+        ..rw(0)
+    };
+    let (part, end) = (
+        |port| piece(port, MessageFlags::empty()),
+        |port| piece(port, MessageFlags::EOM),
+    );
+    for (packets, left) in [
+        (vec![], 0),
+        (vec![end(1)], 0),
+        (vec![part(1), part(1)], 0),
+        (vec![end(1), part(1)], 1),
+        (vec![part(1), end(1), part(1), part(1)], 2),
+        (vec![part(2), part(1)], 1),
+        (vec![part(1), end(2)], 0),
+        (vec![part(1), rw(0)], 0),
+        (vec![rw(0), part(1)], 1),
+    ] {
+        let memory = memory();
+        let chains: Vec<_> = packets.iter().map(|header| (*header, &b"x"[..])).collect();
+        let mut batch = tx_batch(&memory, &chains);
+        assert_eq!(batch.leave_unfinished(), left, "{packets:?}");
+        assert_eq!(batch.packets().len(), packets.len() - left);
+    }
+}
+
+#[test]
+fn one_receive_takes_no_more_slices_than_the_kernel_does() {
+    let memory = memory();
+    let mut batch = rx_batch_of(&memory);
+    // 60 slices of 2 bytes behind each header.
+    let lengths = [&[44][..], &[2; 60]].concat();
+    for _ in 0..18 {
+        assert!(!batch.is_full());
+        let buffer = chain(&memory, &areas(0x8000, &lengths, WRITE));
+        batch.push(buffer, RING_SIZE, usize::MAX).unwrap();
+        assert!(batch.receives_at_once(batch.capacity().min(2048)));
+        assert!(!batch.receives_at_once(batch.capacity() + 1));
+    }
+    assert!(batch.is_full() && batch.capacity() == 2160);
+    assert!(batch.receives_at_once(2048) && !batch.receives_at_once(2049));
 }
 
 #[test]

@@ -10,7 +10,9 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::NUM_RINGS;
 use super::epoll::Epoll;
-use super::ring::{Blocked, GuestMemoryHandle, Ring, RingState, VmmEvent, Watchdog, rewind_to_used};
+use super::ring::{
+    Blocked, GuestMemoryHandle, Ring, RingState, VmmEvent, Watchdog, rewind_to_used,
+};
 use crate::log_limit::LogLimit;
 use crate::thread_backend::event_source::EventSource;
 

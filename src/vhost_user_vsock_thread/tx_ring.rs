@@ -23,6 +23,7 @@ impl VhostUserVsockThread {
         let ring_size = queue.size();
         let mut chains = TxChains::new(memory, std::mem::take(&mut self.tx_storage));
         self.heads.clear();
+        let mut is_cut = false;
         for chain in queue.iter(memory)? {
             self.heads.push(chain.head_index());
             if let Err(error) = chains.push(chain, ring_size) {
@@ -31,12 +32,20 @@ impl VhostUserVsockThread {
             let is_full =
                 chains.bytes() >= MAX_TX_BYTES || chains.descriptors() >= MAX_TX_DESCRIPTORS;
             if is_full || self.heads.len() == MAX_TX_PACKETS {
+                is_cut = true;
                 break;
             }
         }
         let read = chains.bytes() + chains.descriptors() * cost::DESCRIPTOR;
-        self.backend.add_cost(read + self.heads.len() * cost::PACKET);
-        let batch = chains.parse(|error| self.count_malformed(&error));
+        self.backend
+            .add_cost(read + self.heads.len() * cost::PACKET);
+        let mut batch = chains.parse(|error| self.count_malformed(&error));
+        if is_cut && batch.packets().len() == self.heads.len() {
+            // The rest of a message may be in the ring. All of it is in the next batch, and need not be copied.
+            let left = batch.leave_unfinished();
+            self.heads.truncate(self.heads.len() - left);
+            queue.set_next_avail(queue.next_avail().wrapping_sub(left as u16));
+        }
         self.backend.send_pkts(&batch);
         self.tx_storage = batch.into_storage();
         for head in &self.heads {

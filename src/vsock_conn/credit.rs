@@ -85,6 +85,11 @@ impl Credit {
         self.received
     }
 
+    #[cfg(test)]
+    pub(super) fn forwarded(&self) -> u64 {
+        self.forwarded
+    }
+
     /// How many bytes we have sent in all.
     pub fn sent(&self) -> u64 {
         self.sent

@@ -68,12 +68,13 @@ impl VsockConnection {
             }
             Err(ReceiveError::GuestMemory) => {
                 // What the guest gets has a hole, but not what the host program gets.
-                self.mover.drop_unfinished();
                 self.state = State::Flushing;
                 self.rx_queue.clear();
                 return Verdict::Reset(CloseReason::Protocol);
             }
-            Err(ReceiveError::CantPeek | ReceiveError::Failed(_)) => return Verdict::Reset(CloseReason::HostGone),
+            Err(ReceiveError::CantPeek | ReceiveError::Failed(_)) => {
+                return Verdict::Reset(CloseReason::HostGone);
+            }
         }
         Verdict::Open
     }

@@ -102,6 +102,14 @@ impl Mover {
         }
     }
 
+    /// Whether payload waits for the socket: more than a message that the guest has not finished.
+    pub(super) fn waits_for_host(&self) -> bool {
+        match self {
+            Self::Stream(mover) => mover.buffered() > 0,
+            Self::Seqpacket(mover) => mover.waits_for_host(),
+        }
+    }
+
     /// Whether payload waits although the socket may have room: there will be no event.
     pub(super) fn can_flush(&self) -> bool {
         match self {
@@ -222,7 +230,7 @@ impl Mover {
             Self::Stream(mover) => mover.socket().peer_stopped_receiving(),
             Self::Seqpacket(mover) => {
                 mover.set_writable();
-                false
+                mover.socket().peer_stopped_receiving()
             }
         }
     }

@@ -30,6 +30,9 @@ const LARGE: usize = 16 * 1024;
 const FLUSH_MESSAGES: usize = 64;
 const FLUSH_SIZE: usize = 256 * 1024;
 
+/// The most bytes of a message that can't be measured first. What the host's AF_VSOCK holds for us is a quarter of it.
+const MAX_UNMEASURED: usize = 1024 * 1024;
+
 /// For how many waiting messages memory is kept.
 const KEPT_LENGTHS: usize = 256;
 
@@ -41,6 +44,8 @@ enum Next {
     Unknown,
     /// It has so many bytes, and is in the socket.
     Measured(usize),
+    /// It had so many bytes, and was lost: they exceed what the guest can receive.
+    Lost(usize),
     /// It was received; `sent` bytes of it were given to the guest.
     Kept { bytes: Vec<u8>, sent: usize },
 }
@@ -90,9 +95,14 @@ impl SeqpacketMover {
         self.tx_buf.len()
     }
 
+    /// Whether whole messages wait for the socket.
+    pub(super) fn waits_for_host(&self) -> bool {
+        !self.lengths.is_empty()
+    }
+
     /// Whether messages wait although the socket may have room: there will be no event.
     pub(super) fn can_flush(&self) -> bool {
-        self.writable && !self.lengths.is_empty()
+        self.writable && self.waits_for_host()
     }
 
     pub(super) fn set_readable(&mut self) {
@@ -124,7 +134,9 @@ impl SeqpacketMover {
         let mut sent = 0;
         let mut rest = packets;
         while !rest.is_empty() {
-            let end = rest.iter().position(|packet| packet.header().ends_message());
+            let end = rest
+                .iter()
+                .position(|packet| packet.header().ends_message());
             let (pieces, after) = rest.split_at(end.map_or(rest.len(), |end| end + 1));
             // One that came in pieces leaves first, so that those behind it need not be copied.
             if self.writable && self.lengths.len() == 1 && self.unfinished == 0 {
@@ -159,7 +171,10 @@ impl SeqpacketMover {
             }
         }
         // The guest's credit is the room in this buffer: it fails only where the system has no memory.
-        if !self.tx_buf.push(len, |offset, place| pieces.copy_to(offset, place)) {
+        if !self
+            .tx_buf
+            .push(len, |offset, place| pieces.copy_to(offset, place))
+        {
             return Delivered::Failed;
         }
         self.unfinished += len;
@@ -191,7 +206,9 @@ impl SeqpacketMover {
                 return Flushed::Part;
             }
             let socket = &self.socket;
-            let sent = self.tx_buf.flush(len as usize, |slices| socket.send_bytes(slices));
+            let sent = self
+                .tx_buf
+                .flush(len as usize, |slices| socket.send_bytes(slices));
             match sent {
                 Ok(sent) => {
                     self.lengths.pop_front();
@@ -228,7 +245,7 @@ impl SeqpacketMover {
                     self.readable = false;
                     return Wants::End;
                 }
-                Err(ReceiveError::CantPeek) => match self.keep(window) {
+                Err(ReceiveError::CantPeek) => match self.keep(window.min(MAX_UNMEASURED)) {
                     Ok(()) if self.has_next() => {}
                     Ok(()) => {
                         self.readable = false;
@@ -264,7 +281,7 @@ impl SeqpacketMover {
         let (bytes, len) = self.socket.take_message(max)?;
         self.next = match len {
             0 => Next::Unknown,
-            len if len > max => Next::Measured(len),
+            len if len > max => Next::Lost(len),
             _ => Next::Kept { bytes, sent: 0 },
         };
         Ok(())
@@ -274,7 +291,7 @@ impl SeqpacketMover {
     pub(super) fn receive_size(&self) -> usize {
         let len = match &self.next {
             Next::Unknown => 0,
-            Next::Measured(len) => *len,
+            Next::Measured(len) | Next::Lost(len) => *len,
             Next::Kept { bytes, sent } => bytes.len() - sent,
         };
         len.min(RECEIVE_SIZE)
@@ -284,6 +301,7 @@ impl SeqpacketMover {
     pub(super) fn too_long(&self, window: usize) -> Option<usize> {
         match self.next {
             Next::Measured(len) if len > window => Some(len),
+            Next::Lost(len) => Some(len),
             _ => None,
         }
     }
@@ -300,10 +318,10 @@ impl SeqpacketMover {
         batch: &RxBatch<'_>,
         window: usize,
     ) -> Result<Filled, ReceiveError> {
+        if self.too_long(window).is_some() {
+            return Ok(Filled::TooLong);
+        }
         if let Next::Measured(len) = self.next {
-            if len > window {
-                return Ok(Filled::TooLong);
-            }
             self.next = Next::Unknown;
             if len == 0 {
                 self.socket.take(&mut [])?;

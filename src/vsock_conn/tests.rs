@@ -57,7 +57,8 @@ impl Ends {
 
     /// A connection that the host program has asked for and whose REQUEST is out.
     fn requested() -> Self {
-        let mut ends = Self::of(|stream| VsockConnection::requested(CID, KEY, stream, Greeting::Ok, WINDOW));
+        let mut ends =
+            Self::of(|stream| VsockConnection::requested(CID, KEY, stream, Greeting::Ok, WINDOW));
         assert_eq!(ends.ops(), [Op::Request]);
         ends
     }
@@ -263,7 +264,10 @@ fn a_peer_that_closes_with_its_answer_is_gone_whether_or_not_the_guest_receives(
 #[test]
 fn a_guest_that_does_not_wait_for_the_peers_answer_is_reset() {
     let mut ends = dialing();
-    assert_eq!(ends.guest_writes(b"x"), Verdict::Reset(CloseReason::Protocol));
+    assert_eq!(
+        ends.guest_writes(b"x"),
+        Verdict::Reset(CloseReason::Protocol)
+    );
     let mut ends = dialing();
     let both = shutdown(ShutdownFlags::all());
     assert_eq!(ends.guest(&both), Verdict::Reset(CloseReason::Protocol));
