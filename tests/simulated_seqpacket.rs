@@ -598,7 +598,7 @@ fn a_buffer_larger_than_a_unix_message_is_not_advertised() {
     response.assert_is(Op::Response, &flow());
     let program = accept(&listener);
     let longest = response.buf_alloc as usize;
-    assert!(longest <= 4 << 20, "{longest}");
+    assert!(longest <= 1 << 20, "{longest}");
     let message = pattern(1, longest);
     send_message(&mut guest, &flow(), &message, 64 * 1024);
     let mut bytes = vec![0; longest + 1];
@@ -612,6 +612,25 @@ fn a_buffer_larger_than_a_unix_message_is_not_advertised() {
     response.assert_is(Op::Response, &stream);
     assert_eq!(response.buf_alloc, 1 << 30);
     drop(streams);
+}
+
+#[test]
+fn a_message_longer_than_is_received_at_a_time() {
+    let (daemon, mut guest) = device();
+    let mut flow = Flow {
+        buf_alloc: 1 << 20,
+        ..flow()
+    };
+    let program = open(&daemon, &mut guest, &flow);
+    setsockopt(&program, sockopt::SndBuf, &300_000).unwrap();
+    for size in [262_144, 262_145, 300_000] {
+        let message = pattern(1, size);
+        write_message(&program, &message);
+        write_message(&program, b"next");
+        assert_message(&mut guest, &flow, &message);
+        assert_message(&mut guest, &flow, b"next");
+        give_credit(&mut guest, &mut flow, size + 4);
+    }
 }
 
 #[test]
@@ -889,6 +908,39 @@ fn a_client_may_wait_for_the_guest() {
     assert_message(&mut guest, &flow, b"first");
     read_message(&program);
     assert_moves_messages(&mut guest, &program, &flow);
+}
+
+#[test]
+fn a_program_that_stops_reading_a_full_socket_is_found_out_by_what_comes_next() {
+    let (_daemon, mut guest, program) = connected();
+    fill(&mut guest, &flow(), 1000);
+    program.shutdown(Shutdown::Read).unwrap();
+    guest.send(&flow().packet(Op::CreditRequest));
+    let shutdown = recv_other(&mut guest);
+    shutdown.assert_is(Op::Shutdown, &flow());
+    assert_eq!(shutdown.flags, NO_RECEIVE);
+    write_message(&program, b"still there");
+    assert_message(&mut guest, &flow(), b"still there");
+}
+
+#[test]
+fn a_close_within_a_message_waits_for_its_end() {
+    let daemon = Daemon::start();
+    let mut setup = setup();
+    setup.rx = vec![1044];
+    setup.rx_buffers = Some(4);
+    let mut guest = SimGuest::start(&daemon, setup);
+    let program = open(&daemon, &mut guest, &flow());
+    guest.auto_repost = false;
+    let message = pattern(1, 6000);
+    write_message(&program, &message);
+    let first = guest.recv();
+    assert_eq!((first.op, first.flags), (Op::Rw as u16, 0));
+    drop(program);
+    guest.auto_repost = true;
+    guest.post_rx();
+    assert_message(&mut guest, &flow(), &message[first.payload.len()..]);
+    assert_closing(&mut guest, &flow());
 }
 
 #[test]

@@ -13,7 +13,7 @@
 //!
 //! - A send is one message, also one of no bytes. So nothing can be tried out on it: a peer that has called `shutdown(SHUT_RD)`
 //!   is seen at the next message.
-//! - A message can't be longer than the send buffer less 32 bytes, nor than one allocation of the kernel's.
+//! - A message can't be longer than the send buffer less 32 bytes, and one that is long takes memory in one piece.
 //! - A peer that closes before it has read everything leaves ECONNRESET before what it has sent, not behind it.
 //! - A message of no bytes is received as the end would be. With SO_PASSCRED set, the kernel wants to add the sender's
 //!   credentials to a message, and says so (MSG_CTRUNC) where there is no room for them.
@@ -96,9 +96,9 @@ const SEND_BUFFER: usize = 256 * 1024;
 /// What a Unix message can't use of its socket's send buffer, in bytes.
 const MESSAGE_OVERHEAD: usize = 32;
 
-/// The longest Unix message, in bytes, whatever the send buffer. All but 68 KiB of it is one allocation of the kernel's, which
-/// has 4 MiB at most.
-const MAX_MESSAGE: u32 = 4 * 1024 * 1024;
+/// The longest Unix message, in bytes, whatever the send buffer. All but 68 KiB of it is one piece of the kernel's memory, and
+/// pieces that are much larger can't be had on a machine that has run for long.
+const MAX_MESSAGE: u32 = 1024 * 1024;
 
 /// A connected socket to a host program, or one that is about to be.
 #[derive(Debug)]
