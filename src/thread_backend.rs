@@ -123,10 +123,11 @@ impl VsockThreadBackend {
     }
 
     /// The state at this moment.
-    pub fn snapshot(&self, vmm_connected: bool) -> VmSnapshot {
+    pub fn snapshot(&self, vmm_connected: bool, driver_started: bool) -> VmSnapshot {
         VmSnapshot {
             cid: self.guest_cid,
             vmm_connected,
+            driver_started,
             counters: self.counters.clone(),
             handshaking: self.clients.len(),
             connections: self

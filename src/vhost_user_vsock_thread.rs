@@ -159,7 +159,7 @@ impl VhostUserVsockThread {
 
     /// What statistics show now.
     pub fn snapshot(&self) -> VmSnapshot {
-        self.backend.snapshot(self.has_vmm)
+        self.backend.snapshot(self.has_vmm, self.started)
     }
 
     /// What wakes the worker when 1 is written to it.

@@ -11,8 +11,7 @@
 //! more than this one writes, and so does this one: the keyword in any case, several blanks, and a blank or a carriage
 //! return before the newline.
 //!
-//! Both roles are here. The daemon is the server towards host programs, and the client where a connection leads to
-//! another daemon's guest.
+//! Both roles are here. The daemon is the server towards host programs; the command `connect` is a client.
 
 use super::socket::{HostSocket, ReceiveError};
 
@@ -63,10 +62,6 @@ pub fn read(socket: &HostSocket, line: &mut Line) -> Progress {
 }
 
 /// The request for a port of the guest's.
-#[cfg_attr(
-    not(any(test, feature = "fuzzing")),
-    expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
-)]
 pub fn request(port: u32) -> String {
     format!("CONNECT {port}\n")
 }
@@ -105,10 +100,6 @@ impl Line {
     }
 
     /// A server's answer, of at most [`MAX_ANSWER`] bytes.
-    #[cfg_attr(
-        not(any(test, feature = "fuzzing")),
-        expect(dead_code, reason = "the client's role, for routes to other daemons' guests")
-    )]
     pub fn answer() -> Self {
         Self::new(b"OK", MAX_ANSWER)
     }

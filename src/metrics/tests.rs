@@ -39,6 +39,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
     VmSnapshot {
         cid: Cid::from_raw(cid),
         vmm_connected: true,
+        driver_started: true,
         handshaking: 2,
         counters,
         connections: (1..=connections).map(connection).collect(),
