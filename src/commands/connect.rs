@@ -62,7 +62,7 @@ pub enum ConnectError {
         answer: String,
     },
     /// The time of `--wait` is over. The last try has failed so.
-    #[error("{last}, {seconds} seconds long")]
+    #[error("{last} (tried for {seconds} s)")]
     Waited {
         /// How the last try has failed.
         last: Box<ConnectError>,

@@ -69,7 +69,12 @@ fn row(name: &str, vm: &VmSnapshot) -> [String; COLUMNS.len()] {
     [
         name.to_owned(),
         vm.cid.to_string(),
-        (if vm.vmm_connected { "connected" } else { "none" }).to_owned(),
+        (if vm.vmm_connected {
+            "connected"
+        } else {
+            "none"
+        })
+        .to_owned(),
         (if vm.driver_started { "started" } else { "none" }).to_owned(),
         vm.connections.len().to_string(),
         bytes(vm.counters.from_guest.bytes),

@@ -15,7 +15,7 @@ use crate::metrics::counters::Snapshot;
 use crate::metrics::json;
 
 /// Where the service keeps a directory for each daemon.
-pub const RUN_DIRECTORY: &str = "/run/vhost-user-vsock";
+pub(super) const RUN_DIRECTORY: &str = "/run/vhost-user-vsock";
 
 /// The files of a daemon in its directory, as the service has them. The first one serves the statistics.
 const SOCKETS: [&str; 3] = ["stats", "vhost.socket", "vm.vsock"];
@@ -50,11 +50,11 @@ pub enum QueryError {
 }
 
 /// A daemon of several.
-pub struct Daemon {
+pub(super) struct Daemon {
     /// The name of its directory. The service calls it the instance.
-    pub name: String,
+    pub(super) name: String,
     /// What it has answered.
-    pub answer: Result<Snapshot, QueryError>,
+    pub(super) answer: Result<Snapshot, QueryError>,
 }
 
 /// Asks all daemons whose directories are in `directory`, at the same time, and returns within seconds. They are in the order
@@ -62,7 +62,7 @@ pub struct Daemon {
 ///
 /// # Errors
 /// The directory can't be read.
-pub fn all(directory: Option<&Path>) -> io::Result<Vec<Daemon>> {
+pub(super) fn all(directory: Option<&Path>) -> io::Result<Vec<Daemon>> {
     let entries = fs::read_dir(directory.unwrap_or(Path::new(RUN_DIRECTORY)));
     let entries = match entries {
         Err(error) if directory.is_none() && error.kind() == ErrorKind::NotFound => {
@@ -127,7 +127,7 @@ fn in_directory(directory: &Path) -> Result<Option<Snapshot>, QueryError> {
 ///
 /// # Errors
 /// There is no answer, or it is not a daemon's.
-pub fn one(path: &Path) -> Result<Snapshot, QueryError> {
+pub(super) fn one(path: &Path) -> Result<Snapshot, QueryError> {
     parse(&request(path)?)
 }
 

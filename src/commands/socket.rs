@@ -16,13 +16,17 @@ use nix::sys::time::{TimeVal, TimeValLike};
 ///
 /// # Errors
 /// `WouldBlock` when the time is over, or what the system says.
-pub fn connect(path: &Path, limit: Option<Duration>) -> io::Result<UnixStream> {
+pub(super) fn connect(path: &Path, limit: Option<Duration>) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     if let Some(limit) = limit {
         // It is `connect`'s as well. 0 would mean no limit.
         let limit = i64::try_from(limit.as_micros()).unwrap_or(i64::MAX);
-        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::microseconds(limit.max(1)))?;
+        setsockopt(
+            &socket,
+            sockopt::SendTimeout,
+            &TimeVal::microseconds(limit.max(1)),
+        )?;
     }
     connect_to(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(socket.into())

@@ -170,7 +170,9 @@ fn of_all(daemons: Vec<Daemon>, format: Format) -> io::Result<String> {
             pages.map(|page| page + "\n").collect::<Vec<_>>().join("\n")
         }
         Format::Prometheus => {
-            let answers = daemons.into_iter().map(|daemon| (daemon.name, daemon.answer.ok()));
+            let answers = daemons
+                .into_iter()
+                .map(|daemon| (daemon.name, daemon.answer.ok()));
             prometheus::merged(answers.collect())
         }
         Format::Json => {

@@ -123,6 +123,39 @@ fn samples_carry_the_cid_where_there_are_several_vms() {
 }
 
 #[test]
+fn merged_daemons_have_names_and_spoil_nothing() {
+    let mut hostile = vm(3, 1);
+    hostile.connections[0].state = "\"} 1\nother 2\\".into();
+    let text = prometheus::merged(vec![
+        ("a".into(), Some(Snapshot::from(hostile))),
+        ("b".into(), Some(Snapshot::from(vm(3, 0)))),
+        ("c".into(), None),
+    ]);
+    for line in [
+        r#"vhost_user_vsock_up{name="a"} 1"#,
+        r#"vhost_user_vsock_up{name="c"} 0"#,
+        r#"vhost_user_vsock_driver_started{name="a",cid="3"} 1"#,
+        r#"vhost_user_vsock_driver_started{name="b",cid="3"} 1"#,
+    ] {
+        assert!(samples(&text).any(|sample| sample == line), "{text}");
+    }
+    let escaped = r#"state="\"} 1\nother 2\\",waits_for="host"} 1"#;
+    assert!(samples(&text).any(|line| line.ends_with(escaped)), "{text}");
+    assert!(samples(&text).all(|line| line.starts_with("vhost_user_vsock_")));
+}
+
+#[test]
+fn a_sibling_of_a_connection_is_named() {
+    let mut vm = vm(3, 1);
+    vm.connections[0].peer.cid = Cid::from_raw(9);
+    let text = text(&Snapshot::from(vm));
+    assert!(
+        text.contains(r#"guest_port="1",host_port="2",peer_cid="9""#),
+        "{text}"
+    );
+}
+
+#[test]
 fn a_text_of_many_connections_is_never_whole_in_memory() {
     let snapshot = Rc::new(Snapshot::from(vm(3, 10_000)));
     for chunks in [
