@@ -1,6 +1,5 @@
 //! `list`: one line for each VM of all daemons.
 
-use std::io;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -36,7 +35,7 @@ const COLUMNS: [(&str, bool); 7] = [
 pub fn run(args: &ListArgs) -> Result<(), StatsError> {
     let directory = args.dir.as_deref();
     let daemons = query::all(directory).map_err(|error| StatsError::directory(directory, error))?;
-    print(&(list(&daemons) + "\n")).map_err(|error: io::Error| StatsError::Output(error))?;
+    print(&(list(&daemons) + "\n")).map_err(StatsError::Output)?;
     Ok(())
 }
 

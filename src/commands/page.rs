@@ -95,7 +95,8 @@ fn table(connections: &[ConnectionStats]) -> String {
         table.add_row([
             conn.guest_port.0.to_string(),
             conn.peer.port.0.to_string(),
-            conn.state.to_string(),
+            // Another program may answer in a daemon's place.
+            conn.state.escape_debug().to_string(),
             bytes(conn.from_guest),
             bytes(conn.to_guest),
             bytes(conn.buffered as u64),
