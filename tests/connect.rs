@@ -12,9 +12,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::Instant;
 
-use common::daemon::{PATIENCE, binary, eventually};
+use common::daemon::{Daemon, PATIENCE, binary, eventually};
 use common::guest::installed;
 use common::host::Pattern;
+use common::sim::host::recv_bytes;
+use common::sim::{Flow, Op, Setup, SimGuest};
 use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
@@ -541,6 +543,36 @@ fn who_waits_gets_in_when_all_are_there() {
         assert!(status.success(), "{complaint}");
         assert_eq!(complaint, "");
     }
+}
+
+#[test]
+fn who_waits_at_a_daemon_gets_in_when_the_guest_listens() {
+    let daemon = Daemon::start();
+    let path = daemon.uds_path();
+    let mut command = connect(&[path.to_str().unwrap(), "99", "--wait"]);
+    let mut program = command.spawn().unwrap();
+    let mut input = program.stdin.take().unwrap();
+    input.write_all(b"hello").unwrap();
+    drop(input);
+    let mut guest = SimGuest::start(&daemon, Setup::default());
+    // First there is no listener.
+    let request = guest.recv();
+    let flow = Flow::new(99, request.src_port);
+    request.assert_is(Op::Request, &flow);
+    guest.send(&flow.packet(Op::Rst));
+    let request = guest.recv();
+    let flow = Flow::new(99, request.src_port);
+    request.assert_is(Op::Request, &flow);
+    guest.send(&flow.packet(Op::Response));
+    assert_eq!(recv_bytes(&mut guest, &flow, 5), b"hello");
+    guest.send(&flow.rw(b"answer"));
+    guest.send(&flow.shutdown(3));
+    let mut text = String::new();
+    let mut output = program.stdout.take().unwrap();
+    output.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "answer");
+    let (status, complaint) = end(program);
+    assert!(status.success(), "{complaint}");
 }
 
 #[test]
