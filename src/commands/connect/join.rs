@@ -6,7 +6,7 @@
 //! is closed in the same way.
 //!
 //! Standard input and output may be shared with other processes, so they stay in the mode that they have, blocking or not.
-//! Where output is a pipe, `splice` moves pages instead of copying them, which is two to four times as fast. It holds the
+//! Where output is a pipe, `splice` moves pages instead of copying them, up to three times as fast. It holds the
 //! pipe's lock, and a reader that waits for that can't be killed, so it is never let wait. From a pipe to the stream it is no
 //! faster than copying: most programs write little at a time.
 
