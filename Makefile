@@ -25,6 +25,8 @@ files = \
 	dist/systemd/$(name)@.service:$(unitdir)/$(name)@.service \
 	dist/systemd/$(name)-vmm@.socket:$(unitdir)/$(name)-vmm@.socket \
 	dist/systemd/$(name)-host@.socket:$(unitdir)/$(name)-host@.socket \
+	dist/systemd/$(name)-metrics.service:$(unitdir)/$(name)-metrics.service \
+	dist/systemd/$(name)-metrics.timer:$(unitdir)/$(name)-metrics.timer \
 	dist/systemd/sysusers.conf:$(sysusersdir)/$(name).conf
 
 build:
@@ -36,7 +38,7 @@ manual:
 
 # Once build and manual have run, this takes no cargo: it may be another user's, who has none.
 install: target/release/$(name) target/manual/$(name).1
-	install -D -m 755 -t $(DESTDIR)$(bindir) target/release/$(name) contrib/vsock-connect
+	install -D -m 755 -t $(DESTDIR)$(bindir) target/release/$(name)
 	set -e; for file in $(files); do \
 		to=$(DESTDIR)$${file#*:}; \
 		install -d "$$(dirname "$$to")"; \
@@ -51,7 +53,7 @@ target/manual/$(name).1:
 	$(MAKE) manual
 
 uninstall:
-	rm -f $(addprefix $(DESTDIR)$(bindir)/,$(name) vsock-connect) $(foreach file,$(files),$(DESTDIR)$(lastword $(subst :, ,$(file))))
+	rm -f $(addprefix $(DESTDIR)$(bindir)/,$(name)) $(foreach file,$(files),$(DESTDIR)$(lastword $(subst :, ,$(file))))
 
 # Makes target/vhost-user-vsock.deb.
 deb: build manual

@@ -11,6 +11,9 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use self::activation::Activation;
+use crate::commands::connect::ConnectArgs;
+use crate::commands::list::ListArgs;
+use crate::commands::stats::StatsArgs;
 use crate::config::file::{self, VmSource};
 use crate::config::options::{OptionReader, VmOptions};
 use crate::config::{ConfigError, Mistake, ProcessConfig, Sandbox};
@@ -92,14 +95,12 @@ pub struct Args {
 /// What the program does instead of serving.
 #[derive(Subcommand)]
 pub enum Command {
-    /// Show a daemon's statistics and connections
-    Stats {
-        /// The STATS_PATH of the daemon
-        path: PathBuf,
-        /// Show them again every so many seconds, until interrupted
-        #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "2")]
-        watch: Option<u32>,
-    },
+    /// Connect standard input and output to a port of the guest
+    Connect(ConnectArgs),
+    /// List the VMs of all daemons
+    List(ListArgs),
+    /// Show a daemon's statistics and connections, or those of all daemons
+    Stats(StatsArgs),
 }
 
 /// The value of `--vm`, which `vhost-device-vsock` has as well.

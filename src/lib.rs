@@ -28,6 +28,7 @@
 //!
 //! ```text
 //! main, cli                      arguments, signals, exit code
+//! commands/                      connect, list and stats: clients, which know metrics/ and host/connect_line
 //! config (+ config/)             what a process and its VMs are told to do: options, a file of them, what can be wrong
 //! daemon/                        server (a process), vm (one VM), threads, descriptors, service, sandbox, log_writer
 //! vhu_vsock (+ session, memory)  the device, and the session of a VMM
@@ -89,6 +90,8 @@ internal! {
 // For the binary and for what is built from its command line.
 #[doc(hidden)]
 pub mod cli;
+#[doc(hidden)]
+pub mod commands;
 #[doc(hidden)]
 pub mod config;
 #[doc(hidden)]

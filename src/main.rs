@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vhost_user_vsock::cli::{self, Activation, Args, Command};
+use vhost_user_vsock::commands::{connect, list, stats};
 use vhost_user_vsock::config::ProcessConfig;
 use vhost_user_vsock::daemon::log_writer::{self, LogWriter};
 use vhost_user_vsock::daemon::server::{Server, ServerError};
-use vhost_user_vsock::metrics::table;
 
 const USAGE_ERROR: u8 = 2;
 
@@ -41,12 +41,15 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
-    match &args.command {
-        Some(Command::Stats { path, watch }) => match table::show(path, *watch) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(io::stderr(), &format!("{}: {error}", path.display()), 1),
-        },
-        None => serve(&args, &activation),
+    let done = match &args.command {
+        Some(Command::Connect(args)) => connect::run(args).map_err(|error| error.to_string()),
+        Some(Command::List(args)) => list::run(args).map_err(|error| error.to_string()),
+        Some(Command::Stats(args)) => stats::run(args).map_err(|error| error.to_string()),
+        None => return serve(&args, &activation),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => fail(io::stderr(), &message, 1),
     }
 }
 

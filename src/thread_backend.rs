@@ -169,6 +169,7 @@ impl VsockThreadBackend {
         VmSnapshot {
             cid: self.guest_cid,
             vmm_connected,
+            driver_started: self.has_guest,
             counters: self.counters.clone(),
             handshaking: self.clients.handshaking(),
             waiting: self.clients.waiting(),

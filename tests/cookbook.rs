@@ -6,14 +6,14 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, PATIENCE};
+use common::daemon::{Daemon, PATIENCE, binary};
 use common::guest::{Guest, GuestProcess, installed};
 use common::uml::Uml;
 use common::watchdog::Watchdog;
@@ -391,9 +391,9 @@ impl Host {
             .status();
         assert!(made.unwrap().success(), "ssh-keygen failed");
 
-        let contrib = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib");
+        symlink(binary(), programs.join("vhost-user-vsock")).unwrap();
         let inherited = std::env::var_os("PATH").unwrap();
-        let path = [programs, contrib]
+        let path = [programs]
             .into_iter()
             .chain(std::env::split_paths(&inherited));
         let mut substitutes = vec![

@@ -30,7 +30,7 @@ connects() {
 }
 
 dpkg -i $name.deb
-units=($name@4.service $name-vmm@4.socket $name-host@4.socket)
+units=($name@4.service $name-vmm@4.socket $name-host@4.socket $name-metrics.service $name-metrics.timer)
 [ -z "$(systemd-analyze verify "${units[@]}" 2>&1)" ]
 # In tenths. It is 4 with systemd 252; others look for more.
 systemd-analyze security --no-pager --threshold=9 $name@4.service | tail -n 1
@@ -52,12 +52,22 @@ eventually test -e served
 systemctl stop $name@4.service
 [ ! -e vhost.socket ]
 [ ! -e vm.vsock ]
+[ ! -e stats ]
 
 # By name. Its users are in the group.
 printf 'GUEST_CID=77\nOPTIONS=-v --max-connections=5\n' >/etc/$name/web.env
 systemctl start $name@web.service
 eventually says $name@web.service 'CID 77: waiting'
 tr '\0' ' ' </proc/"$(systemctl show -P MainPID $name@web.service)"/cmdline | grep -F -- '-v --max-connections=5'
+
+# All daemons, and their statistics for node_exporter.
+$name list | grep -E '^ *web +77 +none +none +0 '
+collected=/var/lib/prometheus/node-exporter
+mkdir -p $collected
+systemctl start $name-metrics.service
+grep -Fx "vhost_user_vsock_driver_started{name=\"web\",cid=\"77\"} 0" $collected/$name.prom
+[ "$(stat -c %a $collected/$name.prom)" = 644 ]
+systemctl start $name-metrics.timer
 connects member $run/web/vm.vsock
 fails connects stranger $run/web/vm.vsock
 as member socat -u UNIX-CONNECT:$run/web/vhost.socket - &

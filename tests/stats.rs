@@ -137,8 +137,10 @@ fn ports(flow: &Flow) -> [(&'static str, String); 2] {
 fn what_happens_is_counted() {
     let monitored = Monitored::start(&[]);
     monitored.assert_number("vmm_connected", &[], 0);
+    monitored.assert_number("driver_started", &[], 0);
     let mut guest = monitored.device();
     monitored.assert_number("vmm_connected", &[], 1);
+    monitored.assert_number("driver_started", &[], 1);
     monitored.assert_number("vmm_sessions_total", &[], 1);
 
     let stream = from_guest(&monitored.daemon, &mut guest, &FLOW);
@@ -288,6 +290,7 @@ fn json_is_answered_where_it_is_asked_for() {
     let vm = &json["vms"][0];
     assert_eq!(vm["cid"], GUEST_CID);
     assert_eq!(vm["vmm_connected"], true);
+    assert_eq!(vm["driver_started"], true);
     assert_eq!(vm["handshaking"], 0);
     let counters = &vm["counters"];
     assert_eq!(counters["sessions"], 1);

@@ -14,8 +14,8 @@
 //! more than this one writes, and so does this one: the keyword in any case, several blanks, and a blank or a carriage
 //! return before the newline.
 //!
-//! Both roles are here. The daemon is the server towards host programs, and the client where a connection leads to
-//! another daemon's guest.
+//! Both roles are here. The daemon is the server towards host programs, and the client where a connection leads to another
+//! daemon's guest; so is the command `connect`.
 
 use super::socket::{HostSocket, ReceiveError};
 use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort};
@@ -85,7 +85,6 @@ fn read_message(socket: &HostSocket, line: &mut Line) -> Progress {
 }
 
 /// The request for a port of the guest's.
-#[cfg(any(test, feature = "fuzzing"))]
 pub fn request(port: u32) -> String {
     format!("CONNECT {port}\n")
 }

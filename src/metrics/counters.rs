@@ -169,6 +169,9 @@ pub struct VmSnapshot {
     pub cid: Cid,
     /// Whether a VMM is connected.
     pub vmm_connected: bool,
+    /// Whether the guest's driver has started the device.
+    #[serde(default)]
+    pub driver_started: bool,
     /// Host programs that have connected and not named a port yet.
     pub handshaking: usize,
     /// Host programs that wait for the guest to accept them, where they may.

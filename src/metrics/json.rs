@@ -8,7 +8,7 @@ use super::Chunks;
 use super::counters::{Snapshot, VmSnapshot};
 
 /// The path of it on the stats socket.
-pub(super) const PATH: &str = "/json";
+pub const PATH: &str = "/json";
 
 /// The media type of [`chunks`].
 pub(super) const CONTENT_TYPE: &str = "application/json";

@@ -1,11 +1,10 @@
-//! Statistics: what the daemon counts, the socket that reports it, and the `stats` command that shows it.
+//! Statistics: what the daemon counts, and the socket that reports it.
 //!
 //! ```text
 //! counters     what is counted, by the data path, and the snapshot that is reported
 //! prometheus   a snapshot in Prometheus' text format
 //! json         a snapshot as JSON
 //! socket       the stats socket of the daemon: one thread for all clients
-//! table        the client: asks the socket for JSON and lays it out for a terminal
 //! ```
 
 use std::io;
@@ -13,10 +12,9 @@ use std::io;
 use crate::syscalls::Syscall;
 
 pub mod counters;
-mod json;
-mod prometheus;
+pub mod json;
+pub mod prometheus;
 pub mod socket;
-pub mod table;
 #[cfg(test)]
 mod tests;
 

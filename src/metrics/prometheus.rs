@@ -1,8 +1,8 @@
 //! A [`Snapshot`] in Prometheus' text format (version 0.0.4).
 //!
 //! <https://prometheus.io/docs/instrumenting/exposition_formats/>: a metric is a `HELP` and a `TYPE` line and its samples,
-//! all of them together. Samples carry the label `cid` where the process serves several VMs. No name or label here contains
-//! a character that would have to be escaped.
+//! all of them together. Samples carry the label `cid` where the process serves several VMs, and `name` as well where those of
+//! several daemons are merged.
 
 use std::fmt::{Display, Write};
 use std::iter;
@@ -20,23 +20,76 @@ pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
 
 /// The snapshot as text.
 pub(super) fn chunks(snapshot: Rc<Snapshot>) -> Chunks {
-    let of_connections = snapshot.clone();
+    let is_labelled = snapshot.vms.len() > 1;
+    let labels = snapshot.vms.iter().map(|vm| {
+        let mut labels = Labels::default();
+        if is_labelled {
+            labels.add("cid", vm.cid.get());
+        }
+        labels
+    });
+    let labels = labels.collect();
+    labelled_chunks(snapshot, labels)
+}
+
+/// The snapshot as a whole text.
+pub fn text(snapshot: Snapshot) -> String {
+    whole(chunks(Rc::new(snapshot)))
+}
+
+/// The snapshots of several daemons in one text, with their names. One without a snapshot has not answered.
+pub fn merged(daemons: Vec<(String, Option<Snapshot>)>) -> String {
+    let mut up = Text::default();
+    if !daemons.is_empty() {
+        up.header(&UP);
+    }
+    let (mut vms, mut labels) = (Vec::new(), Vec::new());
+    for (name, snapshot) in daemons {
+        let mut of_daemon = Labels::default();
+        of_daemon.add("name", &name);
+        Samples::new(&mut up, &UP, &of_daemon).value(snapshot.is_some().into());
+        for vm in snapshot.into_iter().flat_map(|snapshot| snapshot.vms) {
+            let mut of_vm = of_daemon.clone();
+            of_vm.add("cid", vm.cid.get());
+            labels.push(of_vm);
+            vms.push(vm);
+        }
+    }
+    up.0 + &whole(labelled_chunks(Rc::new(Snapshot { vms }), labels.into()))
+}
+
+fn whole(chunks: Chunks) -> String {
+    // Generating them does not fail.
+    chunks.filter_map(Result::ok).collect()
+}
+
+/// The snapshot as text. Each VM has labels.
+fn labelled_chunks(snapshot: Rc<Snapshot>, labels: Rc<[Labels]>) -> Chunks {
+    if snapshot.vms.is_empty() {
+        return Box::new(iter::empty());
+    }
+    let of_connections = (snapshot.clone(), labels.clone());
     let vms = VM_METRICS.iter().map(move |metric| {
         let mut text = Text::default();
         text.header(metric);
-        for vm in &snapshot.vms {
-            (metric.samples)(vm, &mut Samples::new(&mut text, metric, &snapshot, vm));
+        for (vm, labels) in snapshot.vms.iter().zip(&*labels) {
+            (metric.samples)(vm, &mut Samples::new(&mut text, metric, labels));
         }
         Ok(text.0)
     });
-    let connections = CONNECTION_METRICS
-        .iter()
-        .flat_map(move |metric| connection_chunks(metric, of_connections.clone()));
+    let connections = CONNECTION_METRICS.iter().flat_map(move |metric| {
+        let (snapshot, labels) = of_connections.clone();
+        connection_chunks(metric, snapshot, labels)
+    });
     Box::new(vms.chain(connections))
 }
 
 /// A metric that each connection has samples of. Without any connection there is no metric.
-fn connection_chunks(metric: &'static Metric<ConnectionStats>, snapshot: Rc<Snapshot>) -> Chunks {
+fn connection_chunks(
+    metric: &'static Metric<ConnectionStats>,
+    snapshot: Rc<Snapshot>,
+    labels: Rc<[Labels]>,
+) -> Chunks {
     let connections = |vm: &VmSnapshot| 0..vm.connections.len();
     let places: Vec<_> = snapshot.vms.iter().map(connections).collect();
     if places.iter().all(|connections| connections.is_empty()) {
@@ -47,14 +100,13 @@ fn connection_chunks(metric: &'static Metric<ConnectionStats>, snapshot: Rc<Snap
     let places = places.into_iter().enumerate();
     let samples = places.flat_map(|(vm, connections)| connections.map(move |index| (vm, index)));
     let samples = samples.map(move |(vm, index)| {
-        let vm = &snapshot.vms[vm];
-        let conn = &vm.connections[index];
+        let conn = &snapshot.vms[vm].connections[index];
         let mut text = Text::default();
-        let mut samples = Samples::new(&mut text, metric, &snapshot, vm);
-        samples.label("guest_port", conn.guest_port.0);
-        samples.label("host_port", conn.peer.port.0);
+        let mut samples = Samples::new(&mut text, metric, &labels[vm]);
+        samples.labels.add("guest_port", conn.guest_port.0);
+        samples.labels.add("host_port", conn.peer.port.0);
         if conn.peer.cid != Cid::HOST {
-            samples.label("peer_cid", conn.peer.cid);
+            samples.labels.add("peer_cid", conn.peer.cid.get());
         }
         (metric.samples)(conn, &mut samples);
         Ok(text.0)
@@ -96,10 +148,18 @@ const fn counter<T>(
     }
 }
 
-static VM_METRICS: [Metric<VmSnapshot>; 20] = [
+/// Where daemons are merged.
+static UP: Metric<()> = gauge("up", "Whether the daemon has answered", |(), _| {});
+
+static VM_METRICS: [Metric<VmSnapshot>; 21] = [
     gauge("vmm_connected", "Whether a VMM is connected", |vm, out| {
         out.value(vm.vmm_connected.into());
     }),
+    gauge(
+        "driver_started",
+        "Whether the guest's driver has started the device",
+        |vm, out| out.value(vm.driver_started.into()),
+    ),
     counter(
         "vmm_sessions_total",
         "VMMs that have connected",
@@ -210,7 +270,7 @@ static CONNECTION_METRICS: [Metric<ConnectionStats>; 4] = [
         "connection_info",
         "A connection: its state, and the side that keeps the other one waiting",
         |conn, out| {
-            out.label("state", &conn.state);
+            out.labels.add("state", &conn.state);
             out.labelled("waits_for", conn.waits_for.map_or("nobody", Side::name), 1);
         },
     ),
@@ -250,53 +310,59 @@ impl Text {
     }
 }
 
+/// Labels with their values, with commas between.
+#[derive(Clone, Default)]
+struct Labels(String);
+
+impl Labels {
+    fn add(&mut self, name: &str, value: impl Display) {
+        let separator = if self.0.is_empty() { "" } else { "," };
+        let _ = write!(self.0, "{separator}{name}=\"");
+        // Another daemon's text may be anything.
+        for character in value.to_string().chars() {
+            match character {
+                '"' | '\\' => self.0.extend(['\\', character]),
+                '\n' => self.0.push_str("\\n"),
+                _ => self.0.push(character),
+            }
+        }
+        self.0.push('"');
+    }
+}
+
 /// The samples of one metric for one VM or connection.
 struct Samples<'t> {
     text: &'t mut Text,
     name: &'static str,
-    /// The labels of all samples from now on, with commas between.
-    labels: String,
+    /// The labels of all samples from now on.
+    labels: Labels,
 }
 
 impl<'t> Samples<'t> {
-    fn new<T>(
-        text: &'t mut Text,
-        metric: &Metric<T>,
-        snapshot: &Snapshot,
-        vm: &VmSnapshot,
-    ) -> Self {
-        let mut samples = Self {
+    fn new<T>(text: &'t mut Text, metric: &Metric<T>, labels: &Labels) -> Self {
+        Self {
             text,
             name: metric.name,
-            labels: String::new(),
-        };
-        if snapshot.vms.len() > 1 {
-            samples.label("cid", vm.cid.get());
+            labels: labels.clone(),
         }
-        samples
-    }
-
-    fn label(&mut self, name: &str, value: impl Display) {
-        let separator = if self.labels.is_empty() { "" } else { "," };
-        let _ = write!(self.labels, "{separator}{name}=\"{value}\"");
     }
 
     /// A sample without further labels.
     fn value(&mut self, value: u64) {
         let Self { text, name, labels } = self;
-        if labels.is_empty() {
+        if labels.0.is_empty() {
             text.push(format_args!("{PREFIX}_{name} {value}\n"));
         } else {
-            text.push(format_args!("{PREFIX}_{name}{{{labels}}} {value}\n"));
+            text.push(format_args!("{PREFIX}_{name}{{{}}} {value}\n", labels.0));
         }
     }
 
     /// A sample with one more label.
     fn labelled(&mut self, name: &str, label: &str, value: u64) {
-        let shared = self.labels.len();
-        self.label(name, label);
+        let shared = self.labels.0.len();
+        self.labels.add(name, label);
         self.value(value);
-        self.labels.truncate(shared);
+        self.labels.0.truncate(shared);
     }
 
     fn by_sender(&mut self, from_guest: u64, to_guest: u64) {

@@ -39,6 +39,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
     VmSnapshot {
         cid: Cid::from_raw(cid),
         vmm_connected: true,
+        driver_started: true,
         handshaking: 2,
         waiting: 0,
         counters,
@@ -139,6 +140,28 @@ fn siblings_with_the_same_port_are_told_apart() {
         let line = format!("{name}{{{labels},peer_cid=\"{cid}\"}} 5");
         assert!(samples(&text).any(|sample| sample == line), "{text}");
     }
+}
+
+#[test]
+fn merged_daemons_have_names_and_spoil_nothing() {
+    let mut hostile = vm(3, 1);
+    hostile.connections[0].state = "\"} 1\nother 2\\".into();
+    let text = prometheus::merged(vec![
+        ("a".into(), Some(Snapshot::from(hostile))),
+        ("b".into(), Some(Snapshot::from(vm(3, 0)))),
+        ("c".into(), None),
+    ]);
+    for line in [
+        r#"vhost_user_vsock_up{name="a"} 1"#,
+        r#"vhost_user_vsock_up{name="c"} 0"#,
+        r#"vhost_user_vsock_driver_started{name="a",cid="3"} 1"#,
+        r#"vhost_user_vsock_driver_started{name="b",cid="3"} 1"#,
+    ] {
+        assert!(samples(&text).any(|sample| sample == line), "{text}");
+    }
+    let escaped = r#"state="\"} 1\nother 2\\",waits_for="host"} 1"#;
+    assert!(samples(&text).any(|line| line.ends_with(escaped)), "{text}");
+    assert!(samples(&text).all(|line| line.starts_with("vhost_user_vsock_")));
 }
 
 #[test]
