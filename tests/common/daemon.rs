@@ -70,15 +70,7 @@ impl Daemon {
     }
 
     fn command(directory: &TempDir) -> Command {
-        // File modes apply to the daemon even when the tests run as root.
-        let mut command = if geteuid().is_root() {
-            let mut command = Command::new("setpriv");
-            command.args(["--bounding-set=-dac_override,-dac_read_search"]);
-            command.arg(binary());
-            command
-        } else {
-            Command::new(binary())
-        };
+        let mut command = program();
         command
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--uds-path")
@@ -285,6 +277,17 @@ impl Drop for Daemon {
             eprintln!("--- the daemon's log\n{}", self.log());
         }
     }
+}
+
+/// A command that runs the binary under test. File modes apply to it even when the tests run as root.
+pub fn program() -> Command {
+    if !geteuid().is_root() {
+        return Command::new(binary());
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set=-dac_override,-dac_read_search"]);
+    command.arg(binary());
+    command
 }
 
 /// The binary under test: this crate's own, or any other with the same three options.

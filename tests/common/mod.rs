@@ -8,6 +8,7 @@ pub mod guest;
 pub mod host;
 pub mod qemu;
 pub mod scenarios;
+pub mod siblings;
 pub mod sim;
 pub mod tracer;
 pub mod uml;
