@@ -153,7 +153,7 @@ impl Args {
         for source in &sources {
             let cid = source.options.guest_cid.unwrap_or_default();
             let vm = source.options.clone().vm(activation.sockets(cid, is_only));
-            vms.push(vm.map_err(|error| source.locate(None, error))?);
+            vms.push(vm.map_err(|error| source.locate(error.option(), error))?);
         }
         let config = ProcessConfig {
             stats_path: self.stats_path.clone(),
@@ -175,24 +175,18 @@ impl Args {
 
     /// The options of each VM, with the defaults, and where they come from.
     fn sources(&self) -> Result<Vec<VmSource>, ConfigError> {
-        let mut sources = match &self.config {
-            Some(path) => file::read(path)?,
-            None if self.vm.is_empty() => vec![VmSource::new(VmOptions::default())],
-            None => self
-                .vm
-                .iter()
-                .map(|vm| VmSource::new(vm.0.clone()))
-                .collect(),
+        let mut sources = match (&self.config, &self.vm[..]) {
+            (Some(path), _) => file::read(path)?,
+            (None, []) => vec![VmSource::only(VmOptions::default())],
+            (None, [vm]) => vec![VmSource::only(vm.0.clone())],
+            (None, vms) => {
+                let vms = vms.iter().zip(1..);
+                vms.map(|(vm, number)| VmSource::numbered(vm.0.clone(), number))
+                    .collect()
+            }
         };
         for source in &mut sources {
             source.options = mem::take(&mut source.options).or(&self.options);
-        }
-        if let [_, _, ..] = sources[..]
-            && self.config.is_none()
-        {
-            for (index, source) in sources.iter_mut().enumerate() {
-                source.place = Some(format!("--vm number {}", index + 1));
-            }
         }
         Ok(sources)
     }

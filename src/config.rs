@@ -9,6 +9,7 @@ mod error;
 pub mod file;
 pub mod options;
 mod paths;
+mod yaml;
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -62,6 +63,9 @@ pub struct VmConfig {
     /// The most connections at once that the guest has opened, and the most that host programs have; at least 1. Both together
     /// may have a third more, so that a quarter of all places is kept for each.
     pub max_connections: usize,
+    /// The most host programs at once that have connected and not said which port they want, at least 1. One more ends the wait
+    /// of the oldest. Also the most that wait for the guest; one more does not.
+    pub max_clients: usize,
     /// How long the worker polls for more work before it sleeps, at most 10 ms. Zero turns busy polling off.
     pub busy_poll: Duration,
     /// Who may connect to the sockets of this VM.
@@ -202,6 +206,8 @@ impl VmConfig {
     pub const DEFAULT_QUEUE_SIZE: u16 = 1024;
     /// The default of [`max_connections`](Self::max_connections).
     pub const DEFAULT_MAX_CONNECTIONS: usize = 1024;
+    /// The default of [`max_clients`](Self::max_clients).
+    pub const MAX_CLIENTS: usize = 1024;
     /// The default of [`busy_poll`](Self::busy_poll).
     pub const DEFAULT_BUSY_POLL: Duration = Duration::from_micros(100);
 
@@ -220,6 +226,7 @@ impl VmConfig {
             tx_buffer_size: Self::DEFAULT_TX_BUFFER_SIZE,
             queue_size: Self::DEFAULT_QUEUE_SIZE,
             max_connections: Self::DEFAULT_MAX_CONNECTIONS,
+            max_clients: Self::MAX_CLIENTS,
             busy_poll: Self::DEFAULT_BUSY_POLL,
             access: SocketAccess::default(),
         }

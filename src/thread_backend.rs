@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! connections   the connections, by token and by ports        opening            how they come into the table
-//! clients       host programs without a CONNECT line yet      cost               what work costs
+//! clients       host programs without a connection yet        cost               what work costs
 //! deadlines     when connections are reset                    slots, slot_list   the tables and queues that these are made of
 //! pending       packets for the guest, by kind                event_source       what an epoll event belongs to
 //! resets        RSTs for the guest                             siblings           how other guests come into the table
@@ -32,7 +32,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::{debug, trace};
 
@@ -47,7 +47,7 @@ use slot_list::SlotList;
 use crate::config::VmConfig;
 use crate::host::routes::Routes;
 use crate::host::socket::HostSocket;
-use crate::metrics::counters::{CloseReason, Counters, VmSnapshot};
+use crate::metrics::counters::{CloseReason, Counters, Side, VmSnapshot};
 use crate::packet::header::{Cid, Op, PacketType, PeerAddr, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
@@ -70,6 +70,10 @@ pub struct VsockThreadBackend {
     registry: Box<dyn Registry>,
     connections: Connections,
     clients: Clients,
+    /// How long they wait for the guest.
+    wait_for_guest: Duration,
+    /// The guest's driver has started the device.
+    has_guest: bool,
     deadlines: Deadlines,
     pending: Pending,
     /// Connections that can flush without an event.
@@ -92,7 +96,9 @@ impl VsockThreadBackend {
             routes: Routes::new(config),
             registry,
             connections: Connections::new(Places::new(config.max_connections)),
-            clients: Clients::default(),
+            clients: Clients::new(config.max_clients),
+            wait_for_guest: config.wait_for_guest,
+            has_guest: false,
             deadlines: Deadlines::default(),
             pending: Pending::default(),
             flushable: SlotList::default(),
@@ -129,7 +135,7 @@ impl VsockThreadBackend {
             cid: self.guest_cid,
             vmm_connected,
             counters: self.counters.clone(),
-            handshaking: self.clients.len(),
+            handshaking: self.clients.handshaking(),
             connections: self
                 .connections
                 .iter()
@@ -334,8 +340,13 @@ impl VsockThreadBackend {
             self.reset_connection(token, CloseReason::Timeout);
         }
         while let Some(token) = self.clients.expired(now) {
-            self.clients.remove(token);
-            self.drop_client("no CONNECT line in time");
+            if !self.clients.retry(token, now) {
+                let what = match self.clients.remove(token) {
+                    Some(client) if client.has_line() => "the guest has not accepted it in time",
+                    _ => "no CONNECT line in time",
+                };
+                self.drop_client(what);
+            }
         }
         self.pending.resets.expire(now);
     }
@@ -343,6 +354,7 @@ impl VsockThreadBackend {
     /// The device starts anew: the guest has lost all its connections. Bytes that belong to host programs are still kept for
     /// them.
     pub fn reset(&mut self) {
+        self.has_guest = false;
         let open: Vec<Token> = self.connections.iter().map(|(token, _)| token).collect();
         for token in open {
             self.close(token, CloseReason::DeviceReset);
@@ -350,9 +362,9 @@ impl VsockThreadBackend {
         self.pending.resets.clear();
     }
 
-    /// There is no guest any more: closes its connections, and the clients that wait for one.
+    /// There is no guest any more: closes its connections, and the clients that do not wait for the next one.
     pub fn disconnect(&mut self) {
-        while let Some(token) = self.clients.oldest() {
+        while let Some(token) = self.clients.oldest_that_leaves(!self.wait_for_guest.is_zero()) {
             self.clients.remove(token);
             self.drop_client("the VMM is gone");
         }
@@ -373,6 +385,10 @@ impl VsockThreadBackend {
         let (old, new) = (entry.deadline, entry.conn.deadline());
         entry.deadline = new;
         self.deadlines.replace(token, old, new);
+        if !entry.conn.is_requested() && entry.waiting.take().is_some() {
+            self.clients.end_request();
+            self.counters.opened[Side::Host as usize] += 1;
+        }
         self.pending.replace(token.slot, &entry.conn);
         if entry.conn.can_flush() {
             self.flushable.push(token.slot);
@@ -407,7 +423,8 @@ impl VsockThreadBackend {
     }
 
     /// Takes a connection out of the table, and returns its socket to be closed. One that has bytes for its host program
-    /// stays and lingers until they are sent, or until it is released once more.
+    /// stays and lingers until they are sent, or until it is released once more. The client of one that the guest has not accepted
+    /// may wait on.
     fn release(&mut self, token: Token, reason: CloseReason) -> Option<HostSocket> {
         let entry = self.connections.get_mut(token)?;
         let deadline = entry.deadline.take();
@@ -416,6 +433,12 @@ impl VsockThreadBackend {
         self.deadlines.remove(token, deadline);
         self.pending.remove(token.slot);
         self.flushable.remove(token.slot);
+        if let Some(waiting) = self.waits_on(token, reason) {
+            debug!("{} not accepted: {}", name(key), reason.name());
+            let entry = self.connections.remove(token)?;
+            self.await_guest(entry.conn.into_socket(), waiting);
+            return None;
+        }
         if !self.connections.is_lingering(token) {
             debug!("{} closed: {}", name(key), reason.name());
             self.counters.ended[reason as usize] += 1;

@@ -102,8 +102,6 @@ pub struct VhostUserVsockThread {
     wake: EventFd,
     backend: VsockThreadBackend,
     has_vmm: bool,
-    /// The guest's driver has started the device.
-    started: bool,
     notify_on_empty: bool,
     rings: Rings,
     shares: Shares,
@@ -133,7 +131,6 @@ impl VhostUserVsockThread {
             armed: None,
             wake,
             has_vmm: false,
-            started: false,
             notify_on_empty: false,
             rings: Rings::new(epoll.clone()),
             epoll,
@@ -230,7 +227,6 @@ impl VhostUserVsockThread {
     pub fn start_ring(&mut self, index: usize, queue: &mut Queue) {
         if self.rings.start(index, queue) == Start::Afresh {
             debug!("ring {index} starts afresh, closing all connections");
-            self.started = false;
             self.backend.reset();
         }
         self.wake();
@@ -244,7 +240,6 @@ impl VhostUserVsockThread {
     /// The device starts anew: no connection survives.
     pub fn reset(&mut self) {
         self.rings.reset();
-        self.started = false;
         self.backend.reset();
     }
 }
@@ -256,7 +251,7 @@ impl VhostUserVsockThread {
         for (source, ready) in events.iter() {
             match source {
                 EventSource::Connection(token) => self.backend.socket_ready(token, ready),
-                EventSource::Client(token) => self.backend.client_ready(token),
+                EventSource::Client(token) => self.backend.client_ready(token, ready),
                 EventSource::Kick(_) => self.backend.counters().kicks += 1,
                 EventSource::Listener(number) => self.acceptors.set_pending(number),
                 EventSource::Timer => self.timer_fired(),

@@ -194,7 +194,12 @@ impl VsockConnection {
 
     /// Whether its client has left, and it only goes on for what the guest knows of it or may still want to read.
     pub fn is_deserted(&self) -> bool {
-        self.client_left && matches!(self.state, State::Requested)
+        self.client_left && self.is_requested()
+    }
+
+    /// Whether our REQUEST has no answer yet.
+    pub fn is_requested(&self) -> bool {
+        matches!(self.state, State::Requested)
     }
 
     /// Whether the payload that is pending is a part of a stream of much more.

@@ -19,12 +19,21 @@ use common::uml::Uml;
 use common::watchdog::Watchdog;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use tempfile::TempDir;
 
 /// How long a command may take; it bounds a failing run.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
 /// The TCP ports of the page that are the host's. A test takes free ones: others may run at the same time.
 const HOST_TCP_PORTS: [&str; 2] = ["15201", "18080"];
+
+/// The sockets of single ports that the page has, and the options for them.
+const PLAIN_SOCKETS: [(&str, &str); 4] = [
+    ("--guest-port=22", "vm4-ssh.sock"),
+    ("--guest-port=80", "vm4-web.sock"),
+    ("--guest-port=1001", "vm4-system-bus.sock"),
+    ("--host-port=7001", "who.sock"),
+];
 
 /// Marks a section of the page that has nothing to run.
 const NOT_RUN: &str = "Not run by the tests";
@@ -43,9 +52,14 @@ fn all_that_the_page_says_happens() {
         installed(program);
     }
     let sections = read_page(&page());
-    let daemon = Daemon::start();
+    let sockets = TempDir::with_prefix("vsock-test-").unwrap();
+    let path_of = |name: &str| sockets.path().join(name).display().to_string();
+    let options = PLAIN_SOCKETS.map(|(option, name)| format!("{option}={}", path_of(name)));
+    let daemon = Daemon::start_with(&options.each_ref().map(String::as_str));
     let guest = Uml::boot(&daemon);
-    let host = Host::new(&daemon);
+    let mut host = Host::new(&daemon);
+    let named = PLAIN_SOCKETS.map(|(_, name)| (format!("/tmp/{name}"), path_of(name)));
+    host.substitutes.splice(0..0, named);
     prepare_guest(&guest, &host);
     for section in sections {
         println!("{}: {} commands", section.title, section.commands());
@@ -360,7 +374,7 @@ fn prepare_guest(guest: &Guest, host: &Host) {
 struct Host {
     directory: PathBuf,
     path: OsString,
-    substitutes: Vec<(&'static str, String)>,
+    substitutes: Vec<(String, String)>,
 }
 
 impl Host {
@@ -383,10 +397,18 @@ impl Host {
             .into_iter()
             .chain(std::env::split_paths(&inherited));
         let mut substitutes = vec![
-            ("/tmp/vm4.vsock", daemon.uds_path().display().to_string()),
-            ("/tmp/", format!("{}/", directory.display())),
+            (
+                "/tmp/vm4.vsock".into(),
+                daemon.uds_path().display().to_string(),
+            ),
+            ("/tmp/".into(), format!("{}/", directory.display())),
         ];
-        substitutes.extend(HOST_TCP_PORTS.into_iter().zip(free_ports()));
+        substitutes.extend(
+            HOST_TCP_PORTS
+                .map(str::to_owned)
+                .into_iter()
+                .zip(free_ports()),
+        );
         Self {
             path: std::env::join_paths(path).unwrap(),
             directory,
@@ -403,7 +425,7 @@ impl Host {
             let substitute = self
                 .substitutes
                 .iter()
-                .find(|(from, _)| rest.starts_with(from));
+                .find(|(from, _)| rest.starts_with(from.as_str()));
             if let Some((from, to)) = substitute {
                 done += to;
                 rest = &rest[from.len()..];

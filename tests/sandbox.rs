@@ -71,7 +71,7 @@ fn forbidden(path: u64) -> Vec<(&'static str, c_long, Vec<u64>)> {
             libc::SYS_socket,
             vec![libc::AF_UNIX as u64, libc::SOCK_DGRAM as u64, 0],
         ),
-        ("another name", libc::SYS_bind, vec![none, 0, 0]),
+        ("another listener", libc::SYS_listen, vec![none, 0]),
         (
             "code",
             libc::SYS_mmap,
@@ -186,6 +186,28 @@ fn a_file_outside_the_directories_can_not_be_removed() {
     let removed = remove(Traced::serving(OFF, &file));
     assert_eq!(removed, Outcome::Returned(0));
     assert!(!file.exists());
+}
+
+/// Landlock alone again: the daemon binds names for its calls, and none of them is a file.
+#[test]
+fn no_socket_can_be_bound_to_a_file() {
+    let bind = |options: &[&str]| {
+        let directory = TempDir::new().unwrap();
+        let file = directory.path().join("socket");
+        // With the address family in front, which has a NUL, the path is an address.
+        let address = format!("{}.{}", char::from(libc::AF_UNIX as u8), file.display());
+        let mut daemon = Traced::serving(options, Path::new(&address));
+        daemon.set_byte(daemon.path() + 1, 0);
+        let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+        let socket = daemon.call(libc::SYS_socket, &[libc::AF_UNIX as u64, kind as u64, 0]);
+        let Outcome::Returned(socket) = socket else {
+            panic!("no socket: {socket:?}")
+        };
+        let arguments = [socket as u64, daemon.path(), address.len() as u64];
+        (daemon.call(libc::SYS_bind, &arguments), file.exists())
+    };
+    assert_eq!(bind(&[]), (Outcome::error(Errno::EACCES), false));
+    assert_eq!(bind(OFF), (Outcome::Returned(0), true));
 }
 
 /// The state of each thread in /proc: privileges, capabilities, filter.

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -152,9 +153,10 @@ impl VmConfig {
         if before.iter().any(|other| other.guest_cid == cid) {
             return Err(("guest-cid", ConfigError::DuplicateCid(cid)));
         }
-        if let Socket::Inherited(fd) = self.socket
-            && before.iter().any(|other| other.socket == self.socket)
-        {
+        let taken: HashSet<RawFd> = before.iter().flat_map(Self::inherited).collect();
+        let mut own = HashSet::new();
+        let mut inherited = self.inherited();
+        if let Some(fd) = inherited.find(|fd| taken.contains(fd) || !own.insert(*fd)) {
             return Err(("fd", ConfigError::DuplicateFd(fd)));
         }
         let HostSide::Vsock { cid, listen } = &self.host else {
@@ -169,6 +171,19 @@ impl VmConfig {
             Some(&port) => Err((option, ConfigError::DuplicatePort { option, port })),
             None => Ok(()),
         }
+    }
+
+    /// The descriptors of its inherited sockets.
+    fn inherited(&self) -> impl Iterator<Item = RawFd> {
+        let socket = match self.socket {
+            Socket::Inherited(fd) => Some(fd),
+            Socket::Path(_) => None,
+        };
+        let uds = match self.host {
+            HostSide::Unix { fd, .. } => fd,
+            HostSide::Vsock { .. } => None,
+        };
+        socket.into_iter().chain(uds)
     }
 
     fn paths(&self, index: usize) -> impl Iterator<Item = SocketPath<'_>> {

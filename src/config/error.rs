@@ -98,3 +98,16 @@ pub enum ConfigError {
     #[error("the sockets of the service manager: {0}")]
     Activation(String),
 }
+
+impl ConfigError {
+    /// The name of the option that is wrong, where only one can be.
+    pub(crate) fn option(&self) -> Option<&'static str> {
+        match self {
+            Self::Cid(_) => Some("guest-cid"),
+            Self::Conflict(option, _) => Some(option),
+            Self::ForwardListenAlone => Some("forward-listen"),
+            Self::GroupName => Some("groups"),
+            _ => None,
+        }
+    }
+}

@@ -209,6 +209,7 @@ impl VmOptions {
             tx_buffer_size: self.tx_buffer_size.unwrap_or(default.tx_buffer_size),
             queue_size: self.queue_size.unwrap_or(default.queue_size),
             max_connections: self.max_connections.unwrap_or(default.max_connections),
+            max_clients: default.max_clients,
             busy_poll: self
                 .busy_poll
                 .map_or(default.busy_poll, Duration::from_micros),
@@ -263,6 +264,17 @@ impl FromStr for PortPath {
 #[error("say PORT=PATH, with a port from 0 to 4294967294")]
 pub struct PortPathError;
 
+/// How many values an option has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OptionKind {
+    /// One.
+    Single,
+    /// Any number.
+    List,
+    /// Any number, each a port and a path.
+    PortPaths,
+}
+
 /// Reads the options of one VM from keys and values.
 pub struct OptionReader {
     command: Command,
@@ -284,10 +296,17 @@ impl Default for OptionReader {
 }
 
 impl OptionReader {
-    /// Whether the option of this key may have several values.
-    pub fn is_repeatable(&self, key: &str) -> bool {
-        self.find(key)
-            .is_some_and(|arg| matches!(arg.get_action(), ArgAction::Append))
+    /// How many values the option of this key has.
+    ///
+    /// # Errors
+    /// There is no such option.
+    pub fn kind(&self, key: &str) -> Result<OptionKind, OptionError> {
+        let arg = self.find(key)?;
+        Ok(match (arg.get_action(), arg.get_long()) {
+            (ArgAction::Append, Some("guest-port" | "host-port")) => OptionKind::PortPaths,
+            (ArgAction::Append, _) => OptionKind::List,
+            _ => OptionKind::Single,
+        })
     }
 
     /// Adds a pair. A key is the name of an option, with `-` or `_` between its words.
@@ -295,10 +314,9 @@ impl OptionReader {
     /// # Errors
     /// There is no such option, it has a value already, or can't have this one.
     pub fn add(&mut self, key: &str, value: &str) -> Result<(), OptionError> {
-        let arg = self.find(key);
-        let arg = arg.ok_or_else(|| OptionError::Unknown(key.to_owned()))?;
-        let (id, is_list) = (arg.get_id().to_string(), self.is_repeatable(key));
-        if !self.seen.insert(id) && !is_list {
+        let is_single = self.kind(key)? == OptionKind::Single;
+        let id = self.find(key)?.get_id().to_string();
+        if !self.seen.insert(id) && is_single {
             return Err(OptionError::Twice(key.to_owned()));
         }
         let option = OsString::from(format!("--{}={value}", key.replace('_', "-")));
@@ -323,12 +341,14 @@ impl OptionReader {
         read.map_err(|error| OptionError::Together(mistake(&error)))
     }
 
-    fn find(&self, key: &str) -> Option<&Arg> {
+    fn find(&self, key: &str) -> Result<&Arg, OptionError> {
         let name = key.replace('_', "-");
-        self.command.get_arguments().find(|arg| {
+        let mut args = self.command.get_arguments();
+        let found = args.find(|arg| {
             let aliases = arg.get_all_aliases().unwrap_or_default();
             arg.get_long() == Some(&name) || aliases.contains(&name.as_str())
-        })
+        });
+        found.ok_or_else(|| OptionError::Unknown(key.to_owned()))
     }
 }
 

@@ -4,6 +4,7 @@
 //! thread of its own writes the lines, which wait in a queue of bounded length. Stderr itself is not made non-blocking:
 //! other programs may share it.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::env;
 use std::fs::File;
@@ -14,10 +15,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use env_logger::{Builder, DEFAULT_FILTER_ENV, DEFAULT_WRITE_STYLE_ENV, Target, WriteStyle};
-use log::{Level, LevelFilter, warn};
+use env_logger::{
+    Builder, DEFAULT_FILTER_ENV, DEFAULT_WRITE_STYLE_ENV, Logger, Target, WriteStyle,
+};
+use log::{Level, LevelFilter, Log, Metadata, Record, warn};
 use parking_lot::{Condvar, Mutex};
 
+use crate::packet::header::Cid;
 use crate::syscalls::Syscall;
 
 /// The system calls of the thread that writes.
@@ -87,7 +91,10 @@ impl LogWriter {
         if let Ok(Some(filter)) = &filter {
             builder.parse_filters(filter);
         }
-        builder.init();
+        let logger = builder.build();
+        log::set_max_level(logger.filter());
+        // One that is installed already is a program's that embeds this.
+        let _ = log::set_boxed_logger(Box::new(VmLogger(logger)));
         if let Err(mistake) = filter {
             warn!("{DEFAULT_FILTER_ENV} is ignored: {mistake}");
         }
@@ -115,6 +122,42 @@ impl LogWriter {
                 return;
             }
         }
+    }
+}
+
+thread_local! {
+    /// The CID of the VM that this thread works for, if the log is to name it.
+    static VM: Cell<Option<Cid>> = const { Cell::new(None) };
+}
+
+/// From now on, lines that this thread logs begin with the CID of its VM.
+pub(super) fn name_vm(cid: Cid) {
+    VM.set(Some(cid));
+}
+
+/// Puts the CID of the thread's VM before each line.
+struct VmLogger(Logger);
+
+impl Log for VmLogger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        match VM.try_with(Cell::get) {
+            Ok(Some(cid)) => {
+                let metadata = record.metadata().clone();
+                let mut named = Record::builder();
+                let args = format!("CID {cid}: {}", record.args());
+                named.metadata(metadata);
+                self.0.log(&named.args(format_args!("{args}")).build());
+            }
+            _ => self.0.log(record),
+        }
+    }
+
+    fn flush(&self) {
+        self.0.flush();
     }
 }
 

@@ -3,13 +3,17 @@
 //! ```text
 //! server       the process: its VMs, what they share, its end
 //!   vm         one VM: its sockets, its device, its threads
+//!   threads    those that serve a VM, and what becomes of it when one panics
+//!   descriptors  the limit, and each VM's share of it
 //!   service    the service manager: readiness and status
 //!   sandbox    what the process gives up before it serves
 //! log_writer   the log's way to stderr
 //! ```
 
+mod descriptors;
 pub mod log_writer;
 pub mod sandbox;
 pub mod server;
 pub mod service;
+mod threads;
 pub mod vm;

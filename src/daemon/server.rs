@@ -7,12 +7,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use log::{info, warn};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use super::descriptors;
 use super::log_writer;
 use super::sandbox::{self, SandboxError};
 use super::service::{self, ServiceManager, Status};
-use super::vm::{self, BoundVm, Threads, Vm, VmError};
+use super::threads::{Naming, Threads};
+use super::vm::{self, BoundVm, Vm, VmError};
 use crate::config::{ConfigError, HostSide, ProcessConfig, VmConfig};
 use crate::host::listener::{self, ListenerError, SocketFile};
 use crate::host::siblings::{self, Siblings};
@@ -43,6 +44,9 @@ pub enum ServerError {
     /// The sandbox is incomplete, and it must not serve without.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// Threads panicked.
+    #[error("{0} of {1} VMs were given up, the log says why")]
+    GivenUp(usize, usize),
     /// The system refused something that every daemon needs.
     #[error("can't serve: {0}")]
     Io(#[from] io::Error),
@@ -86,7 +90,7 @@ impl Board {
         let vmms = replace(&self.vmms, &posted.vmms, activity.has_vmm.into());
         let connections = replace(&self.connections, &posted.connections, activity.connections);
         if let Some(status) = self.status.get() {
-            status.set(vmms > 0, connections);
+            status.set(vmms, connections);
         }
     }
 }
@@ -107,7 +111,7 @@ impl Server {
     /// The configuration can't work, a socket can't be made, the sandbox is incomplete and `strict`, or the system refuses.
     pub fn start(config: &ProcessConfig) -> Result<Self, ServerError> {
         config.check()?;
-        raise_descriptor_limit();
+        let limit = descriptors::raise_limit();
         listener::tighten_umask();
         let board = Arc::new(Board::default());
         let siblings = Arc::new(Siblings::default());
@@ -115,13 +119,18 @@ impl Server {
         for vm in &config.vms {
             let (board, posted) = (board.clone(), Posted::default());
             let observer = move |activity| board.post(&posted, activity);
-            bound.push(BoundVm::new(vm, &siblings, observer)?);
+            let mut vm = vm.clone();
+            descriptors::fit(&mut vm, limit, config.vms.len());
+            bound.push(BoundVm::new(&vm, &siblings, observer)?);
         }
         let stats = config.stats_path.as_ref();
         let stats = stats.map(|path| SocketFile::bind(path, config.access));
         let stats = stats.transpose()?;
         let manager = ServiceManager::from_env();
-        let threads = Threads::new()?;
+        let threads = Threads::new(match config.vms.len() {
+            0 | 1 => Naming::Off,
+            _ => Naming::On,
+        })?;
         sandbox::enter(config, &syscalls(config))?;
         let mut vms = Vec::new();
         for (vm, config) in bound.into_iter().zip(&config.vms) {
@@ -139,7 +148,7 @@ impl Server {
             metrics::socket::serve(stats.listener()?, snapshot)?;
         }
         // There is one service manager.
-        let _ = board.status.set(manager.ready()?);
+        let _ = board.status.set(manager.ready(config.vms.len())?);
         Ok(Self {
             vms,
             stats,
@@ -153,9 +162,11 @@ impl Server {
     /// which must follow.
     ///
     /// # Errors
-    /// The system refuses to wait.
+    /// The system refuses to wait, or a VM was given up on the way.
     pub fn run(mut self, stop: BorrowedFd<'_>) -> Result<(), ServerError> {
-        self.threads.wait(stop)?;
+        let vms = &mut self.vms;
+        self.threads
+            .wait(stop, || vms.iter_mut().for_each(Vm::remove_if_ended))?;
         self.manager.stopping();
         self.stats = None;
         for vm in &mut self.vms {
@@ -166,7 +177,10 @@ impl Server {
         } else {
             warn!("stopped, though a thread did not end");
         }
-        Ok(())
+        match self.vms.iter().filter(|vm| vm.has_panicked()).count() {
+            0 => Ok(()),
+            count => Err(ServerError::GivenUp(count, self.vms.len())),
+        }
     }
 }
 
@@ -195,11 +209,26 @@ fn syscalls(config: &ProcessConfig) -> Vec<Syscall> {
     .concat()
 }
 
-/// A connection is a descriptor: as many as the system allows.
-fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        warn!("the limit of open descriptors stays as it is: {error}");
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::header::Cid;
+    use crate::syscalls::Argument;
+
+    #[test]
+    fn sockets_of_af_vsock_are_made_only_to_forward() {
+        let has_vsock = |host| {
+            let mut vm = VmConfig::new(Cid::try_from(4u32).unwrap(), "/vhost", "/uds");
+            vm.host = host;
+            let calls = syscalls(&ProcessConfig::new(vec![vm]));
+            calls.iter().any(|call| {
+                let is_vsock = |argument| matches!(argument, &Argument::Is(0, libc::AF_VSOCK));
+                call.number == libc::SYS_socket && call.arguments.iter().any(is_vsock)
+            })
+        };
+        assert!(!has_vsock(HostSide::unix("/uds")));
+        let cid = Cid::try_from(3u32).unwrap();
+        let listen = Vec::new();
+        assert!(has_vsock(HostSide::Vsock { cid, listen }));
     }
 }

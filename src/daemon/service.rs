@@ -5,6 +5,7 @@
 //! ```text
 //! READY=1
 //! STATUS=A VMM is connected, with 3 connections
+//! STATUS=2 of 3 VMMs are connected, with 5 connections
 //! STOPPING=1
 //! ```
 
@@ -38,6 +39,9 @@ const SEND_TIMEOUT: Duration = Duration::from_millis(200);
 /// The least time between two status lines.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How many bits of a status have the number of connections.
+const VMM_SHIFT: u32 = 40;
+
 /// The connection to the service manager, if one has started the daemon.
 pub struct ServiceManager(Option<Arc<UnixDatagram>>);
 
@@ -55,8 +59,8 @@ impl ServiceManager {
         }))
     }
 
-    /// Sends READY, and starts a thread that sends a status line whenever the status changes.
-    pub fn ready(&self) -> io::Result<Status> {
+    /// Sends READY, and starts a thread that sends a status line whenever the status changes. The process has `vms` VMs.
+    pub fn ready(&self, vms: usize) -> io::Result<Status> {
         let Some(socket) = self.0.clone() else {
             return Ok(Status(None));
         };
@@ -65,7 +69,7 @@ impl ServiceManager {
         let source = current.clone();
         let thread = thread::Builder::new()
             .name("status".into())
-            .spawn(move || send_changes(&socket, &source))?;
+            .spawn(move || send_changes(&socket, vms, &source))?;
         let thread = thread.thread().clone();
         Ok(Status(Some(Reporter { current, thread })))
     }
@@ -84,17 +88,17 @@ pub struct Status(Option<Reporter>);
 
 #[derive(Clone)]
 struct Reporter {
-    /// Bit 0: a VMM is connected. The others: the number of connections.
+    /// The number of VMMs above [`VMM_SHIFT`], and that of connections below.
     current: Arc<AtomicU64>,
     /// The thread that sends it.
     thread: Thread,
 }
 
 impl Status {
-    /// Reports whether a VMM is connected, and the number of connections.
-    pub fn set(&self, has_vmm: bool, connections: usize) {
+    /// Reports how many VMMs are connected, and the number of connections.
+    pub fn set(&self, vmms: usize, connections: usize) {
         let Some(reporter) = &self.0 else { return };
-        let new = connections as u64 * 2 + u64::from(has_vmm);
+        let new = (vmms as u64) << VMM_SHIFT | connections as u64;
         if reporter.current.swap(new, Ordering::Relaxed) != new {
             reporter.thread.unpark();
         }
@@ -102,13 +106,13 @@ impl Status {
 }
 
 /// Sends a line for each change, but not more often than every [`STATUS_INTERVAL`]. It never returns.
-fn send_changes(socket: &UnixDatagram, current: &AtomicU64) {
+fn send_changes(socket: &UnixDatagram, vms: usize, current: &AtomicU64) {
     loop {
-        let line = describe(current.load(Ordering::Relaxed));
+        let line = describe(vms, current.load(Ordering::Relaxed));
         send(socket, &NotifyState::Status(&line));
         thread::sleep(STATUS_INTERVAL);
         // A change during the sleep is sent without another one to wake this thread.
-        if describe(current.load(Ordering::Relaxed)) == line {
+        if describe(vms, current.load(Ordering::Relaxed)) == line {
             thread::park();
         }
     }
@@ -125,11 +129,18 @@ fn connect(path: &OsStr) -> io::Result<UnixDatagram> {
     Ok(socket)
 }
 
-fn describe(status: u64) -> String {
-    match (status % 2 == 1, status / 2) {
-        (false, _) => "Waiting for a VMM".into(),
-        (true, 1) => "A VMM is connected, with 1 connection".into(),
-        (true, count) => format!("A VMM is connected, with {count} connections"),
+fn describe(vms: usize, status: u64) -> String {
+    let (vmms, count) = (status >> VMM_SHIFT, status & ((1 << VMM_SHIFT) - 1));
+    let connections = match count {
+        1 => "1 connection".into(),
+        count => format!("{count} connections"),
+    };
+    match (vms, vmms) {
+        (1, 0) => "Waiting for a VMM".into(),
+        (1, _) => format!("A VMM is connected, with {connections}"),
+        (_, 0) => format!("Waiting for {vms} VMMs"),
+        (_, 1) => format!("1 of {vms} VMMs is connected, with {connections}"),
+        (_, vmms) => format!("{vmms} of {vms} VMMs are connected, with {connections}"),
     }
 }
 

@@ -4,20 +4,20 @@
 //! packets. The first may wait for a VMM that has sent half a message, so it is ended by shutting that VMM's socket down.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use log::{info, warn};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use thiserror::Error;
 use vhost::vhost_user::Error as VhostUserError;
 
+use super::threads::{Naming, Threads, VmThreads, wait_readable};
 use crate::config::{
     ConfigError, HostSide, PortPath, ProcessConfig, Sandbox, Socket, VmConfig, sibling_path,
 };
@@ -25,7 +25,7 @@ use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, SocketFile};
 use crate::host::siblings::Siblings;
 use crate::host::vsock;
-use crate::packet::header::GuestPort;
+use crate::packet::header::{Cid, GuestPort};
 use crate::syscalls::Syscall;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
@@ -60,76 +60,9 @@ pub enum VmError {
     Io(#[from] io::Error),
 }
 
-/// Counts threads, and signals when one has ended.
-#[derive(Debug)]
-pub(super) struct Threads {
-    running: AtomicUsize,
-    ended: EventFd,
-}
-
-/// A thread that counts as long as this exists.
-struct Running(Arc<Threads>);
-
-impl Threads {
-    pub(super) fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self {
-            running: AtomicUsize::new(0),
-            ended: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
-        }))
-    }
-
-    fn spawn(
-        self: &Arc<Self>,
-        name: String,
-        work: impl FnOnce() + Send + 'static,
-    ) -> io::Result<()> {
-        self.running.fetch_add(1, Ordering::SeqCst);
-        let running = Running(self.clone());
-        thread::Builder::new().name(name).spawn(move || {
-            let _running = running;
-            work();
-        })?;
-        Ok(())
-    }
-
-    /// Waits until all have ended, or until something can be read from `other`.
-    pub(super) fn wait(&self, other: BorrowedFd<'_>) -> io::Result<()> {
-        while self.running.load(Ordering::SeqCst) > 0 {
-            let ready = wait_readable(&[other, self.ended.as_fd()], PollTimeout::NONE)?;
-            if !ready[0].is_empty() {
-                break;
-            }
-            let _ = self.ended.read();
-        }
-        Ok(())
-    }
-
-    /// Waits until all have ended. False when that takes longer than `timeout`.
-    pub(super) fn wait_timeout(&self, timeout: Duration) -> io::Result<bool> {
-        let deadline = Instant::now() + timeout;
-        while self.running.load(Ordering::SeqCst) > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(false);
-            }
-            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
-            wait_readable(&[self.ended.as_fd()], left)?;
-            let _ = self.ended.read();
-        }
-        Ok(true)
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.running.fetch_sub(1, Ordering::SeqCst);
-        let _ = self.0.ended.write(1);
-    }
-}
-
 /// A VM whose sockets exist, and that is not served yet.
 pub(super) struct BoundVm {
-    name: String,
+    cid: Cid,
     vmm: VmmSocket,
     /// Held for their files.
     files: Vec<SocketFile>,
@@ -166,7 +99,7 @@ impl BoundVm {
         }
         let device = VhostUserVsockBackend::new(config, entries, siblings, observer)?;
         Ok(Self {
-            name: config.guest_cid.to_string(),
+            cid: config.guest_cid,
             vmm,
             files,
             device: Arc::new(device),
@@ -176,15 +109,19 @@ impl BoundVm {
 
     /// Starts to serve.
     pub(super) fn start(self, threads: Arc<Threads>) -> Result<Vm, VmError> {
-        let device = self.device.clone();
-        threads.spawn(format!("worker-{}", self.name), move || device.run())?;
         let (device, stop) = (self.device.clone(), self.stop.clone());
-        let name = format!("session-{}", self.name);
+        let threads = VmThreads::new(threads, self.cid, move || {
+            stop.request();
+            device.stop();
+        });
+        let device = self.device.clone();
+        threads.spawn("worker", move || device.run())?;
+        let (device, stop) = (self.device.clone(), self.stop.clone());
         let socket = match self.vmm {
             VmmSocket::Listener(socket) => {
                 let listener = socket.listener()?;
                 listener.set_nonblocking(true)?;
-                threads.spawn(name, move || {
+                threads.spawn("session", move || {
                     serve_vmms(&listener, &device, &stop);
                     device.stop();
                 })?;
@@ -193,7 +130,7 @@ impl BoundVm {
             VmmSocket::Connected(vmm) => {
                 // Whoever has made it may have meant it for an event loop.
                 vmm.set_nonblocking(false)?;
-                threads.spawn(name, move || {
+                threads.spawn("session", move || {
                     serve_vmm(vmm, &device, &stop);
                     device.stop();
                 })?;
@@ -252,7 +189,7 @@ pub struct Vm {
     sockets: Option<(Option<SocketFile>, Vec<SocketFile>)>,
     device: Arc<VhostUserVsockBackend>,
     stop: Arc<Stop>,
-    threads: Arc<Threads>,
+    threads: Arc<VmThreads>,
 }
 
 impl Vm {
@@ -270,12 +207,24 @@ impl Vm {
             sandbox: Sandbox::Off,
         };
         process.check()?;
-        BoundVm::new(config, &Arc::default(), |_| {})?.start(Threads::new()?)
+        BoundVm::new(config, &Arc::default(), |_| {})?.start(Threads::new(Naming::Off)?)
     }
 
     /// Its device, for statistics for as long as the process runs.
     pub(super) fn device(&self) -> Arc<VhostUserVsockBackend> {
         self.device.clone()
+    }
+
+    /// Removes the sockets of a VM whose threads have ended, or one of whose threads has panicked: nobody serves them.
+    pub(super) fn remove_if_ended(&mut self) {
+        if self.sockets.is_some() && (self.threads.has_panicked() || self.threads.have_ended()) {
+            self.begin_stop();
+        }
+    }
+
+    /// Whether it was given up because of a panic.
+    pub(super) fn has_panicked(&self) -> bool {
+        self.threads.has_panicked()
     }
 
     /// Removes its sockets and tells its threads to end.
@@ -295,7 +244,7 @@ impl Drop for Vm {
     fn drop(&mut self) {
         if self.sockets.is_some() {
             self.begin_stop();
-            let _ = self.threads.wait_timeout(STOP_TIMEOUT);
+            let _ = self.threads.all().wait_timeout(STOP_TIMEOUT);
         }
     }
 }
@@ -405,20 +354,5 @@ fn serve_vmm(vmm: UnixStream, device: &Arc<VhostUserVsockBackend>, stop: &Stop) 
         }
         _ if stop.is_requested() => info!("the VMM disconnected"),
         error => warn!("the VMM is no longer served: {error}"),
-    }
-}
-
-/// Waits until something happens to one of the descriptors, or the time is over. Returns what.
-fn wait_readable<const N: usize>(
-    fds: &[BorrowedFd<'_>; N],
-    timeout: PollTimeout,
-) -> io::Result<[PollFlags; N]> {
-    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-    loop {
-        match poll(&mut fds, timeout) {
-            Ok(_) => return Ok(fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty()))),
-            Err(nix::Error::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
     }
 }

@@ -1,39 +1,98 @@
-//! Host programs and siblings that have connected and not said yet which port they want.
+//! Host programs and siblings that have connected and have no connection to the guest: those that have not said yet which port
+//! they want, and the host programs that wait for a guest that accepts them.
+//!
+//! ```text
+//! accepted --> Line --CONNECT--> Guest --REQUEST--> a connection --RESPONSE--> established
+//!                                  ^                     |
+//!                                  +---- RST, no guest --+        where clients wait (--wait-for-guest)
+//! ```
+//!
+//! A socket for one port has no `Line`. A client that finds the guest there is never in `Guest` before its first REQUEST.
 
 use std::time::{Duration, Instant};
 
+use super::deadlines::Deadlines;
 use super::event_source::Token;
 use super::slot_list::SlotList;
 use super::slots::Slots;
 use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
-use crate::packet::header::PeerAddr;
+use crate::packet::header::{GuestPort, PeerAddr};
+use crate::vsock_conn::Greeting;
 
 /// How long a host program has to write its CONNECT line. A person may type it by hand.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How many host programs may have connected without a CONNECT line. One more evicts the oldest.
-const MAX_CLIENTS: usize = 1024;
+/// The time between two REQUESTs for a client.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How many of them may be siblings. One more evicts the oldest sibling: most places are kept for host programs.
-const MAX_SIBLINGS: usize = MAX_CLIENTS / 4;
+/// What a client wants.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    /// The guest's port.
+    pub(super) port: GuestPort,
+    /// What it hears when the guest has accepted.
+    pub(super) greeting: Greeting,
+}
 
-/// A client and its line as far as it has come.
+/// What a client waits for whom the guest's first answer need not be the last.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waiting {
+    pub(super) wanted: Wanted,
+    /// When it gives up.
+    pub(super) until: Instant,
+}
+
+impl Waiting {
+    /// When to look at the client again: without a guest, nothing happens before its time is over.
+    fn next_try(self, has_guest: bool) -> Instant {
+        match has_guest {
+            true => self.until.min(Instant::now() + RETRY_INTERVAL),
+            false => self.until,
+        }
+    }
+}
+
+/// What a client waits for.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// The end of its line.
+    Line(Line),
+    /// The guest. Where `due` is set, a REQUEST is to be sent as soon as there is a guest.
+    Guest { waiting: Waiting, due: bool },
+}
+
+/// A client.
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) socket: HostSocket,
-    line: Line,
+    pub(super) stage: Stage,
+    /// When it is looked at whatever happens.
     deadline: Instant,
     /// In which directory of siblings it has connected, if it is one.
     pub(super) sibling_dir: Option<usize>,
 }
 
 impl Client {
+    /// One that has just connected, and has to write a line.
     pub(super) fn new(socket: HostSocket) -> Self {
         Self {
             socket,
-            line: Line::request(),
+            stage: Stage::Line(Line::request()),
             deadline: Instant::now() + HANDSHAKE_TIMEOUT,
+            sibling_dir: None,
+        }
+    }
+
+    /// One that waits for the guest. Where there is one, it is asked again soon.
+    pub(super) fn waiting(socket: HostSocket, waiting: Waiting, has_guest: bool) -> Self {
+        Self {
+            socket,
+            deadline: waiting.next_try(has_guest),
+            stage: Stage::Guest {
+                waiting,
+                due: false,
+            },
             sibling_dir: None,
         }
     }
@@ -41,46 +100,100 @@ impl Client {
     /// One that has connected in the directory of siblings of this index.
     pub(super) fn sibling(socket: HostSocket, directory: usize) -> Self {
         Self {
-            line: Line::sibling_request(),
+            stage: Stage::Line(Line::sibling_request()),
             sibling_dir: Some(directory),
             ..Self::new(socket)
         }
     }
 
     /// Who calls, as a sibling's line that is complete says.
-    pub(super) fn caller(&self) -> PeerAddr {
-        self.line.caller()
+    pub(super) fn caller(&self) -> Option<PeerAddr> {
+        match &self.stage {
+            Stage::Line(line) => Some(line.caller()),
+            Stage::Guest { .. } => None,
+        }
     }
 
-    /// Reads on at its line.
+    /// Whether it has said what it wants.
+    pub(super) fn has_line(&self) -> bool {
+        matches!(self.stage, Stage::Guest { .. })
+    }
+
+    /// Reads on at its line. Nothing comes of it where there is none.
     pub(super) fn read_line(&mut self) -> Progress {
-        connect_line::read(&self.socket, &mut self.line)
+        match &mut self.stage {
+            Stage::Line(line) => connect_line::read(&self.socket, line),
+            Stage::Guest { .. } => Progress::Incomplete,
+        }
     }
 }
 
-/// The clients, oldest first.
-#[derive(Debug, Default)]
+/// The clients.
+#[derive(Debug)]
 pub(super) struct Clients {
+    /// How many there may be without a line, and how many that wait for the guest. One more of the first kind evicts the
+    /// oldest. One more of the second is treated as if there was no waiting: whoever waits longest should get in first.
+    max: usize,
     slots: Slots<Client>,
-    /// Oldest first, and so by deadline too.
-    order: SlotList,
+    /// Those without a line, oldest first.
+    lines: SlotList,
     /// The siblings among them, oldest first.
     siblings: SlotList,
-    /// Those that have written something, in the order in which they are served.
+    /// Those that wait for the guest.
+    waiting: SlotList,
+    /// How many of those that wait have a connection at the moment, which the guest has not accepted.
+    requested: usize,
+    deadlines: Deadlines,
+    /// Those that something has happened to, in the order in which they are served.
     ready: SlotList,
 }
 
 impl Clients {
+    pub(super) fn new(max: usize) -> Self {
+        Self {
+            max,
+            slots: Slots::default(),
+            lines: SlotList::default(),
+            siblings: SlotList::default(),
+            waiting: SlotList::default(),
+            requested: 0,
+            deadlines: Deadlines::default(),
+            ready: SlotList::default(),
+        }
+    }
+
+    /// How many have not named a port.
+    pub(super) fn handshaking(&self) -> usize {
+        self.lines.len()
+    }
+
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.slots.len()
     }
 
-    /// The client that is to give way to this new one, if there are too many.
+    /// The client that is to give way to this new one, if there are too many. Of four places, siblings may have one: most are
+    /// kept for host programs.
     pub(super) fn surplus(&self, new: &Client) -> Option<Token> {
-        if new.sibling_dir.is_some() && self.siblings.len() >= MAX_SIBLINGS {
-            return self.slots.token(self.siblings.first()?);
+        if new.sibling_dir.is_some() && self.siblings.len() >= (self.max / 4).max(1) {
+            return self.oldest_sibling();
         }
-        self.oldest().filter(|_| self.len() >= MAX_CLIENTS)
+        self.oldest().filter(|_| self.lines.len() >= self.max)
+    }
+
+    /// Whether one more may wait for the guest. Those whose REQUEST is on its way count.
+    pub(super) fn may_wait(&self) -> bool {
+        self.waiting.len() + self.requested < self.max
+    }
+
+    /// One that waits has got a connection.
+    pub(super) fn begin_request(&mut self) {
+        self.requested += 1;
+    }
+
+    /// That connection is established, or over.
+    pub(super) fn end_request(&mut self) {
+        self.requested -= 1;
     }
 
     /// Adds the client that `make` returns for its token.
@@ -89,7 +202,13 @@ impl Clients {
         make: impl FnOnce(Token) -> Result<Client, E>,
     ) -> Result<Token, E> {
         let token = self.slots.try_insert(make)?;
-        self.order.push(token.slot);
+        if let Some(client) = self.slots.get(token) {
+            match client.stage {
+                Stage::Line(_) => self.lines.push(token.slot),
+                Stage::Guest { .. } => self.waiting.push(token.slot),
+            }
+            self.deadlines.replace(token, None, Some(client.deadline));
+        }
         let client = self.slots.get(token);
         if client.is_some_and(|client| client.sibling_dir.is_some()) {
             self.siblings.push(token.slot);
@@ -103,15 +222,20 @@ impl Clients {
 
     pub(super) fn remove(&mut self, token: Token) -> Option<Client> {
         let client = self.slots.remove(token)?;
-        self.order.remove(token.slot);
+        self.lines.remove(token.slot);
         self.siblings.remove(token.slot);
+        self.waiting.remove(token.slot);
+        self.deadlines.remove(token, Some(client.deadline));
         self.ready.remove(token.slot);
         Some(client)
     }
 
-    /// A client has written something.
-    pub(super) fn set_ready(&mut self, token: Token) {
-        if self.slots.get(token).is_some() {
+    /// Something has happened to a client's socket; `left` says whether it has closed. One that waits for the guest may
+    /// write what it likes.
+    pub(super) fn set_ready(&mut self, token: Token, left: bool) {
+        if let Some(client) = self.slots.get(token)
+            && (left || matches!(client.stage, Stage::Line(_)))
+        {
             self.ready.push(token.slot);
         }
     }
@@ -120,24 +244,80 @@ impl Clients {
         self.ready.len() > 0
     }
 
-    /// The client that has waited longest since it has written something.
+    /// The client that has waited longest since something has happened.
     pub(super) fn next_ready(&mut self) -> Option<Token> {
         self.slots.token(self.ready.pop()?)
     }
 
+    /// The oldest without a line.
     pub(super) fn oldest(&self) -> Option<Token> {
-        self.slots.token(self.order.first()?)
+        self.slots.token(self.lines.first()?)
+    }
+
+    /// The oldest sibling without a line.
+    fn oldest_sibling(&self) -> Option<Token> {
+        self.slots.token(self.siblings.first()?)
+    }
+
+    /// One without a line that does not wait for the guest; host programs may do so.
+    pub(super) fn oldest_that_leaves(&self, host_programs_wait: bool) -> Option<Token> {
+        match host_programs_wait {
+            true => self.oldest_sibling(),
+            false => self.oldest(),
+        }
     }
 
     /// The earliest deadline.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        let oldest = self.slots.get(self.oldest()?)?;
-        Some(oldest.deadline)
+        self.deadlines.next()
     }
 
     /// A client whose deadline has passed.
     pub(super) fn expired(&self, now: Instant) -> Option<Token> {
-        self.next_deadline().filter(|deadline| *deadline <= now)?;
-        self.oldest()
+        self.deadlines.expired(now)
+    }
+
+    /// The next REQUEST of a client is due. False when its time is over, or when it is none that waits for the guest.
+    pub(super) fn retry(&mut self, token: Token, now: Instant) -> bool {
+        let until = self.schedule(token, true, |waiting| waiting.until);
+        until.is_some_and(|until| until > now)
+    }
+
+    /// No REQUEST can be sent now for a client whose next one was due.
+    pub(super) fn put_off(&mut self, token: Token, has_guest: bool) {
+        self.schedule(token, false, |waiting| waiting.next_try(has_guest));
+    }
+
+    /// There is a guest: all REQUESTs are due.
+    pub(super) fn retry_all(&mut self) {
+        for _ in 0..self.waiting.len() {
+            let Some(slot) = self.waiting.pop() else { break };
+            // All go to the end, one by one, and so keep their order.
+            self.waiting.push(slot);
+            if let Some(token) = self.slots.token(slot) {
+                self.schedule(token, true, |waiting| waiting.until);
+            }
+        }
+    }
+
+    /// Changes whether a REQUEST is due and when the client is looked at again, and returns that.
+    fn schedule(
+        &mut self,
+        token: Token,
+        is_due: bool,
+        deadline: impl FnOnce(Waiting) -> Instant,
+    ) -> Option<Instant> {
+        let client = self.slots.get_mut(token)?;
+        let Stage::Guest { waiting, due } = &mut client.stage else {
+            return None;
+        };
+        *due = is_due;
+        let new = deadline(*waiting);
+        let old = std::mem::replace(&mut client.deadline, new);
+        self.deadlines.replace(token, Some(old), Some(new));
+        if is_due {
+            self.ready.push(token.slot);
+        }
+        Some(new)
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use super::clients::Waiting;
 use super::event_source::Token;
 use super::slot_list::SlotList;
 use super::slots::Slots;
@@ -19,6 +20,8 @@ pub(super) struct Entry {
     opened_by: Side,
     /// The deadline that is in the table of deadlines.
     pub(super) deadline: Option<Instant>,
+    /// What its client waits for, until the guest has accepted it.
+    pub(super) waiting: Option<Waiting>,
 }
 
 /// How many connections there may be.
@@ -124,6 +127,7 @@ impl Connections {
                 conn,
                 opened_by,
                 deadline: None,
+                waiting: None,
             })
         })?;
         self.by_key.extend(key.map(|key| (key, token)));

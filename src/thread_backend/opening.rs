@@ -2,11 +2,12 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 use log::debug;
 use thiserror::Error;
 
-use super::clients::Client;
+use super::clients::{Client, Stage, Waiting, Wanted};
 use super::event_source::{EventSource, Token};
 use super::{VsockThreadBackend, cost, name};
 use crate::host::connect_line::{Line, Progress};
@@ -15,7 +16,7 @@ use crate::host::routes::{DialError, Dialed};
 use crate::host::socket::HostSocket;
 use crate::metrics::counters::{CloseReason, Side};
 use crate::packet::header::{GuestPort, PeerAddr, VsockHeader};
-use crate::vsock_conn::{ConnKey, Dialing, Greeting, Verdict, VsockConnection};
+use crate::vsock_conn::{ConnKey, Dialing, Greeting, Readiness, Verdict, VsockConnection};
 
 /// The first host port that is given out. From here on to 65535 a port has at most five digits, which is all that
 /// some readers of the `OK` line expect.
@@ -39,14 +40,38 @@ pub(super) enum OpenError {
 
 // For host programs.
 impl VsockThreadBackend {
+    /// Whether the guest's driver has started the device.
+    pub fn has_guest(&self) -> bool {
+        self.has_guest
+    }
+
+    /// The guest's driver has started the device: whoever waits for it is connected.
+    pub fn guest_started(&mut self) {
+        self.has_guest = true;
+        self.clients.retry_all();
+    }
+
+    /// Whether a host program that connects to `entry` is taken although there is no guest.
+    pub fn waits_for_guest(&self, entry: Entry) -> bool {
+        match entry {
+            Entry::Host | Entry::Port(_) => !self.wait_for_guest.is_zero(),
+            Entry::Vsock(_) | Entry::Sibling(_) => false,
+        }
+    }
+
     /// Takes a host program that has just connected to `entry`.
     pub fn add_client(&mut self, entry: Entry, socket: HostSocket) {
         self.counters.clients += 1;
         match entry {
             Entry::Host => self.read_line(Client::new(socket)),
             Entry::Sibling(directory) => self.read_line(Client::sibling(socket, directory)),
-            Entry::Port(port) | Entry::Vsock(port) => {
-                self.connect_guest(socket, port, Greeting::Nothing);
+            Entry::Port(port) => {
+                let greeting = Greeting::Nothing;
+                self.serve_wish(socket, Wanted { port, greeting });
+            }
+            Entry::Vsock(port) => {
+                let greeting = Greeting::Nothing;
+                self.connect_guest(socket, Wanted { port, greeting }, None);
             }
         }
     }
@@ -62,15 +87,16 @@ impl VsockThreadBackend {
 
     /// Connects a client to the port that its line names.
     fn admit(&mut self, client: Client, port: GuestPort) {
+        let greeting = Greeting::Ok;
         match client.sibling_dir {
-            None => self.connect_guest(client.socket, port, Greeting::Ok),
+            None => self.serve_wish(client.socket, Wanted { port, greeting }),
             Some(directory) => self.admit_sibling(client, directory, port),
         }
     }
 
     /// Takes an event of a client's socket.
-    pub fn client_ready(&mut self, token: Token) {
-        self.clients.set_ready(token);
+    pub fn client_ready(&mut self, token: Token, ready: Readiness) {
+        self.clients.set_ready(token, ready.hung_up);
     }
 
     /// Whether [`VsockThreadBackend::serve_client`] has something to do.
@@ -87,6 +113,9 @@ impl VsockThreadBackend {
             return;
         };
         self.cost += cost::CONNECT_LINE;
+        if let Stage::Guest { waiting, due } = client.stage {
+            return self.serve_waiting(token, waiting, due);
+        }
         match client.read_line() {
             Progress::Incomplete => {}
             Progress::Invalid => {
@@ -101,11 +130,36 @@ impl VsockThreadBackend {
         }
     }
 
+    /// Goes on with a client that waits for the guest: it may have left, or its next REQUEST may be due.
+    fn serve_waiting(&mut self, token: Token, waiting: Waiting, due: bool) {
+        let has_left = |client: &mut Client| client.socket.peer_closed();
+        if self.clients.get_mut(token).is_some_and(has_left) {
+            self.clients.remove(token);
+            self.drop_client("it has left while it waited for the guest");
+        } else if due && self.has_guest && self.connections.has_place(Side::Host) {
+            if let Some(client) = self.clients.remove(token) {
+                self.connect_guest(client.socket, waiting.wanted, Some(waiting));
+            }
+        } else if due {
+            self.clients.put_off(token, self.has_guest);
+        }
+    }
+
     fn await_line(&mut self, client: Client) {
         if let Some(oldest) = self.clients.surplus(&client) {
             self.clients.remove(oldest);
             self.drop_client("too many without a CONNECT line, this is the oldest");
         }
+        self.add_to_clients(client);
+    }
+
+    /// Lets a client wait until there is a guest, or until the guest may accept it.
+    pub(super) fn await_guest(&mut self, socket: HostSocket, waiting: Waiting) {
+        self.add_to_clients(Client::waiting(socket, waiting, self.has_guest));
+    }
+
+    /// Puts a client into the table, and its socket into the event loop.
+    fn add_to_clients(&mut self, client: Client) {
         let registry = &self.registry;
         let added = self.clients.try_insert(|token| {
             registry.register(client.socket.as_fd(), EventSource::Client(token))?;
@@ -121,30 +175,73 @@ impl VsockThreadBackend {
         debug!("a client was closed: {why}");
     }
 
-    /// Connects a host program to the guest's `port`.
-    fn connect_guest(&mut self, socket: HostSocket, port: GuestPort, greeting: Greeting) {
-        match self.try_connect_guest(socket, port, greeting) {
+    /// Takes a host program that has said what it wants.
+    fn serve_wish(&mut self, socket: HostSocket, wanted: Wanted) {
+        let waits = !self.wait_for_guest.is_zero();
+        let waiting = (waits && self.clients.may_wait()).then(|| Waiting {
+            wanted,
+            until: Instant::now() + self.wait_for_guest,
+        });
+        match waiting {
+            Some(waiting) if !self.has_guest => self.await_guest(socket, waiting),
+            None if waits && !self.has_guest => {
+                self.drop_client("there is no guest, and too many wait for it");
+            }
+            waiting => self.connect_guest(socket, wanted, waiting),
+        }
+    }
+
+    /// Sends the guest a REQUEST for a host program. Where that waits, it may take more than one, and the connection is
+    /// counted when it is established.
+    fn connect_guest(&mut self, socket: HostSocket, wanted: Wanted, waiting: Option<Waiting>) {
+        match self.try_connect_guest(socket, wanted) {
             Ok(token) => {
-                self.counters.opened[Side::Host as usize] += 1;
+                match (waiting, self.connections.get_mut(token)) {
+                    (Some(_), Some(entry)) => {
+                        entry.waiting = waiting;
+                        self.clients.begin_request();
+                    }
+                    _ => self.counters.opened[Side::Host as usize] += 1,
+                }
                 self.settle(token, Verdict::Open);
             }
-            Err(error) => self.drop_client(&format!("guest port {}: {error}", port.0)),
+            Err(error) => self.drop_client(&format!("guest port {}: {error}", wanted.port.0)),
         }
     }
 
     fn try_connect_guest(
         &mut self,
         socket: HostSocket,
-        port: GuestPort,
-        greeting: Greeting,
+        wanted: Wanted,
     ) -> Result<Token, OpenError> {
         self.check_limit(Side::Host)?;
-        let key = self.free_key(port).ok_or(OpenError::Limit)?;
+        let key = self.free_key(wanted.port).ok_or(OpenError::Limit)?;
         self.make_room();
-        let conn = VsockConnection::requested(self.guest_cid, key, socket, greeting, self.tx_buffer_size);
+        let conn = VsockConnection::requested(
+            self.guest_cid,
+            key,
+            socket,
+            wanted.greeting,
+            self.tx_buffer_size,
+        );
         let token = self.insert(Side::Host, conn)?;
         debug!("{} requested by a client", name(key));
         Ok(token)
+    }
+
+    /// What the client of a connection goes on to wait for when that ends for `reason`. Where it does not go on, the connection
+    /// counts.
+    pub(super) fn waits_on(&mut self, token: Token, reason: CloseReason) -> Option<Waiting> {
+        use CloseReason::{DeviceReset, Refused, Timeout};
+        let entry = self.connections.get_mut(token)?;
+        let waiting = entry.waiting.take()?;
+        self.clients.end_request();
+        let is_gone = entry.conn.is_deserted() || Instant::now() >= waiting.until;
+        if matches!(reason, Refused | Timeout | DeviceReset) && !is_gone {
+            return Some(waiting);
+        }
+        self.counters.opened[Side::Host as usize] += 1;
+        None
     }
 
     /// A key for a new connection to the guest's `port`, with the next host port that is free with it.

@@ -21,13 +21,13 @@ impl VsockThreadBackend {
     }
 
     /// Takes a call of a sibling in this process, or refuses it where the guest's driver has not started the device.
-    pub fn serve_call(&mut self, started: bool) {
+    pub fn serve_call(&mut self) {
         let Some(call) = self.routes.next_call() else {
             return;
         };
         self.cost += cost::CONNECT_LINE;
         self.counters.clients += 1;
-        if started {
+        if self.has_guest {
             self.connect_sibling(call.socket, call.port, call.caller);
         } else {
             self.drop_client("the guest's driver has not started the device");
@@ -36,7 +36,9 @@ impl VsockThreadBackend {
 
     /// Connects a sibling of another process to the guest's `port`, if it is who it says that it is.
     pub(super) fn admit_sibling(&mut self, client: Client, directory: usize, port: GuestPort) {
-        let caller = client.caller();
+        let Some(caller) = client.caller() else {
+            return;
+        };
         match self.routes.check_claim(directory, &client.socket, caller.cid) {
             Ok(()) => self.connect_sibling(client.socket, port, caller),
             Err(error) => self.drop_client(&format!("{caller} is not the caller: {error}")),

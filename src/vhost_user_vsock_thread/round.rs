@@ -35,7 +35,9 @@ impl VhostUserVsockThread {
             has_buffers: has(RX_RING),
             has_packets: has(TX_RING),
         };
-        self.started |= round.has_buffers && round.has_packets;
+        if round.has_buffers && round.has_packets && !self.backend.has_guest() {
+            self.backend.guest_started();
+        }
         if !round.has_buffers {
             self.backend.rx_starved();
         }
@@ -96,16 +98,19 @@ impl VhostUserVsockThread {
         }
     }
 
-    /// Accepts a client, and goes on with one that was accepted before. Without a driver to talk to, they are closed at once.
+    /// Accepts a client, and goes on with one that was accepted before. Without a driver to talk to, those that do not wait for
+    /// it are closed at once.
     fn serve_clients(&mut self) {
         self.backend.serve_client();
-        self.backend.serve_call(self.started);
+        self.backend.serve_call();
         if !self.acceptors.is_pending() {
             return;
         }
         self.backend.add_cost(cost::ACCEPT);
         match self.acceptors.accept() {
-            Accepted::Client(entry, socket) if self.started => {
+            Accepted::Client(entry, socket)
+                if self.backend.has_guest() || self.backend.waits_for_guest(entry) =>
+            {
                 self.backend.add_client(entry, socket);
             }
             Accepted::Client(..) => {

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -252,10 +252,15 @@ impl Daemon {
 
     fn wait_for_sockets(&mut self) {
         let deadline = Instant::now() + self.patience;
-        // Without a guest, clients are closed at once. When that happens, all threads are up.
+        // Without a guest, clients are closed at once; those of a daemon that lets them wait are for what they write. When
+        // that happens, all threads are up.
         let is_closed = |mut client: UnixStream| {
             client.set_read_timeout(Some(PATIENCE)).unwrap();
-            matches!(client.read(&mut [0]), Ok(0))
+            let _ = client.write_all(b"\n");
+            match client.read(&mut [0]) {
+                Ok(count) => count == 0,
+                Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+            }
         };
         while !UnixStream::connect(self.uds_path()).is_ok_and(is_closed) {
             self.assert_alive();

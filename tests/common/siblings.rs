@@ -96,7 +96,8 @@ impl Vms {
             ));
             self.homes.insert(*cid, vms[0].0);
         }
-        command.stdin(Stdio::null()).stdout(Stdio::null());
+        // Not -vv: a line for each packet is too much for a guest that sends many.
+        command.arg("-v").stdin(Stdio::null()).stdout(Stdio::null());
         let daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
         self.daemons.insert(vms[0].0, daemon);
     }

@@ -302,6 +302,14 @@ impl Traced {
         }
     }
 
+    /// Changes a byte of the daemon's memory.
+    pub fn set_byte(&self, address: u64, byte: u8) {
+        let mut word = self.word(address).to_le_bytes();
+        word[0] = byte;
+        let word = i64::from_le_bytes(word);
+        ptrace::write(self.pid, address as ptrace::AddressType, word).unwrap();
+    }
+
     fn word(&self, address: u64) -> u64 {
         ptrace::read(self.pid, address as ptrace::AddressType).unwrap() as u64
     }
