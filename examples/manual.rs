@@ -13,7 +13,7 @@ use vhost_user_vsock::cli::Args;
 const NAME: &str = env!("CARGO_PKG_NAME");
 
 /// When the contents of the manual were last changed. To be updated with them.
-const DATE: &str = "2026-11-24";
+const DATE: &str = "2026-11-28";
 
 /// The sections that clap can't generate.
 const SYNOPSIS: &str = include_str!("../dist/manual/synopsis.roff");

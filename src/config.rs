@@ -60,8 +60,8 @@ pub struct VmConfig {
     pub tx_buffer_size: u32,
     /// The largest ring that is offered to the guest, in entries: a power of two from 2 to 32768.
     pub queue_size: u16,
-    /// The most connections at once that the guest has opened, and the most that host programs have; at least 1. Both together
-    /// may have a third more, so that a quarter of all places is kept for each.
+    /// The most connections at once that the guest has opened, the most that host programs have, and the most that siblings have;
+    /// at least 1. A third of that is kept for each, whatever the others have.
     pub max_connections: usize,
     /// The most host programs at once that have connected and not said which port they want, at least 1. One more ends the wait
     /// of the oldest. Also the most that wait for the guest; one more does not.

@@ -28,14 +28,14 @@
 //!
 //! ```text
 //! main, cli                      arguments, signals, exit code
-//! config (+ config/)             what a process and its VMs are told to do
-//! daemon/                        server (a process), vm (one VM), service, sandbox, log_writer
+//! config (+ config/)             what a process and its VMs are told to do: options, a file of them, what can be wrong
+//! daemon/                        server (a process), vm (one VM), threads, descriptors, service, sandbox, log_writer
 //! vhu_vsock (+ session, memory)  the device, and the session of a VMM
 //! vhost_user_vsock_thread        the worker: epoll, rings, timer   (+ acceptor, busy_poll, epoll, ring)
 //! thread_backend                 the table of connections          (+ one file for each concern of it)
 //! vsock_conn                     one connection: its states        (+ credit, shutdown, stream_mover)
 //! rxqueue, rxops, txbuf          what is pending for the guest, and bytes that wait for the host
-//! host/                          the host's side: sockets, listeners, the CONNECT line, routes
+//! host/                          the host's side: sockets, listeners, the CONNECT line, routes, siblings
 //! metrics/                       counters, and the texts that show them
 //! packet (+ header, chain, iov)  packets in guest memory; iov is the only unsafe code
 //! memory                         how it goes back to the system

@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use clap::Parser;
@@ -319,6 +320,23 @@ fn mistakes_have_file_line_column_and_name() {
             "{text}: {error} should say {mistake}"
         );
     }
+}
+
+#[test]
+fn the_files_of_the_documentation_are_right() {
+    let mut files = 0;
+    for page in ["README.md", "docs/COOKBOOK.md"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
+        let text = fs::read_to_string(path).unwrap();
+        for block in text.split("\n```yaml\n").skip(1) {
+            let block = block.split_once("\n```").unwrap().0;
+            let config = file(&block.replace("/run/vms/", "/tmp/"));
+            let config = config.unwrap_or_else(|error| panic!("{page}: {error}"));
+            assert!(config.vms.len() > 1);
+            files += 1;
+        }
+    }
+    assert_eq!(files, 2);
 }
 
 fn run(args: &[&str]) -> Output {

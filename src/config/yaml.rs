@@ -9,8 +9,8 @@ use std::fmt;
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle, ScanError, Span};
 use thiserror::Error;
 
-/// The most values in a text, with those that aliases repeat.
-const MAX_NODES: usize = 100_000;
+/// The most values that aliases repeat. Those of the text itself are bounded by its length.
+const MAX_REPEATED: usize = 100_000;
 
 /// How deep lists and maps may lie in each other.
 const MAX_DEPTH: usize = 8;
@@ -114,7 +114,8 @@ struct Tree {
     open: Vec<Open>,
     /// What aliases can repeat.
     anchors: HashMap<usize, Node>,
-    nodes: usize,
+    /// How many values aliases have repeated.
+    repeated: usize,
     documents: usize,
 }
 
@@ -136,11 +137,17 @@ impl Tree {
                 }
             }
             Event::Alias(anchor) => {
-                let node = self.anchors.get(&anchor).cloned();
+                let node = self.anchors.get(&anchor);
                 // Within itself, what an anchor names has not ended.
                 let mistake = || YamlError::new(at, "this alias stands for nothing");
-                let Node { value, .. } = node.ok_or_else(mistake)?;
-                self.add(Node { at, value }, 0)?;
+                let node = node.ok_or_else(mistake)?;
+                let (nodes, depth) = measure(node);
+                self.repeated += nodes;
+                if self.repeated > MAX_REPEATED || self.open.len() + depth > MAX_DEPTH + 1 {
+                    return Err(YamlError::new(at, "the aliases make this too large"));
+                }
+                let value = node.value.clone();
+                self.add(Node { at, value }, 0);
             }
             Event::Scalar(text, style, anchor, _) => {
                 let is_null = style == ScalarStyle::Plain
@@ -150,13 +157,13 @@ impl Tree {
                 } else {
                     Value::Scalar(text.into_owned())
                 };
-                self.add(Node { at, value }, anchor)?;
+                self.add(Node { at, value }, anchor);
             }
             Event::SequenceStart(anchor, _) => self.open(at, Value::List(Vec::new()), anchor)?,
             Event::MappingStart(anchor, _) => self.open(at, Value::Map(Vec::new()), anchor)?,
             Event::SequenceEnd | Event::MappingEnd => {
                 if let Some(ended) = self.open.pop() {
-                    self.add(ended.node, ended.anchor)?;
+                    self.add(ended.node, ended.anchor);
                 }
             }
             Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => {}
@@ -174,12 +181,7 @@ impl Tree {
     }
 
     /// Adds a value to what it is in.
-    fn add(&mut self, node: Node, anchor: usize) -> Result<(), YamlError> {
-        let (nodes, depth) = measure(&node);
-        self.nodes += nodes;
-        if self.nodes > MAX_NODES || self.open.len() + depth > MAX_DEPTH + 1 {
-            return Err(YamlError::new(node.at, "the aliases make this too large"));
-        }
+    fn add(&mut self, node: Node, anchor: usize) {
         if anchor != 0 {
             self.anchors.insert(anchor, node.clone());
         }
@@ -194,7 +196,6 @@ impl Tree {
                 Value::Null | Value::Scalar(_) => {}
             },
         }
-        Ok(())
     }
 }
 
@@ -217,6 +218,7 @@ fn measure(node: &Node) -> (usize, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     /// The tree in one line, each value with its place.
     fn show(text: &str) -> String {
@@ -301,12 +303,38 @@ mod tests {
         let error = parse(&bomb).unwrap_err().to_string();
         assert!(error.contains("too large"), "{error}");
 
+        // Within the depth, too.
         let mut wide = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
         for level in 1..6 {
-            let alias = format!("*a{}, ", level - 1).repeat(40);
+            let alias = format!("*a{}, ", level - 1).repeat(60);
             wide += &format!("a{level}: &a{level} [{alias}]\n");
         }
         let error = parse(&wide).unwrap_err().to_string();
         assert!(error.contains("too large"), "{error}");
+    }
+    #[test]
+    fn a_long_file_without_aliases_is_read() {
+        let text = "- {a: 1, b: [2, 3]}\n".repeat(50_000);
+        let Some(Node {
+            value: Value::List(list),
+            ..
+        }) = parse(&text).unwrap()
+        else {
+            panic!()
+        };
+        assert_eq!(list.len(), 50_000);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused(parts in prop::collection::vec(
+            prop::sample::select(vec![
+                "a", "b: ", ": ", "- ", "\n", "\n  ", "\n    ", "[", "]", "{", "}", ", ", "&x ", "*x", "'", "\"", "|\n", ">-\n",
+                "!!str ", "!<", "? ", "# c\n", "---\n", "...\n", "%YAML 1.2\n", "~", "\t", "\\", "\u{feff}", "\u{1f600}", "<<: ", "@", "`",
+            ]),
+            0..60,
+        )) {
+            let _ = parse(&parts.concat());
+        }
     }
 }

@@ -44,8 +44,8 @@ pub(super) fn fit(config: &mut VmConfig, limit: usize, vms: usize) {
     }
     let share = limit.saturating_sub(PROCESS) / vms;
     let sixteenth = share.saturating_sub(VM) / 16;
-    // A VM has a third more than the number that is set (see `max_connections`).
-    let connections = (sixteenth * FOR_CONNECTIONS * 3 / 4).max(1);
+    // A VM with siblings has two thirds more than the number that is set (see `max_connections`).
+    let connections = (sixteenth * FOR_CONNECTIONS * 3 / 5).max(1);
     config.max_clients = config.max_clients.min((sixteenth * FOR_CLIENTS).max(1));
     if connections < config.max_connections {
         warn!(
@@ -79,7 +79,7 @@ mod tests {
     fn what_all_vms_may_have_fits_into_the_limit() {
         for (limit, vms) in [(1024, 2), (1024, 3), (4096, 10), (20_000, 3), (20_000, 100)] {
             let (connections, clients) = places(limit, vms);
-            let vm = VM + connections + connections / 3 + 2 * clients;
+            let vm = VM + connections + 2 * (connections / 3) + 2 * clients;
             assert!(PROCESS + vms * vm <= limit, "{limit} for {vms}: {vm}");
             assert!(connections > 1 && clients > 1, "{limit} for {vms}");
         }

@@ -45,7 +45,7 @@ pub enum ServerError {
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     /// Threads panicked.
-    #[error("{0} of {1} VMs were given up, the log says why")]
+    #[error("{0} of {1} VMs given up after a panic")]
     GivenUp(usize, usize),
     /// The system refused something that every daemon needs.
     #[error("can't serve: {0}")]

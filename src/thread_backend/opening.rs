@@ -32,6 +32,8 @@ pub(super) enum OpenError {
     Dial(#[from] DialError),
     #[error("nobody listens, as the last REQUEST has shown")]
     SameAsBefore,
+    #[error("the guest's driver has not started the device")]
+    NoGuest,
     #[error("its address has a connection to this port already")]
     Taken,
     #[error("can't watch the socket: {0}")]

@@ -2,6 +2,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tempfile::TempDir;
 use vmm_sys_util::eventfd::EventFd;
@@ -193,6 +194,7 @@ const CALLER: PeerAddr = PeerAddr {
 impl Table {
     /// A sibling that has connected in the directory of siblings and written this.
     fn sibling(&mut self, line: &str) -> UnixStream {
+        self.backend.guest_started();
         let (theirs, mut ours) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         ours.set_nonblocking(true).unwrap();
@@ -231,6 +233,21 @@ fn a_sibling_is_connected_in_its_own_name() {
     let counters = &table.backend.counters;
     assert_eq!(counters.opened, [0, 0, 2]);
     assert_eq!((counters.clients, counters.clients_dropped), (3, 1));
+}
+
+#[test]
+fn a_sibling_does_not_wait_for_the_guest() {
+    let mut table = Table::with(|config| config.wait_for_guest = Duration::from_secs(60));
+    let (first, mut half) = (table.sibling("CONNECT 80 5:77\n"), table.sibling("CONNECT 81 5:7"));
+    table.backend.reset();
+    assert!(!is_open(&first));
+    half.write_all(b"7\n").unwrap();
+    while let Some(token) = table.backend.clients.oldest() {
+        let ready = Readiness { readable: true, ..Readiness::default() };
+        table.backend.client_ready(token, ready);
+        table.backend.serve_client();
+    }
+    assert!(!is_open(&half) && table.backend.connections.len() == 0);
 }
 
 #[test]
