@@ -281,6 +281,35 @@ def do_hold(port):
         print(errno.errorcode[failure.errno])
 
 
+def do_port(port):
+    """Connects, says which port it has itself, and waits for the stream's end."""
+    with connect(port) as stream:
+        print(stream.getsockname()[1], flush=True)
+        stream.recv(1)
+
+
+def do_http(port):
+    """Serves HTTP: every path is a text of its own."""
+    import http.server
+    import socketserver
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = f"{self.headers['Host']}{self.path} in the guest\n".encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def address_string(self):
+            return "vsock"
+
+    class Server(socketserver.ThreadingTCPServer):
+        address_family = socket.AF_VSOCK
+
+    Server((socket.VMADDR_CID_ANY, int(port)), Handler).serve_forever()
+
+
 class SoakEnd:
     """The guest's end of one connection of the soak; `tests/soak/ends.rs` does the same for the host."""
 
