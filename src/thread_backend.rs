@@ -136,6 +136,7 @@ impl VsockThreadBackend {
             vmm_connected,
             counters: self.counters.clone(),
             handshaking: self.clients.handshaking(),
+            waiting: self.clients.waiting(),
             connections: self
                 .connections
                 .iter()

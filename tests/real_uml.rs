@@ -2,9 +2,15 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
 use common::daemon::Daemon;
 use common::scenarios::{self, Held, Opener, Transfer};
 use common::uml::Uml;
+use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
 
@@ -72,4 +78,36 @@ fn the_driver_comes_back() {
     let daemon = Daemon::start();
     let guest = Uml::boot(&daemon);
     scenarios::driver_comes_back(&guest, &daemon);
+}
+
+#[test]
+fn programs_that_came_before_the_vm_get_in() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("plain");
+    let daemon = Daemon::start_with(&[
+        "--wait-for-guest=600",
+        &format!("--guest-port=2300={}", path.display()),
+    ]);
+    let connect = |path: &Path| {
+        let stream = UnixStream::connect(path).unwrap();
+        // Longer than a boot.
+        let patience = Duration::from_secs(120);
+        stream.set_read_timeout(Some(patience)).unwrap();
+        BufReader::new(stream)
+    };
+    let (mut plain, mut line) = (connect(&path), connect(&daemon.uds_path()));
+    line.get_mut().write_all(b"CONNECT 2301\n").unwrap();
+    let guest = Uml::boot(&daemon);
+    let _listeners = [
+        guest.spawn("echo for the plain socket | nc --vsock -l 2300"),
+        guest.spawn("echo for the other | nc --vsock -l 2301"),
+    ];
+    let next = |stream: &mut BufReader<UnixStream>| {
+        let mut text = String::new();
+        stream.read_line(&mut text).unwrap();
+        text
+    };
+    assert_eq!(next(&mut plain), "for the plain socket\n");
+    assert!(next(&mut line).starts_with("OK "));
+    assert_eq!(next(&mut line), "for the other\n");
 }

@@ -558,9 +558,11 @@ fn a_wait_counts_as_one_client_and_one_connection() {
     let client = dial(&ports.daemon, PORT);
     refuse(&mut guest, PORT, 4);
     assert_eq!((opened(), refused()), (0, 0));
+    assert_eq!(ports.number("clients_waiting", ""), 1);
     accept_request(&mut guest, PORT);
     read_ok(&client);
     eventually("the connection is counted", || opened() == 1);
+    assert_eq!(ports.number("clients_waiting", ""), 0);
     assert_eq!(refused(), 0);
     assert_eq!(ports.number("clients_total", ""), clients + 1);
 }
@@ -614,4 +616,24 @@ fn without_the_option_nobody_waits() {
     refuse(&mut guest, PORT, 1);
     assert_closed(&client);
     assert!(guest.settle().is_empty());
+}
+
+#[test]
+fn a_flood_of_clients_that_wait_keeps_nobody_out() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard.min(65_536), hard).unwrap();
+    let ports = Ports::patient();
+    let stack = GuestStack::new(ports.device());
+    stack.listen(PORT);
+    let _flood: Vec<_> = (0..2000).map(|_| connect(&ports.ssh())).collect();
+    eventually("as many wait as may", || {
+        ports.number("clients_waiting", "") == 1024
+    });
+    for _ in 0..20 {
+        let client = dial(&ports.daemon, PORT);
+        read_ok(&client);
+        let listener = listen(&ports.daemon, WEB + 1);
+        let _stream = stack.connect(WEB + 1).unwrap();
+        accept(&listener);
+    }
 }

@@ -232,3 +232,43 @@ impl From<io::Error> for ReceiveError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+    fn pair() -> (HostSocket, UnixStream) {
+        let (ours, other) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (ours.into(), other)
+    }
+
+    #[test]
+    fn a_peer_that_only_stops_sending_has_not_closed() {
+        let (ours, other) = pair();
+        assert!(!ours.peer_closed());
+        other.shutdown(Shutdown::Write).unwrap();
+        assert!(!ours.peer_closed() && !ours.peer_stopped_receiving());
+        other.shutdown(Shutdown::Read).unwrap();
+        assert!(ours.peer_closed() && ours.peer_stopped_receiving());
+    }
+
+    #[test]
+    fn a_peer_that_only_stops_receiving_has_not_closed() {
+        let (ours, other) = pair();
+        other.shutdown(Shutdown::Read).unwrap();
+        assert!(!ours.peer_closed() && ours.peer_stopped_receiving());
+        drop(other);
+        assert!(ours.peer_closed());
+    }
+
+    #[test]
+    fn a_connect_goes_on_until_there_is_a_peer_or_an_error() {
+        let flags = SockFlag::SOCK_NONBLOCK;
+        let alone = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        assert!(HostSocket::new(alone).connect_result().is_none());
+        let (ours, _other) = pair();
+        assert!(matches!(ours.connect_result(), Some(Ok(()))));
+    }
+}

@@ -166,6 +166,9 @@ pub struct VmSnapshot {
     pub vmm_connected: bool,
     /// Host programs that have connected and not named a port yet.
     pub handshaking: usize,
+    /// Host programs that wait for the guest to accept them, where they may.
+    #[serde(default)]
+    pub waiting: usize,
     /// Its counters.
     pub counters: Counters,
     /// Its connections, in no particular order. Must stay the last field, see `json`.

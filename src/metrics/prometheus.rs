@@ -92,7 +92,7 @@ const fn counter<T>(
     }
 }
 
-static VM_METRICS: [Metric<VmSnapshot>; 19] = [
+static VM_METRICS: [Metric<VmSnapshot>; 20] = [
     gauge("vmm_connected", "Whether a VMM is connected", |vm, out| {
         out.value(vm.vmm_connected.into());
     }),
@@ -138,6 +138,11 @@ static VM_METRICS: [Metric<VmSnapshot>; 19] = [
         "clients_handshaking",
         "Host programs that have connected and not named a port yet",
         |vm, out| out.value(vm.handshaking as u64),
+    ),
+    gauge(
+        "clients_waiting",
+        "Host programs that wait for the guest to accept them",
+        |vm, out| out.value(vm.waiting as u64),
     ),
     counter(
         "clients_dropped_total",

@@ -40,6 +40,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
         cid: Cid::from_raw(cid),
         vmm_connected: true,
         handshaking: 2,
+        waiting: 0,
         counters,
         connections: (1..=connections).map(connection).collect(),
     }

@@ -181,9 +181,14 @@ impl Clients {
         self.oldest().filter(|_| self.lines.len() >= self.max)
     }
 
-    /// Whether one more may wait for the guest. Those whose REQUEST is on its way count.
+    /// How many wait for the guest, those whose REQUEST is on its way included.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len() + self.requested
+    }
+
+    /// Whether one more may wait for the guest.
     pub(super) fn may_wait(&self) -> bool {
-        self.waiting.len() + self.requested < self.max
+        self.waiting() < self.max
     }
 
     /// One that waits has got a connection.
@@ -319,5 +324,88 @@ impl Clients {
             self.ready.push(token.slot);
         }
         Some(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    fn socket() -> HostSocket {
+        UnixStream::pair().unwrap().0.into()
+    }
+
+    /// Clients of which at most two wait, and one that waits for a minute.
+    fn waiting(has_guest: bool) -> (Clients, Token, Instant) {
+        let mut clients = Clients::new(2);
+        let until = Instant::now() + Duration::from_secs(60);
+        let wanted = Wanted {
+            port: GuestPort(22),
+            greeting: Greeting::Nothing,
+        };
+        let client = Client::waiting(socket(), Waiting { wanted, until }, has_guest);
+        let token = clients.try_insert(|_| Ok::<_, ()>(client)).unwrap();
+        (clients, token, until)
+    }
+
+    fn is_due(clients: &mut Clients, token: Token) -> bool {
+        let client = clients.get_mut(token).unwrap();
+        matches!(client.stage, Stage::Guest { due: true, .. })
+    }
+
+    #[test]
+    fn without_a_guest_only_the_end_of_the_wait_is_waited_for() {
+        let (mut clients, token, until) = waiting(false);
+        assert_eq!(clients.next_deadline(), Some(until));
+        assert_eq!(clients.expired(until), Some(token));
+        assert!(!clients.retry(token, until), "its time is over");
+    }
+
+    #[test]
+    fn with_a_guest_it_is_asked_again_and_put_off_where_that_can_not_be() {
+        let (mut clients, token, until) = waiting(true);
+        let next = clients.next_deadline().unwrap();
+        assert!(next <= Instant::now() + RETRY_INTERVAL);
+        assert!(!clients.has_ready() && clients.expired(next) == Some(token));
+        assert!(clients.retry(token, next));
+        assert_eq!(clients.next_deadline(), Some(until), "asked twice");
+        assert_eq!(clients.next_ready(), Some(token));
+        assert!(is_due(&mut clients, token));
+        clients.put_off(token, true);
+        assert!(!is_due(&mut clients, token) && !clients.has_ready());
+        assert!(clients.next_deadline().unwrap() < until);
+        clients.put_off(token, false);
+        assert_eq!(clients.next_deadline(), Some(until));
+    }
+
+    #[test]
+    fn a_guest_that_starts_is_asked_for_all() {
+        let (mut clients, token, until) = waiting(false);
+        clients.retry_all();
+        assert!(is_due(&mut clients, token));
+        assert_eq!(clients.next_ready(), Some(token));
+        assert_eq!(clients.next_deadline(), Some(until));
+    }
+
+    #[test]
+    fn what_a_client_writes_while_it_waits_is_not_read() {
+        let (mut clients, token, _) = waiting(true);
+        clients.set_ready(token, false);
+        assert!(!clients.has_ready());
+        clients.set_ready(token, true);
+        assert_eq!(clients.next_ready(), Some(token));
+    }
+
+    #[test]
+    fn those_that_were_asked_for_count_among_those_that_wait() {
+        let (mut clients, token, _) = waiting(true);
+        assert!(clients.may_wait());
+        clients.begin_request();
+        assert!(!clients.may_wait());
+        clients.remove(token);
+        assert!(clients.may_wait() && clients.waiting() == 1);
+        clients.end_request();
+        assert_eq!((clients.waiting(), clients.next_deadline()), (0, None));
     }
 }

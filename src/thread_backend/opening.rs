@@ -69,7 +69,7 @@ impl VsockThreadBackend {
             Entry::Sibling(directory) => self.read_line(Client::sibling(socket, directory)),
             Entry::Port(port) => {
                 let greeting = Greeting::Nothing;
-                self.serve_wish(socket, Wanted { port, greeting });
+                self.connect_or_wait(socket, Wanted { port, greeting });
             }
             Entry::Vsock(port) => {
                 let greeting = Greeting::Nothing;
@@ -91,7 +91,7 @@ impl VsockThreadBackend {
     fn admit(&mut self, client: Client, port: GuestPort) {
         let greeting = Greeting::Ok;
         match client.sibling_dir {
-            None => self.serve_wish(client.socket, Wanted { port, greeting }),
+            None => self.connect_or_wait(client.socket, Wanted { port, greeting }),
             Some(directory) => self.admit_sibling(client, directory, port),
         }
     }
@@ -178,7 +178,7 @@ impl VsockThreadBackend {
     }
 
     /// Takes a host program that has said what it wants.
-    fn serve_wish(&mut self, socket: HostSocket, wanted: Wanted) {
+    fn connect_or_wait(&mut self, socket: HostSocket, wanted: Wanted) {
         let waits = !self.wait_for_guest.is_zero();
         let waiting = (waits && self.clients.may_wait()).then(|| Waiting {
             wanted,
