@@ -134,20 +134,10 @@ impl Guest {
 
     /// Waits until the guest has booted `count` times in all, and has its vsock device.
     pub fn wait_for_boot(&self, count: usize) {
-        self.wait_until_ready(count);
-        self.run_ok("ls -d /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio*");
-    }
-
-    /// Waits until the guest has booted, and has an AF_VSOCK of its own instead of a device.
-    pub fn wait_for_loopback(&self) {
-        self.wait_until_ready(1);
-        self.run_ok("ls -d /sys/module/vsock_loopback");
-    }
-
-    fn wait_until_ready(&self, boots: usize) {
         self.0.wait_for("the guest to boot", BOOT_LIMIT, |heard| {
-            (heard.boots >= boots).then_some(())
+            (heard.boots >= count).then_some(())
         });
+        self.run_ok("ls -d /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio*");
     }
 
     /// Runs a shell command in the guest to its end.

@@ -38,36 +38,24 @@ impl Uml {
 
     /// Boots a guest whose vsock device is behind the vhost-user socket `backend`.
     pub fn boot_at(backend: &Path) -> Self {
-        let directory = TempDir::with_prefix("uml-").unwrap();
-        let socket = directory.path().join("vhost.socket");
-        uml_proxy::start(&socket, backend);
-        let device = format!("virtio_uml.device={}:{VIRTIO_ID_VSOCK}", socket.display());
-        let uml = Self::start(directory, &device);
-        uml.wait_for_boot(1);
-        uml
-    }
-
-    /// Boots a guest that has no vsock device, but the AF_VSOCK of a host: CID 1 is the guest itself.
-    pub fn boot_with_loopback() -> Self {
-        let directory = TempDir::with_prefix("uml-").unwrap();
-        let uml = Self::start(directory, "transport=loopback");
-        uml.wait_for_loopback();
-        uml
-    }
-
-    /// Starts the kernel, with `word` on its command line besides what every guest has there.
-    fn start(directory: TempDir, word: &str) -> Self {
         let kernel = installed("linux.uml");
         for program in ["socat", "ncat", "nc", "python3", "insmod"] {
             installed(program);
         }
+        let directory = TempDir::with_prefix("uml-").unwrap();
+        let socket = directory.path().join("vhost.socket");
+        uml_proxy::start(&socket, backend);
+
         let (agent, line) = UnixStream::pair().unwrap();
         let console = directory.path().join("console");
         let vmm = Vmm::start(&kernel, |command| {
             command
                 .args(["mem=256M", "rootfstype=hostfs", "rootflags=/", "ro"])
                 .arg(format!("init={}", scripts().join("uml-init.sh").display()))
-                .arg(word)
+                .arg(format!(
+                    "virtio_uml.device={}:{VIRTIO_ID_VSOCK}",
+                    socket.display()
+                ))
                 // The console goes to standard output, the agent's serial line is standard input.
                 .args(["con=null", "con0=null,fd:1", "ssl0=fd:0"])
                 .arg(format!("uml_dir={}", directory.path().display()))
@@ -77,8 +65,10 @@ impl Uml {
                 .stdout(File::create(&console).unwrap())
                 .stderr(Stdio::null());
         });
+        let guest = Guest::new(agent, console);
+        guest.wait_for_boot(1);
         Self {
-            guest: Guest::new(agent, console),
+            guest,
             vmm,
             _directory: directory,
         }

@@ -14,12 +14,7 @@ ln -s /usr/bin/ncat /run/bin/nc
 
 MODULES=/usr/lib/uml/modules/$(uname -r)/kernel/net/vmw_vsock
 export MODULES
-# A word of the kernel's command line that the kernel does not know is a variable here.
-case ${transport:-device} in
-device) transport=vmw_vsock_virtio_transport ;;
-loopback) transport=vsock_loopback ;;
-esac
-for module in vsock vmw_vsock_virtio_transport_common "$transport"; do
+for module in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do
     insmod "$MODULES/$module.ko"
 done
 
