@@ -3,16 +3,17 @@
 mod common;
 
 use std::fs::{self, Permissions};
-use std::io::{IoSlice, Write};
+use std::io::{IoSlice, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
+use std::thread::spawn;
 
-use common::daemon::Daemon;
-use common::siblings::{Vms, flow};
+use common::daemon::{Daemon, eventually};
+use common::siblings::{Kind, Vms, flow};
 use common::sim::host::{
     PORT, accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, connect, dial,
     from_guest, pattern, read_exactly, read_ok, recv_bytes, recv_other,
@@ -549,6 +550,59 @@ fn hosts_that_know_only_the_port_are_reached() {
     victim.guest.send(&flow.packet(Op::Rst));
     assert_closed(&stream);
     victim.assert_unharmed();
+}
+
+// --- A hostile guest.
+
+/// Guests of two siblings. The second calls the first again and again, and does not wait for answers.
+fn flood(kind: Kind, calls: u32) {
+    let mut vms = Vms::start(kind, &[GUEST, SIBLING]);
+    let mut hostile = vms.guest(SIBLING);
+    let guest = vms.stack(GUEST);
+    guest.listen(80);
+    let listener = common::sim::host::listen(vms.daemon(GUEST), PORT);
+    let before = vms.daemon(GUEST).at_rest();
+    let flooding = spawn(move || {
+        for call in 0..calls {
+            let flow = flow((SIBLING, call % 1000), (GUEST, 80 + call % 2));
+            hostile.send(&flow.packet(Op::Request));
+            if call % 3 != 0 {
+                hostile.send(&flow.packet(Op::Rst));
+            }
+        }
+        hostile
+    });
+    for _ in 0..20 {
+        let mut caller = guest.connect(PORT).unwrap();
+        let mut program = accept(&listener);
+        caller.write_all(b"from the guest").unwrap();
+        assert_same(&read_exactly(&program, 14), b"from the guest");
+        program.write_all(b"from the host").unwrap();
+        let mut bytes = [0; 13];
+        caller.read_exact(&mut bytes).unwrap();
+        assert_same(&bytes, b"from the host");
+        caller.reset();
+        let client = dial(vms.daemon(GUEST), 80);
+        read_ok(&client);
+    }
+    drop(flooding.join().unwrap());
+    guest.kill();
+    drop(guest);
+    vms.guest(GUEST).settle();
+    eventually("nothing to be left", || {
+        vms.daemon(GUEST).at_rest() <= before
+    });
+    vms.assert_idle();
+}
+
+#[test]
+fn a_guest_that_floods_a_sibling_in_its_process_spoils_nothing() {
+    flood(Kind::OneProcess, 20_000);
+}
+
+#[test]
+fn a_guest_that_floods_a_sibling_of_another_process_spoils_nothing() {
+    flood(Kind::Processes, 20_000);
 }
 
 // --- Who may call in whose name.

@@ -1,7 +1,9 @@
 //! The CONNECT line and its answer in any pieces, beside a parser that has the whole line.
 
 use arbitrary::{Arbitrary, Unstructured};
-use vhost_user_vsock::host::connect_line::{Line, MAX_ANSWER, MAX_REQUEST, Progress};
+use vhost_user_vsock::host::connect_line::{
+    Line, MAX_ANSWER, MAX_REQUEST, MAX_SIBLING_REQUEST, Progress,
+};
 
 /// Who writes the line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -10,12 +12,14 @@ pub enum Role {
     Client,
     /// The server, its answer.
     Server,
+    /// A client that asks for another guest, and says who it is.
+    Sibling,
 }
 
 impl Role {
     fn keyword(self) -> &'static [u8] {
         match self {
-            Self::Client => b"CONNECT",
+            Self::Client | Self::Sibling => b"CONNECT",
             Self::Server => b"OK",
         }
     }
@@ -24,6 +28,7 @@ impl Role {
         match self {
             Self::Client => MAX_REQUEST,
             Self::Server => MAX_ANSWER,
+            Self::Sibling => MAX_SIBLING_REQUEST,
         }
     }
 
@@ -31,6 +36,7 @@ impl Role {
         match self {
             Self::Client => Line::request(),
             Self::Server => Line::answer(),
+            Self::Sibling => Line::sibling_request(),
         }
     }
 }
@@ -72,10 +78,10 @@ impl Text {
 
 impl Input {
     fn role(&self) -> Role {
-        if self.beginning & 2 == 0 {
-            Role::Client
-        } else {
-            Role::Server
+        match self.beginning & (2 | 8) {
+            0 => Role::Client,
+            8 => Role::Sibling,
+            _ => Role::Server,
         }
     }
 
@@ -84,6 +90,9 @@ impl Input {
         if self.beginning & 1 != 0 {
             written.extend_from_slice(self.role().keyword());
             written.push(b' ');
+        }
+        if self.beginning & 16 != 0 {
+            written.extend_from_slice(b"80 5:");
         }
         if self.beginning & 4 != 0 {
             written.make_ascii_lowercase();
@@ -113,6 +122,11 @@ pub fn run(bytes: &[u8]) {
         };
         let progress = line.feed(&written[before..end]);
         assert_eq!(progress, expected, "{}", written[..end].escape_ascii());
+        if let (Progress::Complete { .. }, Role::Sibling) = (progress, role) {
+            let caller = line.caller();
+            let expected = caller_in(&written[..end]);
+            assert_eq!(Some((caller.cid.get(), caller.port.0)), expected);
+        }
         if progress != Progress::Incomplete {
             return;
         }
@@ -129,21 +143,72 @@ pub fn parse(role: Role, written: &[u8]) -> Progress {
     let keyword = role.keyword();
     let (word, rest) = text.split_at(text.len().min(keyword.len()));
     let (blanks, rest) = split(rest, |byte| byte == b' ');
-    let (digits, trailer) = split(rest, |byte| byte.is_ascii_digit());
+    let (digits, mut trailer) = split(rest, |byte| byte.is_ascii_digit());
+    let mut has_caller = role != Role::Sibling;
+    if role == Role::Sibling && !digits.is_empty() {
+        match split_caller(trailer) {
+            Caller::Part => trailer = b"",
+            Caller::Whole(after) => (trailer, has_caller) = (after, true),
+            Caller::None => return Progress::Invalid,
+        }
+    }
     let digits = std::str::from_utf8(digits).unwrap();
     let port = digits.parse::<u32>();
     let is_sound = word.eq_ignore_ascii_case(&keyword[..word.len()])
         && (digits.is_empty() || !blanks.is_empty() && port.is_ok())
         && (trailer.is_empty() || !digits.is_empty())
         && trailer.iter().all(|byte| b" \r".contains(byte));
-    match (is_sound, end, port) {
+    match (is_sound, end.filter(|_| has_caller), port) {
         (true, Some(end), Ok(port)) => Progress::Complete {
             port,
             consumed: end + 1,
         },
-        (true, None, _) if line.len() < role.max_len() => Progress::Incomplete,
+        (true, None, _) if end.is_none() && line.len() < role.max_len() => Progress::Incomplete,
         _ => Progress::Invalid,
     }
+}
+
+/// What a caller's address, behind a blank, may be.
+enum Caller<'b> {
+    /// It may go on.
+    Part,
+    /// It is there, and these bytes follow it.
+    Whole(&'b [u8]),
+    /// This is none.
+    None,
+}
+
+fn split_caller(bytes: &[u8]) -> Caller<'_> {
+    let is_digit = |byte: u8| byte.is_ascii_digit();
+    let (blanks, rest) = split(bytes, |byte| byte == b' ');
+    let (cid, rest) = split(rest, is_digit);
+    let (colon, rest) = rest.split_at(rest.len().min(1));
+    let (port, after) = split(rest, is_digit);
+    if (blanks.is_empty() && !bytes.is_empty()) || !(is_number(cid) && is_number(port)) {
+        Caller::None
+    } else if colon.is_empty() {
+        Caller::Part
+    } else if cid.is_empty() || colon != b":" {
+        Caller::None
+    } else if port.is_empty() && after.is_empty() {
+        Caller::Part
+    } else if port.is_empty() {
+        Caller::None
+    } else {
+        Caller::Whole(after)
+    }
+}
+
+/// Whether these digits, if there are any, are a port or a CID.
+fn is_number(digits: &[u8]) -> bool {
+    digits.is_empty() || std::str::from_utf8(digits).unwrap().parse::<u32>().is_ok()
+}
+
+/// The CID and the port in a sibling's line that is complete.
+fn caller_in(line: &[u8]) -> Option<(u64, u32)> {
+    let text = std::str::from_utf8(line.split(|byte| *byte == b'\n').next()?).ok()?;
+    let (cid, port) = text.split_ascii_whitespace().nth(2)?.split_once(':')?;
+    Some((cid.parse().ok()?, port.parse().ok()?))
 }
 
 /// The bytes up to the first that is not `wanted`, and the others.

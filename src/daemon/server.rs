@@ -231,4 +231,17 @@ mod tests {
         let listen = Vec::new();
         assert!(has_vsock(HostSide::Vsock { cid, listen }));
     }
+    #[test]
+    fn socket_pairs_are_made_only_between_siblings() {
+        let has_pairs = |groups: [&str; 2]| {
+            let vm = |group: &str| VmConfig {
+                groups: vec![group.into()],
+                ..VmConfig::new(Cid::try_from(4u32).unwrap(), "/vhost", "/uds")
+            };
+            let calls = syscalls(&ProcessConfig::new(groups.map(vm).into()));
+            calls.iter().any(|call| call.number == libc::SYS_socketpair)
+        };
+        assert!(!has_pairs(["a", "b"]));
+        assert!(has_pairs(["a", "a"]));
+    }
 }

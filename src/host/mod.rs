@@ -22,7 +22,13 @@ pub mod vsock;
 
 use crate::syscalls::Syscall;
 
-/// The system calls of these files, but for those of [`vsock`].
+/// The system calls of these files, but for those of [`siblings`] and [`vsock`], which not every process makes.
 pub(crate) fn syscalls() -> Vec<Syscall> {
-    [&listener::syscalls(), dialer::SYSCALLS, socket::SYSCALLS].concat()
+    [
+        &listener::syscalls(),
+        dialer::SYSCALLS,
+        routes::SYSCALLS,
+        socket::SYSCALLS,
+    ]
+    .concat()
 }

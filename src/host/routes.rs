@@ -15,6 +15,10 @@ use super::socket::{HostSocket, SendError};
 use super::vsock;
 use crate::config::{HostSide, PortPath, VmConfig, sibling_path};
 use crate::packet::header::{Cid, GuestPort, PacketType, PeerAddr, PeerPort, VsockHeader};
+use crate::syscalls::Syscall;
+
+/// To see whose socket a sibling's is.
+pub(super) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_statx)];
 
 /// The user who may call in any guest's name.
 const ROOT: u32 = 0;

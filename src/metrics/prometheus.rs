@@ -10,6 +10,7 @@ use std::rc::Rc;
 
 use super::Chunks;
 use super::counters::{CloseReason, ConnectionStats, Side, Snapshot, VmSnapshot};
+use crate::packet::header::Cid;
 
 /// What every name begins with.
 const PREFIX: &str = "vhost_user_vsock";
@@ -52,6 +53,9 @@ fn connection_chunks(metric: &'static Metric<ConnectionStats>, snapshot: Rc<Snap
         let mut samples = Samples::new(&mut text, metric, &snapshot, vm);
         samples.label("guest_port", conn.guest_port.0);
         samples.label("host_port", conn.peer.port.0);
+        if conn.peer.cid != Cid::HOST {
+            samples.label("peer_cid", conn.peer.cid);
+        }
         (metric.samples)(conn, &mut samples);
         Ok(text.0)
     });

@@ -16,6 +16,7 @@ use thiserror::Error;
 
 use crate::metrics::counters::{CloseReason, ConnectionStats, Side, Snapshot, VmSnapshot};
 use crate::metrics::json;
+use crate::packet::header::{Cid, PeerAddr};
 
 /// Moves the cursor home and clears the terminal.
 const CLEAR: &str = "\x1b[H\x1b[2J";
@@ -214,11 +215,11 @@ fn table(connections: &[ConnectionStats]) -> String {
         }
     }
     let mut connections: Vec<&ConnectionStats> = connections.iter().collect();
-    connections.sort_by_key(|conn| (conn.guest_port.0, conn.peer.port.0));
+    connections.sort_by_key(|conn| (conn.guest_port, conn.peer));
     for conn in connections {
         table.add_row([
             conn.guest_port.0.to_string(),
-            conn.peer.port.0.to_string(),
+            peer(conn.peer),
             conn.state.to_string(),
             bytes(conn.from_guest),
             bytes(conn.to_guest),
@@ -228,6 +229,15 @@ fn table(connections: &[ConnectionStats]) -> String {
         ]);
     }
     table.to_string()
+}
+
+/// A port of the host's, or the address of another guest's.
+fn peer(peer: PeerAddr) -> String {
+    if peer.cid == Cid::HOST {
+        peer.port.0.to_string()
+    } else {
+        peer.to_string()
+    }
 }
 
 /// A number of bytes in a readable unit.

@@ -123,6 +123,25 @@ fn samples_carry_the_cid_where_there_are_several_vms() {
 }
 
 #[test]
+fn siblings_with_the_same_port_are_told_apart() {
+    let mut vm = vm(3, 2);
+    for (conn, cid) in vm.connections.iter_mut().zip([5, 6]) {
+        conn.guest_port = GuestPort(80);
+        conn.peer = PeerAddr {
+            cid: Cid::from_raw(cid),
+            ..PeerAddr::host(7)
+        };
+    }
+    let text = text(&Snapshot::from(vm));
+    let name = "vhost_user_vsock_connection_buffered_bytes";
+    let labels = "guest_port=\"80\",host_port=\"7\"";
+    for cid in [5, 6] {
+        let line = format!("{name}{{{labels},peer_cid=\"{cid}\"}} 5");
+        assert!(samples(&text).any(|sample| sample == line), "{text}");
+    }
+}
+
+#[test]
 fn a_text_of_many_connections_is_never_whole_in_memory() {
     let snapshot = Rc::new(Snapshot::from(vm(3, 10_000)));
     for chunks in [
