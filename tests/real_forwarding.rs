@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -69,7 +69,7 @@ fn assert_in_guest() {
 fn connections_are_forwarded_in_a_guest() {
     let daemon = Daemon::start();
     let guest = Uml::boot(&daemon);
-    run_in(&guest, "--skip=inside::", 6);
+    run_in(&guest, "--skip=inside::", 7);
 }
 
 /// The calls that seccomp looks at are the guest's: its kernel decides.
@@ -338,6 +338,29 @@ fn ports_that_are_listened_on_lead_to_the_guests() {
     sleep(Duration::from_millis(100));
     guest.send(&flow.packet(Op::Response));
     recv_other(&mut guest).assert_is(Op::Rst, &flow);
+}
+
+#[test]
+#[ignore = "runs in a guest"]
+fn ports_with_a_path_of_their_own_are_not_forwarded() {
+    let folder = TempDir::new().unwrap();
+    let [host_path, guest_path] = ["host", "guest"].map(|name| folder.path().join(name));
+    let (_daemon, mut guest) = Forwarding::start(&[
+        &format!("--host-port={PORT}={}", host_path.display()),
+        &format!("--guest-port=22={}", guest_path.display()),
+    ]);
+    let _not_this_one = listen(PORT);
+    let unix = UnixListener::bind(&host_path).unwrap();
+    let flow = Flow::new(40_000, PORT);
+    guest.send(&flow.packet(Op::Request));
+    let program = unix.accept().unwrap().0;
+    guest.recv().assert_is(Op::Response, &flow);
+    assert_moves_bytes(&mut guest, &program, &flow);
+    let client = UnixStream::connect(guest_path).unwrap();
+    let flow = Flow::of(&guest.recv());
+    assert_eq!(flow.guest_port, 22);
+    guest.send(&flow.packet(Op::Response));
+    assert_moves_bytes(&mut guest, &client, &flow);
 }
 
 #[test]

@@ -151,6 +151,7 @@ fn listen_on_vsock(config: &VmConfig) -> Result<Vec<EntrySocket>, ListenerError>
     let HostSide::Vsock { listen, .. } = &config.host else {
         return Ok(Vec::new());
     };
+    vsock::check().map_err(ListenerError::NoVsock)?;
     let listen_on = |port: &u32| match vsock::listen_on(*port) {
         Ok(listener) => Ok(EntrySocket::new(Entry::Vsock(GuestPort(*port)), listener)),
         Err(error) => Err(ListenerError::Vsock(*port, error)),

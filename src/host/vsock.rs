@@ -40,6 +40,11 @@ pub fn begin_connect(cid: u32, port: PeerPort) -> io::Result<HostSocket> {
     }
 }
 
+/// Fails where the kernel has no AF_VSOCK, and no module for it.
+pub fn check() -> io::Result<()> {
+    new_socket().map(drop)
+}
+
 /// Listens on `port`, whichever CID of the host's is dialed.
 pub fn listen_on(port: u32) -> io::Result<OwnedFd> {
     let socket = new_socket()?;

@@ -41,7 +41,8 @@ impl Side {
 pub enum CloseReason {
     /// Both programs have finished, and all their data was delivered.
     Done,
-    /// The guest refused the host program's connection.
+    /// The other end refused it: the guest that of a host program or a sibling, or a sibling or AF_VSOCK of the host that of the
+    /// guest.
     Refused,
     /// The guest aborted it with an RST.
     GuestReset,
