@@ -4,10 +4,10 @@ mod common;
 
 use std::time::Instant;
 
-use common::daemon::eventually;
+use common::daemon::{Daemon, eventually};
 use common::guest::GuestProcess;
 use common::host::new_port;
-use common::scenarios::spawn_peer;
+use common::scenarios::{self, spawn_peer};
 use common::siblings::{Kind, Vms};
 use common::uml::Uml;
 
@@ -75,8 +75,12 @@ impl Talk {
 
     /// What the caller and the callee have printed, when both have succeeded.
     fn finish(self) -> [String; 2] {
-        // A failure of one is often the end of the other: both shall be seen.
-        let outputs = [self.caller.wait(), self.callee.wait()];
+        let at_caller = self.caller.wait();
+        if at_caller.status != 0 {
+            // It may wait for the caller. If it has failed before, it still says why.
+            self.callee.kill();
+        }
+        let outputs = [at_caller, self.callee.wait()];
         let [caller, callee] = &outputs;
         let succeeded = outputs.iter().all(|output| output.status == 0);
         assert!(succeeded, "caller: {caller:?}\ncallee: {callee:?}");
@@ -84,19 +88,37 @@ impl Talk {
     }
 }
 
-/// Moves `total` bytes each way at once, in writes of `write` bytes, and compares them all. Each end sees the other's address.
+/// Two programs that move bytes each way at once and compare them all. Each sees the other's address.
+struct Transfer {
+    talk: Talk,
+    from: u64,
+    to: u64,
+}
+
+impl Transfer {
+    /// Starts to move `total` bytes, in writes of `write` bytes. The caller's guest gets the file `connected`.
+    fn start(from: (&Uml, u64), to: (&Uml, u64), total: usize, write: usize) -> Self {
+        let caller = format!("caller callee {total} {write} $TMPDIR/connected");
+        let callee = format!("callee caller {total} {write}");
+        Self {
+            talk: Talk::start(from.0, ["move", &caller], to, ["move", &callee]),
+            from: from.1,
+            to: to.1,
+        }
+    }
+
+    fn finish(self) {
+        let port = self.talk.port;
+        let [at_caller, at_callee] = self.talk.finish();
+        let own_port = at_caller.split(' ').next().unwrap();
+        assert_eq!(at_caller, format!("{own_port} {} {port}\n", self.to));
+        assert_eq!(at_callee, format!("{port} {} {own_port}\n", self.from));
+    }
+}
+
 fn transfer(from: (&Uml, u64), to: (&Uml, u64), total: usize, write: usize) {
-    let (caller, callee) = (
-        format!("caller callee {total} {write}"),
-        format!("callee caller {total} {write}"),
-    );
     let start = Instant::now();
-    let talk = Talk::start(from.0, ["move", &caller], to, ["move", &callee]);
-    let port = talk.port;
-    let [at_caller, at_callee] = talk.finish();
-    let own_port = at_caller.split(' ').next().unwrap();
-    assert_eq!(at_caller, format!("{own_port} {} {port}\n", to.1));
-    assert_eq!(at_callee, format!("{port} {} {own_port}\n", from.1));
+    Transfer::start(from, to, total, write).finish();
     println!(
         "{total} bytes each way, {write} a write: {:?}",
         start.elapsed()
@@ -153,6 +175,7 @@ fn programs_talk(kind: Kind) {
     either_end_half_closes(&five, (&four, 4));
     refusals_are_immediate(&four, &six);
     two_hundred_connections_at_once(&four, (&five, 5));
+    a_guest_that_stands_still_loses_nothing(&four, (&five, 5), vms.daemon(4));
 }
 
 /// What the options of a VM say that is in no group with the others.
@@ -201,6 +224,19 @@ fn two_hundred_connections_at_once(from: &Uml, to: (&Uml, u64)) {
     let clients = spawn_peer(from, &format!("clients {}:{port} 200", to.1));
     clients.write("go\n");
     clients.wait_ok();
+}
+
+fn a_guest_that_stands_still_loses_nothing(from: &Uml, to: (&Uml, u64), daemon: &Daemon) {
+    from.run_ok("rm -f $TMPDIR/connected");
+    let waits = Transfer::start((from, 4), to, 16 * MIB, 65_536);
+    eventually("the connection", || {
+        from.run("test -e $TMPDIR/connected").status == 0
+    });
+    to.0.freeze(true);
+    // Only what goes to that guest waits.
+    scenarios::works(from, daemon);
+    to.0.freeze(false);
+    waits.finish();
 }
 
 fn a_killed_guest_ends_its_streams_and_the_next_is_served(kind: Kind) {

@@ -94,9 +94,12 @@ def move(stream, mine, theirs, total, write):
     sender.join()
 
 
-def do_move(address, mine, theirs, total, write):
-    """Does what `transfer` does, with the patterns of two names. Prints its own port, and the other end's CID and port."""
+def do_move(address, mine, theirs, total, write, flag=None):
+    """Does what `transfer` does, with the patterns of two names. Prints its own port, and the other end's CID and port. Makes the
+    file `flag` when the connection is there."""
     with meet(address) as stream:
+        if flag:
+            open(flag, "w").close()
         print(stream.getsockname()[1], *stream.getpeername())
         move(stream, mine, theirs, int(total), int(write))
         stream.shutdown(socket.SHUT_WR)
