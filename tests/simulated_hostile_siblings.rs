@@ -608,10 +608,13 @@ fn a_guest_that_floods_a_sibling_of_another_process_spoils_nothing() {
 // --- Who may call in whose name.
 
 /// Another user than this test's.
-const STRANGER: u32 = 65534;
+const STRANGER: u32 = 54_321;
 
-/// What the stranger hears who has connected and written `line`: nothing if the daemon closes.
-fn stranger(path: &Path, line: &str) -> Command {
+/// The user as whom others appear in a user namespace that does not know them.
+const NOBODY: u32 = 65_534;
+
+/// Another user's program, which connects, writes `line` and prints the answer: nothing if the daemon closes.
+fn stranger(user: u32, path: &Path, line: &str) -> Command {
     let script = "
 import socket, sys
 stream = socket.socket(socket.AF_UNIX)
@@ -621,7 +624,7 @@ sys.stdout.write(stream.recv(100).decode())
 ";
     let mut command = Command::new("/usr/bin/python3");
     command.args(["-c", script]).arg(path).arg(line);
-    command.uid(STRANGER).gid(STRANGER).current_dir("/");
+    command.uid(user).gid(user).current_dir("/");
     command
 }
 
@@ -634,18 +637,18 @@ fn only_the_owner_of_a_sibling_calls_in_its_name() {
     let mut victim = Victim::with(",socket-mode=666");
     fs::set_permissions(victim.vms.directory(), Permissions::from_mode(0o777)).unwrap();
     let path = victim.vms.sibling_path(GUEST);
-    let heard = |line: &str| {
-        let output = stranger(&path, line).output().unwrap();
+    let heard = |user: u32, line: &str| {
+        let output = stranger(user, &path, line).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         output.stdout
     };
     // This test's.
-    assert_eq!(heard("CONNECT 80 5:7\n"), b"");
+    assert_eq!(heard(STRANGER, "CONNECT 80 5:7\n"), b"");
     assert_eq!(victim.guest.settle(), []);
     // Nobody's, and then its own.
     let own = victim.vms.sibling_path(6);
     for _ in 0..2 {
-        let child = stranger(&path, "CONNECT 80 6:7\n")
+        let child = stranger(STRANGER, &path, "CONNECT 80 6:7\n")
             .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
@@ -662,7 +665,10 @@ fn only_the_owner_of_a_sibling_calls_in_its_name() {
     // A link is whose who has made it, wherever it leads.
     let link = victim.vms.sibling_path(7);
     symlink(&own, &link).unwrap();
-    assert_eq!(heard("CONNECT 80 7:7\n"), b"");
+    assert_eq!(heard(STRANGER, "CONNECT 80 7:7\n"), b"");
+    // Two who can't be told from each other.
+    chown(&own, Some(NOBODY), None).unwrap();
+    assert_eq!(heard(NOBODY, "CONNECT 80 6:7\n"), b"");
     assert_eq!(victim.guest.settle(), []);
     victim.assert_unharmed();
 }
