@@ -110,8 +110,9 @@ def do_move(address, mine, theirs, total, write, flag=None):
 def do_pump(address, flag):
     """Sends without end, and compares what comes. Makes the file `flag` when a MiB has come; prints how the stream ended."""
     stream = meet(address)
-    threading.Thread(target=send_pattern, args=(stream, Pattern("pump"), 1 << 60, 65536), daemon=True).start()
     pattern, received = Pattern("pump"), 0
+    sender = threading.Thread(target=send_until_it_breaks, args=(stream, pattern), daemon=True)
+    sender.start()
     try:
         while data := stream.recv(65536):
             if data != pattern.at(received, len(data)):
@@ -122,6 +123,14 @@ def do_pump(address, flag):
         print("end")
     except OSError as failure:
         print(errno.errorcode[failure.errno])
+    sender.join()
+
+
+def send_until_it_breaks(stream, pattern):
+    try:
+        send_pattern(stream, pattern, sys.maxsize, 65536)
+    except OSError:
+        pass
 
 
 def do_ask(address):
