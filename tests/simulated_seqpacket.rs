@@ -1190,3 +1190,63 @@ fn no_message_is_merged_split_lost_or_invented() {
         assert!(conns.iter().all(|conn| conn.partial.is_empty()));
     }
 }
+
+/// What a host program may do with its socket.
+fn any_deed(program: &UnixStream, dice: &mut Dice) {
+    let message = vec![7; dice.one_of(&[0, 1, 100, 5000, 100_000])];
+    match dice.below(12) {
+        0 => _ = program.shutdown(Shutdown::Read),
+        1 => _ = program.shutdown(Shutdown::Write),
+        2..=6 => _ = { program }.read(&mut vec![0; 1 << 17]),
+        _ => _ = { program }.write(&message),
+    }
+}
+
+#[test]
+fn any_packet_in_any_state() {
+    let daemon = Survivor::start();
+    for seed in 1..=6 {
+        let mut dice = Dice::new(seed);
+        let mut guest = SimGuest::start(&daemon, setup());
+        let listener = listen_for_messages(&daemon.host_port_path(PORT));
+        listener.set_nonblocking(true).unwrap();
+        let mut programs = Vec::new();
+        for step in 0..4000 {
+            let flow = Flow {
+                buf_alloc: dice.one_of(&[262_144, 262_144, 0, 1, 5000, u32::MAX]),
+                fwd_cnt: dice.one_of(&[0, 0, 1, 1 << 31, u32::MAX]),
+                ..Flow::seqpacket(1 + dice.below(3) as u32, PORT)
+            };
+            let payload = vec![7; dice.one_of(&[0, 0, 1, 100, 5000, 60_000])];
+            let mut packet = flow.rw(&payload);
+            packet.flags = dice.one_of(&[0, 0, EOM, EOM, EOM | EOR, EOR, u32::MAX]);
+            if dice.below(3) == 0 {
+                packet.op = dice.below(9) as u16;
+            }
+            guest.send(&packet);
+            while let Some(packet) = guest.poll_packet() {
+                if packet.is(Op::Request) && dice.below(3) > 0 {
+                    guest.send(&Flow::of(&packet).packet(Op::Response));
+                }
+            }
+            if step % 50 == 0 {
+                let program = connect_for_messages(&entry(&daemon));
+                write_message(&program, b"CONNECT 1\n");
+                program.set_nonblocking(true).unwrap();
+                programs.push(program);
+            }
+            if let Ok((program, _)) = listener.accept() {
+                program.set_nonblocking(true).unwrap();
+                programs.push(program);
+            }
+            if programs.len() > 6 {
+                programs.remove(dice.below(6) as usize);
+            }
+            if let Some(program) = programs.get(dice.below(6) as usize) {
+                any_deed(program, &mut dice);
+            }
+        }
+        guest.settle();
+    }
+    daemon.assert_unharmed();
+}
