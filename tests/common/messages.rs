@@ -38,8 +38,8 @@ type Tasks<'t> = [(&'t str, &'t str); 2];
 /// All that is tried between two ends, the first of which calls.
 const TALKS: [Tasks; 5] = [
     [
-        ("exchange", "caller callee 60"),
-        ("exchange", "callee caller 60"),
+        ("exchange", "caller callee 20"),
+        ("exchange", "callee caller 20"),
     ],
     [("say", ""), ("truncate", "")],
     [("truncate", ""), ("say", "")],

@@ -42,6 +42,16 @@ pub struct Qemu {
 impl Qemu {
     /// Boots a guest whose vsock device is `daemon`'s.
     pub fn boot(daemon: &Daemon, kernel: Kernel, memory: Memory) -> Self {
+        Self::boot_with(daemon, kernel, memory, "")
+    }
+
+    /// The same with more properties of the device: `,NAME=VALUE`.
+    pub fn boot_with(daemon: &Daemon, kernel: Kernel, memory: Memory, properties: &str) -> Self {
+        Self::boot_at(&daemon.vhost_socket(), kernel, memory, properties)
+    }
+
+    /// The same for the device behind the vhost-user socket `backend`.
+    pub fn boot_at(backend: &Path, kernel: Kernel, memory: Memory, properties: &str) -> Self {
         let program = installed("qemu-system-x86_64");
         let directory = TempDir::with_prefix("qemu-").unwrap();
         let (agent, line) = UnixStream::pair().unwrap();
@@ -50,7 +60,7 @@ impl Qemu {
             add_machine(command);
             add_kernel(command, kernel);
             add_memory(command, memory, directory.path());
-            add_vsock(command, daemon);
+            add_vsock(command, backend, properties);
             add_lines(command, directory.path());
             // Standard input and output are the agent's serial line.
             command
@@ -185,15 +195,15 @@ fn add_memory(command: &mut Command, memory: Memory, directory: &Path) {
         .arg(format!("{kind},id=mem0,size=512M,share=on"));
 }
 
-fn add_vsock(command: &mut Command, daemon: &Daemon) {
-    let socket = daemon.vhost_socket();
+fn add_vsock(command: &mut Command, socket: &Path, properties: &str) {
     command
         .arg("-chardev")
         .arg(format!(
             "socket,id=char0,reconnect=0,path={}",
             socket.display()
         ))
-        .args(["-device", "vhost-user-vsock-pci,chardev=char0"]);
+        .arg("-device")
+        .arg(format!("vhost-user-vsock-pci,chardev=char0{properties}"));
 }
 
 /// The console, the agent's serial line and the monitor.
