@@ -18,6 +18,7 @@
 
 use std::io;
 use std::net::Shutdown as Direction;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -137,20 +138,19 @@ impl Relay {
         let vsock = HostSocket::vsock(PacketType::Seqpacket, vsock);
         let relay = Arc::new(Self { pair, vsock, _place: place });
         let other = relay.clone();
-        match start(move || other.to_guest()) {
-            Ok(()) => relay.from_guest(),
+        match start(move || other.deliver_to_guest()) {
+            Ok(()) => relay.deliver_to_host(),
             Err(error) => debug!("messages are not forwarded: no thread: {error}"),
         }
     }
 
-    fn from_guest(&self) {
+    fn deliver_to_host(&self) {
         let mut message = Vec::new();
         while let Some(len) = next_message(&self.pair) {
-            if message.try_reserve(len).is_err() {
-                break;
-            }
-            message.resize(len, 0);
-            if receive(&self.pair, &mut message, MsgFlags::empty()) != Ok(len) {
+            let has_room = message.try_reserve(len).is_ok();
+            message.resize(if has_room { len } else { 0 }, 0);
+            if !has_room || receive(&self.pair, &mut message, MsgFlags::empty()) != Ok(len) {
+                self.pair.shutdown(Direction::Both);
                 break;
             }
             match send_to(&self.vsock, &message) {
@@ -175,30 +175,40 @@ impl Relay {
         self.vsock.shutdown(Direction::Both);
     }
 
-    fn to_guest(&self) {
+    fn deliver_to_guest(&self) {
         let mut message = Vec::new();
-        let has_room = message.try_reserve_exact(MAX_MESSAGE).is_ok();
-        message.resize(if has_room { MAX_MESSAGE } else { 0 }, 0);
-        while has_room {
-            match receive(&self.vsock, &mut message, MsgFlags::MSG_TRUNC) {
-                Ok(0) if !self.vsock.peer_stopped_receiving() => {
-                    return self.pair.shutdown(Direction::Write);
-                }
-                Ok(0) | Err(_) => break,
-                Ok(len) if len > MAX_MESSAGE => {
-                    debug!("a message of {len} bytes from AF_VSOCK is longer than {MAX_MESSAGE}");
-                    break;
-                }
-                Ok(len) => {
-                    if send_to(&self.pair, &message[..len]).is_err() {
-                        // The guest receives no more. It may still send.
-                        return self.vsock.shutdown(Direction::Read);
-                    }
-                }
+        if message.try_reserve_exact(MAX_MESSAGE).is_ok() {
+            message.resize(MAX_MESSAGE, 0);
+            if self.receive_all(&mut message).is_continue() {
+                return;
             }
         }
         self.pair.shutdown(Direction::Both);
         self.vsock.shutdown(Direction::Both);
+    }
+
+    /// Moves the host program's messages until there are no more. Breaks if the other direction is over as well.
+    fn receive_all(&self, message: &mut [u8]) -> ControlFlow<()> {
+        loop {
+            match receive(&self.vsock, message, MsgFlags::MSG_TRUNC) {
+                Ok(0) if !self.vsock.peer_stopped_receiving() => {
+                    self.pair.shutdown(Direction::Write);
+                    return ControlFlow::Continue(());
+                }
+                Ok(0) | Err(_) => return ControlFlow::Break(()),
+                Ok(len) if len > MAX_MESSAGE => {
+                    debug!("a message of {len} bytes from AF_VSOCK is longer than {MAX_MESSAGE}");
+                    return ControlFlow::Break(());
+                }
+                Ok(len) => {
+                    if send_to(&self.pair, &message[..len]).is_err() {
+                        // The guest receives no more. It may still send.
+                        self.vsock.shutdown(Direction::Read);
+                        return ControlFlow::Continue(());
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -230,4 +240,84 @@ fn receive(from: &HostSocket, bytes: &mut [u8], flags: MsgFlags) -> Result<usize
 fn wait_for_hangup(pair: &HostSocket) {
     let mut fds = [PollFd::new(pair.as_fd(), PollFlags::empty())];
     while poll(&mut fds, PollTimeout::NONE) == Err(Errno::EINTR) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::time::{Duration, Instant};
+
+    /// The worker's end and the host program's. In place of AF_VSOCK there is another pair, whose ends wait as well.
+    fn relay(relays: &Relays) -> (UnixStream, UnixStream) {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let kind = socket_type(PacketType::Seqpacket);
+        let (vsock, program) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
+        let ours = relays.accepted(HostSocket::vsock(PacketType::Seqpacket, vsock)).unwrap();
+        let ours = UnixStream::from(OwnedFd::from(ours));
+        ours.set_nonblocking(false).unwrap();
+        for end in [&ours, &UnixStream::from(program.try_clone().unwrap())] {
+            end.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        }
+        (ours, program.into())
+    }
+
+    fn wait_until_unused(relays: &Relays) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while Arc::strong_count(&relays.0) > 1 {
+            assert!(Instant::now() < deadline, "threads stay");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn read(mut end: &UnixStream) -> Vec<u8> {
+        let mut bytes = vec![0; 1000];
+        let len = end.read(&mut bytes).unwrap();
+        bytes.truncate(len);
+        bytes
+    }
+
+    #[test]
+    fn either_end_may_leave_first() {
+        let relays = Relays::default();
+        for program_first in [true, false] {
+            let (mut worker, mut program) = relay(&relays);
+            worker.write_all(b"there").unwrap();
+            worker.write_all(b"again").unwrap();
+            program.write_all(b"back").unwrap();
+            assert_eq!((read(&program), read(&program)), (b"there".to_vec(), b"again".to_vec()));
+            assert_eq!(read(&worker), b"back");
+            let (first, other) = if program_first { (program, worker) } else { (worker, program) };
+            drop(first);
+            assert_eq!(read(&other), b"");
+            drop(other);
+            wait_until_unused(&relays);
+        }
+    }
+
+    #[test]
+    fn what_was_sent_before_a_close_arrives() {
+        let relays = Relays::default();
+        let (mut worker, program) = relay(&relays);
+        let sent = [[1; 900], [2; 900], [3; 900]];
+        for message in sent {
+            worker.write_all(&message).unwrap();
+        }
+        drop(worker);
+        for message in sent {
+            assert_eq!(read(&program), message);
+        }
+        assert_eq!(read(&program), b"");
+        wait_until_unused(&relays);
+    }
+
+    #[test]
+    fn there_are_so_many_and_no_more() {
+        let relays = Relays::default();
+        let open: Vec<_> = (0..MAX_RELAYS).map(|_| relay(&relays)).collect();
+        assert!(matches!(relays.begin(), Err(RelayError::TooMany)));
+        drop(open);
+        wait_until_unused(&relays);
+        relay(&relays);
+    }
 }

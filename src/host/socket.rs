@@ -18,7 +18,7 @@
 //! - A message of no bytes is received as the end would be. With SO_PASSCRED set, the kernel wants to add the sender's
 //!   credentials to a message, and says so (MSG_CTRUNC) where there is no room for them.
 //!
-//! AF_VSOCK, where a guest's connections are forwarded to that of the host, has others:
+//! AF_VSOCK, where a guest's streams are forwarded to that of the host, has others (messages: see [`super::relay`]):
 //!
 //! - POLLHUP is set only once both we and the peer have ended our direction. A peer that has closed sends no more (POLLRDHUP) and
 //!   receives no more (EPIPE, as above); after a reset the socket is not connected (ENOTCONN).
@@ -142,8 +142,6 @@ pub enum ReceiveError {
     Reset,
     /// The guest's memory can't be written. What is in the socket is still there.
     GuestMemory,
-    /// The system can't measure a message without taking it: AF_VSOCK before Linux 6.6.
-    CantPeek,
     /// The system failed.
     Failed(io::Error),
 }
@@ -374,7 +372,6 @@ impl From<io::Error> for ReceiveError {
             Some(libc::EAGAIN) => Self::Empty,
             Some(libc::ECONNRESET) => Self::Reset,
             Some(libc::EFAULT) => Self::GuestMemory,
-            Some(libc::EOPNOTSUPP) => Self::CantPeek,
             _ => Self::Failed(error),
         }
     }
