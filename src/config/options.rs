@@ -93,7 +93,7 @@ pub struct VmOptions {
 
     /// Whether the guest has connections of messages (SOCK_SEQPACKET) beside streams, with a socket for host programs at
     /// `UDS_PATH_seqpacket` [default: on]
-    #[arg(long, value_name = "on|off")]
+    #[arg(long, value_name = "on|off", hide_possible_values = true)]
     pub seqpacket: Option<Switch>,
 
     /// How long a host program that connects before the guest's program listens waits for it [default: 0]
