@@ -6,6 +6,7 @@
 
 mod memory;
 pub(crate) mod session;
+mod state;
 
 use std::io;
 use std::sync::Arc;
@@ -254,6 +255,7 @@ impl VhostUserBackend for VhostUserVsockBackend {
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::DEVICE_STATE
     }
 
     fn reset_device(&self) {

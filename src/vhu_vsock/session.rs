@@ -23,6 +23,7 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
+use log::{info, warn};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -38,6 +39,7 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::VhostUserVsockBackend;
 use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
+use super::state::Transfer;
 use crate::vhost_user_vsock_thread::VsockVring;
 
 /// A session, and the requests that it gets.
@@ -50,6 +52,7 @@ pub(crate) struct Session {
     features: u64,
     protocol_features: u64,
     memory: MemoryTable,
+    transfer: Transfer,
 }
 
 impl Session {
@@ -61,6 +64,7 @@ impl Session {
             features: 0,
             protocol_features: 0,
             memory: MemoryTable::default(),
+            transfer: Transfer::None,
         };
         BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(session)))
     }
@@ -303,6 +307,33 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.device.set_backend_req_fd(requests);
     }
 
+    fn set_device_state_fd(
+        &mut self,
+        direction: VhostTransferStateDirection,
+        _: VhostTransferStatePhase,
+        file: File,
+    ) -> Result<Option<File>> {
+        self.transfer = match direction {
+            VhostTransferStateDirection::SAVE => Transfer::save(self.device.guest_cid, file),
+            VhostTransferStateDirection::LOAD => Transfer::Loading(file),
+        };
+        Ok(None)
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        let finished = std::mem::take(&mut self.transfer).finish();
+        let loaded = finished.map_err(|error| {
+            // The answer that the VMM gets is just a number.
+            warn!("the device's state {error}");
+            Error::BackendInternalError
+        })?;
+        if let Some(cid) = loaded {
+            info!("the state of CID {cid} was loaded: its connections are gone");
+            self.device.worker().reset_transport();
+        }
+        Ok(())
+    }
+
     // Nothing of the following was offered.
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
@@ -318,19 +349,6 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        unsupported()
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _: VhostTransferStateDirection,
-        _: VhostTransferStatePhase,
-        _: File,
-    ) -> Result<Option<File>> {
-        unsupported()
-    }
-
-    fn check_device_state(&mut self) -> Result<()> {
         unsupported()
     }
 
