@@ -198,6 +198,11 @@ impl VsockConnection {
         self.mover.buffered()
     }
 
+    /// How many whole messages wait for the host program. Streams have none.
+    pub fn messages(&self) -> usize {
+        self.mover.messages()
+    }
+
     /// Whether its client has left, and it only goes on for what the guest knows of it or may still want to read.
     pub fn is_deserted(&self) -> bool {
         self.client_left && self.is_requested()
