@@ -41,7 +41,10 @@ fn describe(config: &ProcessConfig) -> Vec<String> {
         };
         let host = match &vm.host {
             HostSide::Unix { path, .. } => path.display().to_string(),
-            HostSide::Vsock { cid, listen } => format!("{cid} {listen:?}"),
+            HostSide::Vsock { cid, listen } => {
+                let ports: Vec<u32> = listen.iter().map(|at| at.port).collect();
+                format!("{cid} {ports:?}")
+            }
         };
         let socket = socket.display();
         let (tx, queue, groups) = (vm.tx_buffer_size, vm.queue_size, vm.groups.join("+"));

@@ -9,12 +9,15 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::thread::{sleep, spawn};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{scope, sleep, spawn};
 use std::time::Duration;
 
 use common::daemon::{Daemon, GUEST_CID, PATIENCE, binary, eventually};
+use common::siblings::{Kind, Vms};
 use common::sim::host::{
     assert_closed, assert_moves_bytes, assert_same, pattern, read_to_end, recv_bytes, recv_other,
 };
@@ -33,19 +36,81 @@ const LOOPBACK: u32 = 1;
 /// The host port of [`open`].
 const PORT: u32 = 5000;
 
-#[test]
-fn connections_are_forwarded_in_a_guest() {
-    let daemon = Daemon::start();
-    let guest = Uml::boot(&daemon);
+/// The CID of the sibling that is slow, and its port that never answers.
+const SIBLING: u32 = 5;
+const NEVER: u32 = 6000;
+
+/// Runs tests of this file in a guest: those that `which` selects, and so many there are.
+fn run_in(guest: &Uml, which: &str, count: usize) {
     guest.run_ok("insmod $MODULES/vsock_loopback.ko");
     let tests = std::env::current_exe().unwrap();
     let command = format!(
-        "{IN_GUEST}=1 {} --ignored --test-threads=1 2>&1",
+        "{IN_GUEST}=1 VSOCK_TEST_BINARY={} {} --ignored --test-threads=1 {which} 2>&1",
+        binary().display(),
         tests.display()
     );
     let output = guest.run(&command);
     assert_eq!(output.status, 0, "{}", output.stdout);
-    assert!(output.stdout.contains(" 7 passed"), "{}", output.stdout);
+    let all = format!(" {count} passed");
+    assert!(output.stdout.contains(&all), "{}", output.stdout);
+}
+
+/// What uses AF_VSOCK calls this first. UML's processors say what they are.
+fn assert_in_guest() {
+    let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let is_guest = processor.contains("User Mode Linux");
+    assert!(
+        is_guest && std::env::var_os(IN_GUEST).is_some(),
+        "this is for a guest"
+    );
+}
+
+#[test]
+fn connections_are_forwarded_in_a_guest() {
+    let daemon = Daemon::start();
+    let guest = Uml::boot(&daemon);
+    run_in(&guest, "--skip=inside::", 7);
+}
+
+/// The calls that seccomp looks at are the guest's: its kernel decides.
+#[test]
+fn the_sandbox_holds_in_a_guest() {
+    let daemon = Daemon::start();
+    let guest = Uml::boot(&daemon);
+    run_in(&guest, "inside::sandbox", 3);
+}
+
+/// The host's AF_VSOCK is that of a Linux guest, and leads to a sibling of that guest's which answers as this test wants.
+#[test]
+fn a_connect_that_takes_long_keeps_nobody_waiting() {
+    let vms = Vms::start(Kind::OneProcess, &[4, 5]);
+    let sibling = vms.guest(u64::from(SIBLING));
+    let guest = Uml::boot_at(&vms.vhost_socket(4));
+    let done = AtomicBool::new(false);
+    scope(|scope| {
+        scope.spawn(|| echo_but_for_never(sibling, &done));
+        let ran = catch_unwind(AssertUnwindSafe(|| run_in(&guest, "inside::slow", 1)));
+        done.store(true, Ordering::Relaxed);
+        ran.unwrap_or_else(|panic| resume_unwind(panic));
+    });
+}
+
+/// Plays a guest that returns what comes to its ports, and does not answer those who call [`NEVER`].
+fn echo_but_for_never(mut guest: SimGuest, done: &AtomicBool) {
+    while !done.load(Ordering::Relaxed) {
+        let Some(packet) = guest.try_recv(Duration::from_millis(50)) else {
+            continue;
+        };
+        let flow = Flow::of(&packet);
+        let answer = match packet.op {
+            op if op == Op::Request as u16 && flow.guest_port == NEVER => continue,
+            op if op == Op::Request as u16 => flow.packet(Op::Response),
+            op if op == Op::Rw as u16 => flow.rw(&packet.payload),
+            op if op == Op::Shutdown as u16 => flow.packet(Op::Rst),
+            _ => continue,
+        };
+        guest.send(&answer);
+    }
 }
 
 /// A daemon that forwards, and its guest. Killed on drop.
@@ -56,12 +121,16 @@ struct Forwarding {
 
 impl Forwarding {
     fn start(options: &[&str]) -> (Self, SimGuest) {
-        assert!(std::env::var_os(IN_GUEST).is_some(), "not in a guest");
+        Self::start_to(LOOPBACK, options)
+    }
+
+    fn start_to(cid: u32, options: &[&str]) -> (Self, SimGuest) {
+        assert_in_guest();
         let directory = TempDir::new().unwrap();
         let socket = directory.path().join("vhost.socket");
         let child = Command::new(binary())
             .arg(format!("--guest-cid={GUEST_CID}"))
-            .arg(format!("--forward-cid={LOOPBACK}"))
+            .arg(format!("--forward-cid={cid}"))
             .arg("--socket")
             .arg(&socket)
             .args(options)
@@ -105,6 +174,7 @@ fn connect_soon(path: &Path) -> UnixStream {
 }
 
 fn new_socket() -> Socket {
+    assert_in_guest();
     Socket::new(Domain::VSOCK, Type::STREAM, None).unwrap()
 }
 
@@ -359,5 +429,122 @@ fn echo(guests: Vec<GuestStream>, programs: Vec<UnixStream>) {
     }
     for thread in threads {
         thread.join().unwrap();
+    }
+}
+
+mod inside {
+    use nix::libc;
+    use nix::sys::signal::Signal;
+
+    use super::*;
+    use crate::common::tracer::{Outcome, Traced};
+
+    const SOCKET: [u64; 2] = [
+        libc::AF_VSOCK as u64,
+        (libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC) as u64,
+    ];
+
+    /// The outcome where a daemon with these options makes a socket of AF_VSOCK.
+    fn make_socket(options: &[&str]) -> Outcome {
+        assert_in_guest();
+        let mut daemon = Traced::serving(options, Path::new("/"));
+        daemon.call(libc::SYS_socket, &SOCKET)
+    }
+
+    #[test]
+    #[ignore = "runs in a guest"]
+    fn sandbox_without_forwarding_makes_no_socket_of_af_vsock() {
+        assert_eq!(make_socket(&[]), Outcome::Killed(Signal::SIGSYS));
+        let free = make_socket(&["--sandbox=off"]);
+        assert!(matches!(free, Outcome::Returned(0..)), "{free:?}");
+    }
+
+    #[test]
+    #[ignore = "runs in a guest"]
+    fn sandbox_with_forwarding_makes_only_streams() {
+        let forwarding = format!("--forward-cid={LOOPBACK}");
+        let made = make_socket(&[&forwarding]);
+        assert!(matches!(made, Outcome::Returned(0..)), "{made:?}");
+        let mut daemon = Traced::serving(&[&forwarding], Path::new("/"));
+        let [family, kind] = SOCKET;
+        let messages = kind - libc::SOCK_STREAM as u64 + libc::SOCK_DGRAM as u64;
+        let made = daemon.call(libc::SYS_socket, &[family, messages]);
+        assert_eq!(made, Outcome::Killed(Signal::SIGSYS));
+    }
+
+    /// All of it but Landlock, which UML's kernel has not.
+    #[test]
+    #[ignore = "runs in a guest"]
+    fn sandbox_is_complete_where_the_kernel_has_it() {
+        let (daemon, mut guest) = Forwarding::start(&["--forward-listen=9001"]);
+        let status = format!("/proc/{}/status", daemon.child.id());
+        let status = std::fs::read_to_string(status).unwrap();
+        for line in [
+            "Seccomp:\t2\n",
+            "NoNewPrivs:\t1\n",
+            "CapEff:\t0000000000000000\n",
+        ] {
+            assert!(status.contains(line), "{status}");
+        }
+        let log = daemon.log();
+        let incomplete = log.lines().filter(|line| line.contains("incomplete"));
+        let incomplete: Vec<_> = incomplete.collect();
+        assert_eq!(incomplete.len(), 1, "{log}");
+        assert!(incomplete[0].ends_with("the sandbox is incomplete: no Landlock in this kernel"));
+
+        // It does in its sandbox all that forwarding takes.
+        let (program, flow) = open(&mut guest, &listen(PORT), 40_000);
+        assert_moves_bytes(&mut guest, &program, &flow);
+        let program = connect(9001);
+        let flow = Flow::of(&guest.recv());
+        guest.send(&flow.packet(Op::Response));
+        assert_moves_bytes(&mut guest, &program, &flow);
+    }
+
+    /// The guest's AF_VSOCK gives up a connect after 2 s. Meanwhile another connection is opened and used.
+    #[test]
+    #[ignore = "runs in a guest"]
+    fn slow_connects_keep_nobody_waiting() {
+        let (_daemon, mut guest) = Forwarding::start_to(SIBLING, &[]);
+        // On a busy machine 2 s may be over before anything else happens.
+        let overtaken = (0..5).any(|attempt| is_overtaken(&mut guest, 40_000 + 10 * attempt));
+        assert!(
+            overtaken,
+            "a connect that takes long has kept others waiting"
+        );
+    }
+
+    /// Whether a connection that is opened behind two that nobody answers is open, and used, before they are refused.
+    fn is_overtaken(guest: &mut SimGuest, ports: u32) -> bool {
+        let never = [
+            Flow::new(ports, NEVER),
+            Flow {
+                peer_cid: 77,
+                ..Flow::new(ports + 1, NEVER)
+            },
+        ];
+        let fast = Flow::new(ports + 2, PORT);
+        for flow in never.iter().chain([&fast]) {
+            guest.send(&flow.packet(Op::Request));
+        }
+        let (mut refused, mut answer) = (0, Vec::new());
+        let mut refused_before = None;
+        while refused < never.len() || answer != b"question" {
+            let packet = guest.recv();
+            if fast.owns(&packet) && packet.is(Op::Response) {
+                guest.send(&fast.rw(b"question"));
+            } else if fast.owns(&packet) {
+                answer.extend(packet.payload);
+            } else {
+                let flow = &never[(packet.dst_port - ports) as usize];
+                packet.assert_is(Op::Rst, flow);
+                refused += 1;
+            }
+            if answer == b"question" {
+                refused_before.get_or_insert(refused);
+            }
+        }
+        guest.send(&fast.packet(Op::Rst));
+        refused_before == Some(0)
     }
 }

@@ -252,6 +252,11 @@ impl GuestProcess {
         self.agent.say(&format!("close {}", self.number));
     }
 
+    /// Kills the command, if it still runs.
+    pub fn kill(&self) {
+        self.agent.say(&format!("kill {}", self.number));
+    }
+
     /// Waits for the command to end.
     pub fn wait(self) -> Output {
         let what = format!("the end of `{}` in the guest", self.command);
@@ -276,7 +281,7 @@ impl GuestProcess {
 
 impl Drop for GuestProcess {
     fn drop(&mut self) {
-        self.agent.say(&format!("kill {}", self.number));
+        self.kill();
     }
 }
 

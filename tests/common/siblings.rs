@@ -96,10 +96,8 @@ impl Vms {
             ));
             self.homes.insert(*cid, vms[0].0);
         }
-        command
-            .arg("-vv")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null());
+        // Not -vv: a line for each packet is too much for a guest that sends many.
+        command.arg("-v").stdin(Stdio::null()).stdout(Stdio::null());
         let daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
         self.daemons.insert(vms[0].0, daemon);
     }
@@ -118,6 +116,11 @@ impl Vms {
 
     /// A VMM's connection to the daemon of a VM.
     pub fn vmm(&self, cid: u64) -> UnixStream {
+        UnixStream::connect(self.vhost_socket(cid)).unwrap()
+    }
+
+    /// Where the VMM of a VM connects.
+    pub fn vhost_socket(&self, cid: u64) -> PathBuf {
         let home = self.homes[&cid];
         let name = if home == cid {
             String::new()
@@ -125,7 +128,7 @@ impl Vms {
             cid.to_string()
         };
         let directory = self.daemons[&home].directory();
-        UnixStream::connect(directory.join(format!("vhost{name}.socket"))).unwrap()
+        directory.join(format!("vhost{name}.socket"))
     }
 
     /// A VMM that has connected and done nothing else.

@@ -68,14 +68,18 @@ impl Traced {
     pub fn start(options: &[&str], path: &Path) -> Self {
         let directory = TempDir::with_prefix("vsock-test-").unwrap();
         let log = File::create(directory.path().join("log")).unwrap();
+        // With AF_VSOCK instead there is no path.
+        let forwards = options
+            .iter()
+            .any(|option| option.starts_with("--forward-cid"));
+        let uds_path = (!forwards).then(|| directory.path().join("vm.vsock"));
         let mut child = Command::new("/bin/sh")
             .args(["-c", LAUNCH, "sh"])
             .arg(binary())
             .arg(format!("--guest-cid={GUEST_CID}"))
             .arg("--socket")
             .arg(directory.path().join("vhost.socket"))
-            .arg("--uds-path")
-            .arg(directory.path().join("vm.vsock"))
+            .args(uds_path.map(|path| format!("--uds-path={}", path.display())))
             .args(options)
             .env(PATH_VARIABLE.trim_end_matches('='), path)
             .stdin(Stdio::piped())

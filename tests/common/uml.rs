@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 
 use tempfile::TempDir;
 
@@ -26,13 +27,24 @@ pub struct Uml {
 impl Uml {
     /// Boots a guest whose vsock device is `daemon`'s.
     pub fn boot(daemon: &Daemon) -> Self {
+        Self::boot_at(&daemon.vhost_socket())
+    }
+
+    /// Boots guests at once, each with the vsock device behind one of the vhost-user sockets.
+    pub fn boot_all<const N: usize>(sockets: [PathBuf; N]) -> [Self; N] {
+        let boots = sockets.map(|socket| thread::spawn(move || Self::boot_at(&socket)));
+        boots.map(|boot| boot.join().unwrap())
+    }
+
+    /// Boots a guest whose vsock device is behind the vhost-user socket `backend`.
+    pub fn boot_at(backend: &Path) -> Self {
         let kernel = installed("linux.uml");
         for program in ["socat", "ncat", "nc", "python3", "insmod"] {
             installed(program);
         }
         let directory = TempDir::with_prefix("uml-").unwrap();
         let socket = directory.path().join("vhost.socket");
-        uml_proxy::start(&socket, &daemon.vhost_socket());
+        uml_proxy::start(&socket, backend);
 
         let (agent, line) = UnixStream::pair().unwrap();
         let console = directory.path().join("console");

@@ -1,6 +1,7 @@
 """The guest's end of a test, with nothing but Python's own AF_VSOCK sockets. `peer.py TASK ARGUMENT...`; see the functions named do_…
 
 The bytes of a stream follow a pattern that both ends compute, so every byte is compared, and a difference has a place.
+PORT is a port of the host, or CID:PORT. An ADDRESS is a port that is listened on for one connection, or the CID:PORT that is called.
 """
 
 import errno
@@ -29,9 +30,22 @@ class Pattern:
 
 
 def connect(port):
+    *cid, port = str(port).split(":")
     stream = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    stream.connect((HOST, int(port)))
+    stream.connect((int(cid[0]) if cid else HOST, int(port)))
     return stream
+
+
+def connect_soon(port):
+    """Connects as soon as a program listens there."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return connect(port)
+        except (ConnectionResetError, ConnectionRefusedError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def listen(port):
@@ -39,6 +53,14 @@ def listen(port):
     listener.bind((socket.VMADDR_CID_ANY, int(port)))
     listener.listen(128)
     return listener
+
+
+def meet(address):
+    """The one connection of this address."""
+    if ":" in address:
+        return connect_soon(address)
+    with listen(address) as listener:
+        return listener.accept()[0]
 
 
 def send_pattern(stream, pattern, total, write):
@@ -60,19 +82,101 @@ def check_pattern(stream, pattern, total):
 
 def do_transfer(opener, port, total, write):
     """Sends and checks `total` bytes at once, in writes of `write` bytes."""
-    patterns = Pattern("guest"), Pattern("host")
     stream = connect(port) if opener == "guest" else listen(port).accept()[0]
-    sender = threading.Thread(target=send_pattern, args=(stream, patterns[0], int(total), int(write)))
-    sender.start()
-    check_pattern(stream, patterns[1], int(total))
-    sender.join()
+    move(stream, "guest", "host", int(total), int(write))
     stream.close()
+
+
+def move(stream, mine, theirs, total, write):
+    sender = threading.Thread(target=send_pattern, args=(stream, Pattern(mine), total, write))
+    sender.start()
+    check_pattern(stream, Pattern(theirs), total)
+    sender.join()
+
+
+def do_move(address, mine, theirs, total, write, flag=None):
+    """Does what `transfer` does, with the patterns of two names. Prints its own port, and the other end's CID and port. Makes the
+    file `flag` when the connection is there."""
+    with meet(address) as stream:
+        if flag:
+            open(flag, "w").close()
+        print(stream.getsockname()[1], *stream.getpeername())
+        move(stream, mine, theirs, int(total), int(write))
+        stream.shutdown(socket.SHUT_WR)
+        if stream.recv(1):
+            sys.exit("bytes behind the last one")
+
+
+def do_pump(address, flag):
+    """Sends without end, and compares what comes. Makes the file `flag` when a MiB has come; prints how the stream ended."""
+    stream = meet(address)
+    pattern, received = Pattern("pump"), 0
+    sender = threading.Thread(target=send_until_it_breaks, args=(stream, pattern), daemon=True)
+    sender.start()
+    try:
+        while data := stream.recv(65536):
+            if data != pattern.at(received, len(data)):
+                sys.exit(f"wrong bytes within {len(data)} from {received} on")
+            if received < 1 << 20 <= received + len(data):
+                open(flag, "w").close()
+            received += len(data)
+        print("end")
+    except OSError as failure:
+        print(errno.errorcode[failure.errno])
+    sender.join()
+
+
+def send_until_it_breaks(stream, pattern):
+    try:
+        send_pattern(stream, pattern, sys.maxsize, 65536)
+    except OSError:
+        pass
+
+
+def do_ask(address):
+    """Sends a question, then receives only, and prints the answer."""
+    with meet(address) as stream:
+        stream.sendall(b"question")
+        stream.shutdown(socket.SHUT_WR)
+        while data := stream.recv(100):
+            print(data.decode(), end="")
+
+
+def do_reply(address):
+    """Receives the question to its end, and answers in two pieces: that direction is still open, not just flushed."""
+    with meet(address) as stream:
+        question = b""
+        while data := stream.recv(100):
+            question += data
+        stream.sendall(b"%d bytes, " % len(question))
+        time.sleep(0.3)
+        stream.sendall(question)
 
 
 def do_fill(port):
     """Writes until nobody takes more, closes at once and says how many bytes were taken."""
+    fill(connect(port))
+
+
+def do_fill_sibling(address):
+    """The same over the connection of an address."""
+    fill(meet(address))
+
+
+def do_drain(address, pause):
+    """Reads to the end after so many seconds, and says how many bytes that were."""
+    pattern, received = Pattern("guest"), 0
+    with meet(address) as stream:
+        time.sleep(float(pause))
+        while data := stream.recv(65536):
+            if data != pattern.at(received, len(data)):
+                sys.exit(f"wrong bytes within {len(data)} from {received} on")
+            received += len(data)
+    print(received)
+
+
+def fill(stream):
     pattern = Pattern("guest")
-    stream = connect(port)
     stream.setblocking(False)
     sent, idle = 0, 0
     while idle < 10:
@@ -109,7 +213,7 @@ def send_at(stream, pattern, offset, size):
 def do_clients(port, count):
     """Holds `count` connections to an echo server at once; each gets back its own bytes."""
     pattern = Pattern("guest")
-    streams = [connect(port) for _ in range(int(count))]
+    streams = [connect_soon(port) for _ in range(int(count))]
     sys.stdin.readline()  # The test says when every other connection is open as well.
     failures = []
     run_all([(exchange_or_note, (stream, i, pattern, failures)) for i, stream in enumerate(streams)])
@@ -165,15 +269,16 @@ def echo(stream):
             pass
 
 
-def do_refused(port):
-    """Says how a connection to `port` fails, and how long that took."""
-    start = time.monotonic()
-    try:
-        connect(port)
-        result = "connected"
-    except OSError as failure:
-        result = errno.errorcode[failure.errno]
-    print(result, time.monotonic() - start)
+def do_refused(*ports):
+    """Says how a connection to each port fails, and how long that took."""
+    for port in ports:
+        start = time.monotonic()
+        try:
+            connect(port)
+            result = "connected"
+        except OSError as failure:
+            result = errno.errorcode[failure.errno]
+        print(result, time.monotonic() - start)
 
 
 def do_hold(port):
@@ -186,6 +291,35 @@ def do_hold(port):
         print("end")
     except OSError as failure:
         print(errno.errorcode[failure.errno])
+
+
+def do_port(port):
+    """Connects, says which port it has itself, and waits for the stream's end."""
+    with connect(port) as stream:
+        print(stream.getsockname()[1], flush=True)
+        stream.recv(1)
+
+
+def do_http(port):
+    """Serves HTTP: every path is a text of its own."""
+    import http.server
+    import socketserver
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = f"{self.headers['Host']}{self.path} in the guest\n".encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def address_string(self):
+            return "vsock"
+
+    class Server(socketserver.ThreadingTCPServer):
+        address_family = socket.AF_VSOCK
+
+    Server((socket.VMADDR_CID_ANY, int(port)), Handler).serve_forever()
 
 
 class SoakEnd:
