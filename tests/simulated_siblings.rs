@@ -11,7 +11,7 @@ use common::siblings::{Kind, Vms, flow};
 use common::sim::host::{assert_same, pattern, recv_bytes, recv_other};
 use common::sim::packet::{NO_RECEIVE, NO_SEND};
 use common::sim::stack::GuestStream;
-use common::sim::{Dice, Flow, GuestStack, Op, Packet, Setup, SimGuest};
+use common::sim::{Dice, Flow, GuestStack, Op, Setup, SimGuest};
 use nix::sys::signal::Signal;
 
 /// The port where a guest's program listens.
