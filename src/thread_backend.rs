@@ -359,9 +359,10 @@ impl VsockThreadBackend {
             .and_then(|slot| self.connections.token(slot))
             && let Some(entry) = self.connections.get_mut(token)
         {
-            let before = entry.conn.buffered();
+            let (bytes, messages) = (entry.conn.buffered(), entry.conn.messages());
             let verdict = entry.conn.flush();
-            self.cost += cost::TRANSFER + (before - entry.conn.buffered());
+            let transfers = (messages - entry.conn.messages()).max(1);
+            self.cost += cost::TRANSFER * transfers + (bytes - entry.conn.buffered());
             self.settle(token, verdict);
         }
     }
@@ -409,7 +410,10 @@ impl VsockThreadBackend {
 
     /// There is no guest any more: closes its connections, and the clients that do not wait for the next one.
     pub fn disconnect(&mut self) {
-        while let Some(token) = self.clients.oldest_that_leaves(!self.wait_for_guest.is_zero()) {
+        while let Some(token) = self
+            .clients
+            .oldest_that_leaves(!self.wait_for_guest.is_zero())
+        {
             self.clients.remove(token);
             self.drop_client("the VMM is gone");
         }

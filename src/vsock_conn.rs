@@ -55,7 +55,7 @@ use std::time::{Duration, Instant};
 use crate::host::connect_line;
 use crate::host::socket::HostSocket;
 use crate::metrics::counters::{CloseReason, ConnectionStats, Side};
-use crate::packet::header::{Cid, Op, ShutdownFlags, VsockHeader};
+use crate::packet::header::{Cid, Op, PacketType, ShutdownFlags, VsockHeader};
 use crate::packet::{RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
@@ -198,6 +198,11 @@ impl VsockConnection {
         self.mover.buffered()
     }
 
+    /// How many whole messages wait for the host program. Streams have none.
+    pub fn messages(&self) -> usize {
+        self.mover.messages()
+    }
+
     /// Whether its client has left, and it only goes on for what the guest knows of it or may still want to read.
     pub fn is_deserted(&self) -> bool {
         self.client_left && self.is_requested()
@@ -255,6 +260,7 @@ impl VsockConnection {
         ConnectionStats {
             guest_port: self.key.guest,
             peer: self.key.peer,
+            seqpacket: self.key.packet_type == PacketType::Seqpacket,
             state: self.state.name().into(),
             from_guest: self.credit.received(),
             to_guest: self.credit.sent(),

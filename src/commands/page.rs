@@ -95,13 +95,17 @@ fn table(connections: &[ConnectionStats]) -> String {
         }
     }
     let mut connections: Vec<&ConnectionStats> = connections.iter().collect();
-    connections.sort_by_key(|conn| (conn.guest_port, conn.peer));
+    connections.sort_by_key(|conn| (conn.guest_port, conn.peer, conn.seqpacket));
     for conn in connections {
         table.add_row([
             conn.guest_port.0.to_string(),
             peer(conn.peer),
             // Another program may answer in a daemon's place.
-            conn.state.escape_debug().to_string(),
+            format!(
+                "{}{}",
+                conn.state.escape_debug(),
+                if conn.seqpacket { " (seqpacket)" } else { "" }
+            ),
             bytes(conn.from_guest),
             bytes(conn.to_guest),
             bytes(conn.buffered as u64),

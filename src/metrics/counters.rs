@@ -148,6 +148,9 @@ pub struct ConnectionStats {
     pub guest_port: GuestPort,
     /// The other end.
     pub peer: PeerAddr,
+    /// It carries messages. A stream may have the same addresses.
+    #[serde(default)]
+    pub seqpacket: bool,
     /// The name of its state.
     pub state: Cow<'static, str>,
     /// Bytes received from the guest.

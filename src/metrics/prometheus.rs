@@ -108,6 +108,9 @@ fn connection_chunks(
         if conn.peer.cid != Cid::HOST {
             samples.labels.add("peer_cid", conn.peer.cid.get());
         }
+        if conn.seqpacket {
+            samples.labels.add("type", "seqpacket");
+        }
         (metric.samples)(conn, &mut samples);
         Ok(text.0)
     });

@@ -18,6 +18,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
     let connection = |port| ConnectionStats {
         guest_port: GuestPort(port),
         peer: PeerAddr::host(port + 1),
+        seqpacket: false,
         state: "established".into(),
         from_guest: 3,
         to_guest: 4,
@@ -121,6 +122,22 @@ fn samples_carry_the_cid_where_there_are_several_vms() {
     let line =
         "vhost_user_vsock_connection_buffered_bytes{cid=\"4\",guest_port=\"1\",host_port=\"2\"} 5";
     assert!(samples(&both).any(|sample| sample == line), "{both}");
+}
+
+#[test]
+fn both_types_with_the_same_ports_are_told_apart() {
+    let mut vm = vm(3, 2);
+    for (conn, seqpacket) in vm.connections.iter_mut().zip([false, true]) {
+        conn.guest_port = GuestPort(80);
+        conn.peer = PeerAddr::host(7);
+        conn.seqpacket = seqpacket;
+    }
+    let text = text(&Snapshot::from(vm));
+    let name = "vhost_user_vsock_connection_buffered_bytes";
+    for type_label in ["", ",type=\"seqpacket\""] {
+        let line = format!("{name}{{guest_port=\"80\",host_port=\"7\"{type_label}}} 5");
+        assert!(samples(&text).any(|sample| sample == line), "{text}");
+    }
 }
 
 #[test]

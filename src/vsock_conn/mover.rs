@@ -102,11 +102,19 @@ impl Mover {
         }
     }
 
+    /// How many whole messages wait for the socket.
+    pub(super) fn messages(&self) -> usize {
+        match self {
+            Self::Stream(_) => 0,
+            Self::Seqpacket(mover) => mover.messages(),
+        }
+    }
+
     /// Whether payload waits for the socket: more than a message that the guest has not finished.
     pub(super) fn waits_for_host(&self) -> bool {
         match self {
             Self::Stream(mover) => mover.buffered() > 0,
-            Self::Seqpacket(mover) => mover.waits_for_host(),
+            Self::Seqpacket(mover) => mover.messages() > 0,
         }
     }
 

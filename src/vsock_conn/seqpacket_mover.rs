@@ -3,8 +3,9 @@
 //! A message is delivered whole or not at all, and never together with another. On the rings it is one or more RW packets, the
 //! last of which has the flag EOM; at the socket it is one send or receive.
 //!
-//! *From the guest*, a whole message that lies in one batch of the TX ring is sent straight from guest memory. One that comes in
-//! pieces, or that the socket does not take, is copied to the [`LocalTxBuf`], with its length beside it.
+//! *From the guest*, a whole message that lies in the TX ring is sent straight from guest memory: a batch that would end within
+//! it leaves it to the next. One that comes in pieces, or that the socket does not take, is copied to the [`LocalTxBuf`], with its
+//! length beside it.
 //!
 //! *To the guest*, a message is measured before it is received: the guest must have credit for all of it, for it gives credit
 //! back only for whole messages. It is received straight into the guest's buffers where these hold it. Otherwise it is kept
@@ -95,14 +96,14 @@ impl SeqpacketMover {
         self.tx_buf.len()
     }
 
-    /// Whether whole messages wait for the socket.
-    pub(super) fn waits_for_host(&self) -> bool {
-        !self.lengths.is_empty()
+    /// How many whole messages wait for the socket.
+    pub(super) fn messages(&self) -> usize {
+        self.lengths.len()
     }
 
     /// Whether messages wait although the socket may have room: there will be no event.
     pub(super) fn can_flush(&self) -> bool {
-        self.writable && self.waits_for_host()
+        self.writable && !self.lengths.is_empty()
     }
 
     pub(super) fn set_readable(&mut self) {
