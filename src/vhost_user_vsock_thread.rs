@@ -284,9 +284,9 @@ impl VhostUserVsockThread {
             ],
         });
         let wait = self.rounds(queues.as_mut());
-        self.serve_events(vrings);
+        let has_more = self.serve_events(vrings);
         self.set_timer();
-        wait
+        if has_more { Wait::Not } else { wait }
     }
 
     fn rounds(&mut self, mut queues: Option<&mut Queues<'_>>) -> Wait {

@@ -4,6 +4,7 @@
 //! was restored, or the VM has come from another host. Most VMMs serve this ring themselves, and the device gets none.
 
 use vhost_user_backend::VringT;
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
 
@@ -25,51 +26,55 @@ impl VhostUserVsockThread {
         self.wake();
     }
 
-    /// Gives the driver the event that it has not got yet.
-    pub(super) fn serve_events(&mut self, vrings: &[VsockVring]) {
+    /// Gives the driver the event that it has not got yet. True where that is to go on in the next turn.
+    pub(super) fn serve_events(&mut self, vrings: &[VsockVring]) -> bool {
         let memory = self.rings.memory().map(GuestMemoryHandle::memory);
         let (true, Some(memory)) = (self.transport_reset, memory) else {
-            return;
+            return false;
         };
         let mut vring = vrings[EVENT_RING].get_mut();
         let Some(queue) = self.rings.check(EVENT_RING, &mut vring, &memory) else {
-            return;
+            return false;
         };
-        if let Err(error) = self.give_event(queue, &memory) {
+        self.give_event(queue, &memory).unwrap_or_else(|error| {
             self.rings.stop_broken(EVENT_RING, &error);
-        }
+            false
+        })
     }
 
     fn give_event(
         &mut self,
         queue: &mut Queue,
         memory: &GuestMemoryMmap,
-    ) -> Result<(), QueueError> {
+    ) -> Result<bool, QueueError> {
         for _ in 0..MAX_UNUSABLE {
-            if !has_entries(queue, memory)? && !self.rings.enable_kicks(EVENT_RING, queue, memory)? {
-                break;
-            }
-            let Some(chain) = queue.iter(memory)?.next() else {
-                break;
+            let has_more = has_entries(queue, memory)?
+                || self.rings.enable_kicks(EVENT_RING, queue, memory)?;
+            let Some(chain) = queue.iter(memory)?.next().filter(|_| has_more) else {
+                return Ok(false);
             };
             let head = chain.head_index();
-            let event = TRANSPORT_RESET.to_le_bytes();
-            let mut buffers = chain.writable();
-            let has_room = |len: u32| len as usize >= event.len();
-            let written = match buffers.next() {
-                Some(buffer) if has_room(buffer.len()) => {
-                    memory.write_slice(&event, buffer.addr()).is_ok()
-                }
-                _ => false,
-            };
-            let used = if written { event.len() as u32 } else { 0 };
+            let buffer = chain.writable().next();
+            let used = buffer.map_or(0, |buffer| write_event(buffer, memory));
             return_buffer(queue, memory, head, used)?;
             self.rings.set_position(EVENT_RING, queue.next_avail());
-            if written {
+            self.notify(EVENT_RING, queue, memory)?;
+            if used > 0 {
                 self.transport_reset = false;
-                break;
+                return Ok(false);
             }
         }
-        self.notify(EVENT_RING, queue, memory)
+        Ok(true)
+    }
+}
+
+/// Writes the event, and returns how many bytes it has: none where there is no room for it.
+fn write_event(buffer: Descriptor, memory: &GuestMemoryMmap) -> u32 {
+    let event = TRANSPORT_RESET.to_le_bytes();
+    let has_room = buffer.len() as usize >= event.len();
+    if has_room && memory.write_slice(&event, buffer.addr()).is_ok() {
+        event.len() as u32
+    } else {
+        0
     }
 }

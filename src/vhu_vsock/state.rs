@@ -97,14 +97,26 @@ mod tests {
     fn the_first_version_is_read_for_ever() {
         let state = load(&br#"{"version":1,"guest_cid":4}"#[..]).unwrap();
         let guest_cid = Cid::from_raw(4);
-        assert_eq!(state, DeviceState { version: 1, guest_cid });
+        assert_eq!(
+            state,
+            DeviceState {
+                version: 1,
+                guest_cid
+            }
+        );
     }
 
     #[test]
     fn what_is_not_understood_is_refused() {
         let message = |bytes: &[u8]| load(bytes).unwrap_err().to_string();
         assert!(message(br#"{"version":2,"other":4}"#).contains("has version 2"));
-        for broken in [&b""[..], b"{}", br#"{"version":1}"#, b"[1]", &[b'['; 1 << 16]] {
+        for broken in [
+            &b""[..],
+            b"{}",
+            br#"{"version":1}"#,
+            b"[1]",
+            &[b'['; 1 << 16],
+        ] {
             assert!(message(broken).contains("can't be understood"));
         }
     }
