@@ -16,7 +16,6 @@ use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use thiserror::Error;
-use vhost::vhost_user::Error as VhostUserError;
 
 use super::threads::{Naming, Threads, VmThreads, wait_readable};
 use crate::config::{
@@ -348,18 +347,16 @@ fn serve_vmm(vmm: UnixStream, device: &Arc<VhostUserVsockBackend>, stop: &Stop) 
         match session.handle_request() {
             Ok(()) => {}
             // A VMM that wanted an answer has it. The session goes on.
-            Err(VhostUserError::ReqHandlerError(error)) => warn!("refused the VMM: {error}"),
+            Err(error) if error.is_refusal() => warn!("refused the VMM: {error}"),
             Err(error) => break error,
         }
     };
     stop.set_vmm(None);
     drop(session);
     device.end_session();
-    match end {
-        VhostUserError::Disconnected | VhostUserError::SocketBroken(_) => {
-            info!("the VMM disconnected");
-        }
-        _ if stop.is_requested() => info!("the VMM disconnected"),
-        error => warn!("the VMM is no longer served: {error}"),
+    if end.is_end() || stop.is_requested() {
+        info!("the VMM disconnected");
+    } else {
+        warn!("the VMM is no longer served: {end}");
     }
 }

@@ -14,6 +14,11 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::packet::header::Cid;
+use crate::syscalls::Syscall;
+
+/// To read a state and to write one.
+pub(super) const SYSCALLS: &[Syscall] =
+    &[Syscall::any(libc::SYS_read), Syscall::any(libc::SYS_write)];
 
 /// The version that is written, and the only one that is understood.
 const VERSION: u32 = 1;
