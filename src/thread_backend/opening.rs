@@ -265,8 +265,13 @@ impl VsockThreadBackend {
     pub(super) fn open(&mut self, request: &VsockHeader) {
         match self.try_open(request) {
             Ok(token) => {
-                debug!("{} requested by the guest", name(ConnKey::of(request)));
                 self.settle(token, Verdict::Open);
+                let entry = self.connections.get(token);
+                let what = match entry.is_some_and(|entry| entry.conn.is_dialing()) {
+                    true => "requested",
+                    false => "opened",
+                };
+                debug!("{} {what} by the guest", name(ConnKey::of(request)));
             }
             Err(error) => {
                 debug!("{} refused: {error}", name(ConnKey::of(request)));
