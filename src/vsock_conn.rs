@@ -183,6 +183,11 @@ impl VsockConnection {
         self.mover.into_socket()
     }
 
+    /// Lets the guest have no longer than until then for its answer.
+    pub fn answer_by(&mut self, latest: Instant) {
+        self.deadline = self.deadline.map(|deadline| deadline.min(latest));
+    }
+
     /// When it is reset unless something happens before.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
@@ -211,6 +216,11 @@ impl VsockConnection {
     /// Whether our REQUEST has no answer yet.
     pub fn is_requested(&self) -> bool {
         matches!(self.state, State::Requested)
+    }
+
+    /// Whether the guest's REQUEST has no answer of the peer's yet.
+    pub fn is_dialing(&self) -> bool {
+        matches!(self.state, State::Dialing(_))
     }
 
     /// Whether the payload that is pending is a part of a stream of much more.
@@ -353,10 +363,12 @@ impl VsockConnection {
         if (was_waiting && !ready.writable) || (!was_waiting && ready == Readiness::WRITABLE) {
             self.probe_receiver();
         }
-        if ready.hung_up {
-            if matches!(self.state, State::Requested) {
+        if matches!(self.state, State::Requested) {
+            // A socket of AF_VSOCK does not hang up.
+            if ready.hung_up || ready.until_empty && self.mover.socket().peer_closed() {
                 return self.client_closed();
             }
+        } else if ready.hung_up {
             self.host_closed();
         }
         let dropped = was_waiting && self.mover.buffered() == 0;

@@ -151,7 +151,8 @@ impl Routes {
         }
     }
 
-    /// Calls the sibling at `callee`, in this process before others. None if there is no such sibling.
+    /// Calls the sibling that a REQUEST is for, in this process before others. None if there is no such sibling. Somebody who is at
+    /// its place in a directory and can't be called hides whoever is in the next: that may be another VM.
     fn call_sibling(&mut self, request: &VsockHeader) -> Option<Result<HostSocket, DialError>> {
         let (callee, packet_type) = (request.peer, request.packet_type);
         if callee.cid == self.guest_cid || Cid::try_from(callee.cid.get()).is_err() {
@@ -165,7 +166,6 @@ impl Routes {
             cid: self.guest_cid,
             port: PeerPort(request.guest_port.0),
         };
-        let mut failed = None;
         for directory in &self.sibling_dirs {
             let path = sibling_path(directory, callee.cid, packet_type);
             let call = Sibling { path: &path, packet_type, caller, port: callee.port };
@@ -174,12 +174,12 @@ impl Routes {
                 Err(error) => {
                     let error = DialError::Connect { path, error };
                     if !error.is_nobody() {
-                        failed = failed.or(Some(Err(error)));
+                        return Some(Err(error));
                     }
                 }
             }
         }
-        failed
+        None
     }
 
     /// Checks that `client`, which has connected in the directory of siblings of this index, may call in the name of the guest

@@ -17,7 +17,9 @@ const SIDES: usize = Side::ALL.len();
 pub(super) struct Entry {
     pub(super) conn: VsockConnection,
     /// Who has opened it.
-    opened_by: Side,
+    pub(super) opened_by: Side,
+    /// Whether it was counted as opened. An attempt that may fail without being a connection is not, at first.
+    pub(super) is_counted: bool,
     /// The deadline that is in the table of deadlines.
     pub(super) deadline: Option<Instant>,
     /// What its client waits for, until the guest has accepted it.
@@ -130,6 +132,7 @@ impl Connections {
             Ok(Entry {
                 conn,
                 opened_by,
+                is_counted: false,
                 deadline: None,
                 waiting: None,
             })

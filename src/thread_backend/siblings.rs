@@ -43,10 +43,7 @@ impl VsockThreadBackend {
 
     fn connect_sibling(&mut self, socket: HostSocket, port: GuestPort, caller: PeerAddr) {
         match self.try_connect_sibling(socket, port, caller) {
-            Ok(token) => {
-                self.counters.opened[Side::Sibling as usize] += 1;
-                self.settle(token, Verdict::Open);
-            }
+            Ok(token) => self.settle(token, Verdict::Open),
             Err(error) => self.drop_client(&format!("guest port {}, {caller}: {error}", port.0)),
         }
     }

@@ -348,3 +348,59 @@ fn a_call_across_processes_says_who_calls() {
     table.backend.socket_ready(token, Readiness { readable: true, ..Readiness::default() });
     assert!(!table.has_nothing_pending());
 }
+
+#[test]
+fn a_call_that_is_not_accepted_counts_as_refused() {
+    let mut table = Table::new();
+    let sibling = table.bind(5);
+    let call = |table: &mut Table, port| {
+        let to = PeerAddr { cid: Cid::from_raw(5), port: PeerPort(80) };
+        let header = VsockHeader::new(Cid::from_raw(4), GuestPort(port), to, Op::Request);
+        table.backend.send_pkts(&tx_batch(&memory(), &[(header, b"")]));
+        let key = ConnKey::of(&header);
+        (sibling.accept().unwrap().0, table.backend.connections.find(&key).unwrap())
+    };
+    let counts = |table: &Table| {
+        let counters = &table.backend.counters;
+        (counters.refused, counters.opened[Side::Guest as usize], counters.ended.iter().sum::<u64>())
+    };
+    let readable = Readiness { readable: true, ..Readiness::default() };
+    let (refusing, token) = call(&mut table, 1);
+    drop(refusing);
+    table.backend.socket_ready(token, readable);
+    assert_eq!(counts(&table), (1, 0, 0));
+    let (_silent, _) = call(&mut table, 2);
+    table.backend.expire(Instant::now() + Duration::from_secs(60));
+    assert_eq!(counts(&table), (2, 0, 0));
+    let (mut accepting, token) = call(&mut table, 3);
+    assert_eq!(counts(&table), (2, 0, 0));
+    accepting.write_all(b"OK 1\n").unwrap();
+    table.backend.socket_ready(token, readable);
+    assert_eq!(counts(&table), (2, 1, 0));
+    // A guest that gives up has had a connection.
+    let _calling = call(&mut table, 4);
+    table.backend.reset();
+    assert_eq!(counts(&table), (2, 2, 2));
+}
+
+#[test]
+fn a_sibling_with_a_full_backlog_hides_those_in_the_next_directory() {
+    let next = TempDir::new().unwrap();
+    let mut table = Table::with(|config| config.sibling_dirs.push(next.path().into()));
+    let other = UnixListener::bind(next.path().join("5.vsock")).unwrap();
+    other.set_nonblocking(true).unwrap();
+    let to = PeerAddr { cid: Cid::from_raw(5), port: PeerPort(80) };
+    let call = |table: &mut Table, port| {
+        let header = VsockHeader::new(Cid::from_raw(4), GuestPort(port), to, Op::Request);
+        table.backend.send_pkts(&tx_batch(&memory(), &[(header, b"")]));
+    };
+    call(&mut table, 1);
+    other.accept().unwrap();
+    let busy = table.bind(5);
+    nix::sys::socket::listen(&busy, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    for port in 2..6 {
+        call(&mut table, port);
+    }
+    assert!(table.backend.counters.refused > 0);
+    assert_eq!(other.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+}

@@ -172,9 +172,10 @@ impl SeqpacketMover {
             }
         }
         // The guest's credit is the room in this buffer: it fails only where the system has no memory.
-        if !self
-            .tx_buf
-            .push(len, |offset, place| pieces.copy_to(offset, place))
+        if self.lengths.try_reserve(1).is_err()
+            || !self
+                .tx_buf
+                .push(len, |offset, place| pieces.copy_to(offset, place))
         {
             return Delivered::Failed;
         }
