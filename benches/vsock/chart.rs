@@ -145,7 +145,9 @@ fn row(result: &CaseResult, baseline: &str) -> Row {
             .collect()
     };
     let cpu_key = match kind {
-        Kind::Streams { .. } | Kind::Uml(_) => Some(key::CPU_S_PER_GIB),
+        Kind::Streams { .. } | Kind::Messages { .. } | Kind::Siblings { .. } | Kind::Uml(_) => {
+            Some(key::CPU_S_PER_GIB)
+        }
         Kind::Idle(_) | Kind::StartUp | Kind::Flooded { .. } => None,
         _ => Some(key::CPU_US_PER_OP),
     };
