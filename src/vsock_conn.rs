@@ -55,7 +55,7 @@ use std::time::{Duration, Instant};
 use crate::host::connect_line;
 use crate::host::socket::HostSocket;
 use crate::metrics::counters::{CloseReason, ConnectionStats, Side};
-use crate::packet::header::{Cid, Op, ShutdownFlags, VsockHeader};
+use crate::packet::header::{Cid, Op, PacketType, ShutdownFlags, VsockHeader};
 use crate::packet::{RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
@@ -265,6 +265,7 @@ impl VsockConnection {
         ConnectionStats {
             guest_port: self.key.guest,
             peer: self.key.peer,
+            messages: self.key.packet_type == PacketType::Seqpacket,
             state: self.state.name().into(),
             from_guest: self.credit.received(),
             to_guest: self.credit.sent(),

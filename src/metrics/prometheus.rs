@@ -108,6 +108,9 @@ fn connection_chunks(
         if conn.peer.cid != Cid::HOST {
             samples.labels.add("peer_cid", conn.peer.cid.get());
         }
+        if conn.messages {
+            samples.labels.add("type", "seqpacket");
+        }
         (metric.samples)(conn, &mut samples);
         Ok(text.0)
     });
@@ -190,7 +193,7 @@ static VM_METRICS: [Metric<VmSnapshot>; 21] = [
     ),
     counter(
         "connections_refused_total",
-        "Connection requests of the guest that were refused",
+        "Connection requests of the guest that were refused, or not answered in time",
         |vm, out| out.value(vm.counters.refused),
     ),
     counter(

@@ -18,6 +18,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
     let connection = |port| ConnectionStats {
         guest_port: GuestPort(port),
         peer: PeerAddr::host(port + 1),
+        messages: false,
         state: "established".into(),
         from_guest: 3,
         to_guest: 4,
@@ -140,6 +141,25 @@ fn siblings_with_the_same_port_are_told_apart() {
         let line = format!("{name}{{{labels},peer_cid=\"{cid}\"}} 5");
         assert!(samples(&text).any(|sample| sample == line), "{text}");
     }
+}
+
+#[test]
+fn a_stream_and_messages_with_the_same_ports_are_told_apart() {
+    let mut vm = vm(3, 2);
+    for (conn, messages) in vm.connections.iter_mut().zip([false, true]) {
+        conn.guest_port = GuestPort(80);
+        conn.peer = PeerAddr::host(7);
+        conn.messages = messages;
+    }
+    let text = text(&Snapshot::from(vm));
+    let mut series: Vec<&str> = samples(&text)
+        .filter_map(|sample| sample.rsplit_once(' '))
+        .map(|(series, _)| series)
+        .collect();
+    let count = series.len();
+    series.sort_unstable();
+    series.dedup();
+    assert_eq!(series.len(), count, "{text}");
 }
 
 #[test]
