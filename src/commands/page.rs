@@ -116,6 +116,16 @@ fn table(connections: &[ConnectionStats]) -> String {
     table.to_string()
 }
 
+/// Its state, and what it carries if that is not bytes.
+fn state(conn: &ConnectionStats) -> String {
+    // Another program may answer in a daemon's place.
+    let state = conn.state.escape_debug();
+    match conn.messages {
+        true => format!("{state}, messages"),
+        false => state.to_string(),
+    }
+}
+
 /// A port of the host's, or the address of another guest's.
 fn peer(peer: PeerAddr) -> String {
     if peer.cid == Cid::HOST {

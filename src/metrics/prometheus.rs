@@ -193,7 +193,7 @@ static VM_METRICS: [Metric<VmSnapshot>; 21] = [
     ),
     counter(
         "connections_refused_total",
-        "Connection requests of the guest that were refused",
+        "Connection requests of the guest that were refused, or not answered in time",
         |vm, out| out.value(vm.counters.refused),
     ),
     counter(

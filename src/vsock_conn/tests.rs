@@ -3,7 +3,7 @@ use std::os::unix::net::UnixStream;
 
 use super::*;
 use crate::host::connect_line::Line;
-use crate::packet::header::{GuestPort, PacketType, PeerAddr};
+use crate::packet::header::{GuestPort, PeerAddr};
 use crate::testing::{memory, received, rx_batch, tx_batch};
 
 const KEY: ConnKey = ConnKey {
