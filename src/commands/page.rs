@@ -100,12 +100,7 @@ fn table(connections: &[ConnectionStats]) -> String {
         table.add_row([
             conn.guest_port.0.to_string(),
             peer(conn.peer),
-            // Another program may answer in a daemon's place.
-            format!(
-                "{}{}",
-                conn.state.escape_debug(),
-                if conn.seqpacket { " (seqpacket)" } else { "" }
-            ),
+            state(conn),
             bytes(conn.from_guest),
             bytes(conn.to_guest),
             bytes(conn.buffered as u64),
@@ -120,8 +115,8 @@ fn table(connections: &[ConnectionStats]) -> String {
 fn state(conn: &ConnectionStats) -> String {
     // Another program may answer in a daemon's place.
     let state = conn.state.escape_debug();
-    match conn.messages {
-        true => format!("{state}, messages"),
+    match conn.seqpacket {
+        true => format!("{state} (seqpacket)"),
         false => state.to_string(),
     }
 }

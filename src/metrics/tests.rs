@@ -160,25 +160,6 @@ fn siblings_with_the_same_port_are_told_apart() {
 }
 
 #[test]
-fn a_stream_and_messages_with_the_same_ports_are_told_apart() {
-    let mut vm = vm(3, 2);
-    for (conn, messages) in vm.connections.iter_mut().zip([false, true]) {
-        conn.guest_port = GuestPort(80);
-        conn.peer = PeerAddr::host(7);
-        conn.messages = messages;
-    }
-    let text = text(&Snapshot::from(vm));
-    let mut series: Vec<&str> = samples(&text)
-        .filter_map(|sample| sample.rsplit_once(' '))
-        .map(|(series, _)| series)
-        .collect();
-    let count = series.len();
-    series.sort_unstable();
-    series.dedup();
-    assert_eq!(series.len(), count, "{text}");
-}
-
-#[test]
 fn merged_daemons_have_names_and_spoil_nothing() {
     let mut hostile = vm(3, 1);
     hostile.connections[0].state = "\"} 1\nother 2\\".into();
