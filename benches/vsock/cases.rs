@@ -185,17 +185,13 @@ pub const CASES: &[Case] = &[
         None,
     ),
     siblings(
-        "guest to guest, two processes, 64 KiB",
+        "guests of two processes 64 KiB",
         Vms::TwoProcesses,
         64 << 10,
     ),
-    siblings(
-        "guest to guest, two processes, 4 KiB",
-        Vms::TwoProcesses,
-        4 << 10,
-    ),
+    siblings("guests of two processes 4 KiB", Vms::TwoProcesses, 4 << 10),
     other(
-        "guest to guest, two processes, round trip 64 B",
+        "guests of two processes, round trip",
         Kind::SiblingRoundTrip(Vms::TwoProcesses),
         None,
     ),

@@ -139,7 +139,10 @@ fn row(result: &CaseResult, baseline: &str) -> Row {
             .map(|entry| {
                 let own = entry.median(key);
                 let ratio = own.and_then(|_| ratio(entry, key, higher_is_better));
-                let figure = own.map_or_else(|| "failed".into(), |own| figure(own, key));
+                let mut figure = own.map_or_else(|| "failed".into(), |own| figure(own, key));
+                if key == headline && base.is_some_and(|base| base.median(key).is_none()) {
+                    figure += &format!(", {baseline} failed");
+                }
                 Bar { ratio, figure }
             })
             .collect()

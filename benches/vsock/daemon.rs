@@ -183,7 +183,7 @@ impl Daemon {
         self.processes.iter().map(Child::id)
     }
 
-    /// Fails with the last line of its log if it has ended.
+    /// Fails with the last line of its log, or the line with the error, if it has ended.
     pub fn check(&mut self) -> io::Result<()> {
         let mut ended = None;
         for process in &mut self.processes {
@@ -193,9 +193,10 @@ impl Daemon {
             return Ok(());
         };
         let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
-        let last = log.lines().last().unwrap_or_default();
+        let error = log.lines().find(|line| line.starts_with("error"));
+        let why = error.or(log.lines().last()).unwrap_or_default();
         Err(io::Error::other(format!(
-            "the daemon ended, {status}: {last}"
+            "the daemon ended, {status}: {why}"
         )))
     }
 

@@ -252,7 +252,10 @@ impl Guest {
         let header = Header::parse(&bytes);
         let len = header.len as usize;
         if (used as usize) < HEADER_LEN + len || header.len > RX_PAYLOAD {
-            return Err(format!("a packet of {used} bytes: {header:?}"));
+            let room = HEADER_LEN + RX_PAYLOAD as usize;
+            return Err(format!(
+                "{used} bytes in a buffer of {room}, the packet's payload has {len}"
+            ));
         }
         let ports = (header.dst_port, header.src_port);
         let Some(id) = self.conns.find(ports) else {
