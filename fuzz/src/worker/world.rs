@@ -448,7 +448,8 @@ impl World<'_> {
         };
         let (first, second) = line.split_at(at);
         program.write_all(first.as_bytes()).unwrap();
-        if !first.is_empty() {
+        // Programs that have left are seen to have done so before this one takes a place.
+        if !first.is_empty() || self.departures > 0 {
             self.run();
         }
         program.write_all(second.as_bytes()).unwrap();
