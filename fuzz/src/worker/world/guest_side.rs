@@ -374,12 +374,13 @@ impl World<'_> {
                     self.departed.remove(&key);
                 } else {
                     reply.op = Op::Response;
+                    reply.buf_alloc = 8192;
                 }
             }
             Op::Shutdown if ShutdownFlags::from_bits_truncate(header.flags).is_all() => {
                 self.departed.remove(&key);
             }
-            Op::Shutdown | Op::CreditUpdate => return,
+            Op::Shutdown | Op::CreditUpdate | Op::CreditRequest => return,
             _ => panic!("from nobody: {header:?}"),
         }
         self.replies.push_back(reply);
