@@ -50,9 +50,12 @@ impl Borders {
         self.arrived += usize::from(is_last);
     }
 
-    /// Whether a message ends behind so many bytes, or the first begins.
-    pub fn is_border(&self, count: u32) -> bool {
-        count == 0 || self.ends.binary_search(&count).is_ok()
+    /// Whether so many of the bytes that were sent may have left a buffer: whole messages do, and one that was dropped since
+    /// its end will not come.
+    pub fn may_have_left(&self, count: u32, sent: u32, has_end: bool) -> bool {
+        let is_border = |count| count == 0 || self.ends.binary_search(&count).is_ok();
+        let dropped = if has_end { self.unfinished(sent) } else { 0 };
+        is_border(count) || count.checked_sub(dropped).is_some_and(is_border)
     }
 
     /// Whether every whole message has arrived.

@@ -13,8 +13,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user_backend::VringT;
 use vhost_user_vsock::config::VmConfig;
 use vhost_user_vsock::host::connect_line::Progress;
-use vhost_user_vsock::host::entry::{Entry, EntrySocket};
 use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PacketType, PeerAddr, VsockHeader};
+use vhost_user_vsock::thread_backend::Types;
 use vhost_user_vsock::vhost_user_vsock_thread::{
     Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, RX_RING, TX_RING, VhostUserVsockThread,
     VsockVring, Wait,
@@ -86,6 +86,12 @@ pub(super) struct World<'m> {
     departures: u32,
     /// Host programs that must be closed.
     unwelcome: Vec<UnixStream>,
+    /// How many host programs have connected, whether some do so for messages, and whether others do so for streams.
+    clients: u32,
+    for_messages: bool,
+    for_both: bool,
+    /// Which host ports have listeners for messages, bit by bit.
+    message_ports: u8,
     restarts: usize,
     is_eager: bool,
 }
@@ -100,11 +106,11 @@ impl<'m> World<'m> {
             busy_poll: Duration::ZERO,
             ..VmConfig::new(CID, "", host.uds_path())
         };
-        let mut worker = VhostUserVsockThread::new(
-            &config,
-            vec![EntrySocket::new(Entry::Host, host.listener())],
-        )
-        .unwrap();
+        let mut worker = VhostUserVsockThread::new(&config, host.entries()).unwrap();
+        worker.set_types(Types {
+            stream: true,
+            seqpacket: true,
+        });
         let handle = GuestMemoryHandle::new(memory.map().clone());
         worker.set_memory(handle.clone());
         worker.set_notify_on_empty(setup.notify_on_empty);
@@ -139,11 +145,16 @@ impl<'m> World<'m> {
             departed: HashSet::new(),
             departures: 0,
             unwelcome: Vec::new(),
+            clients: 0,
+            for_messages: setup.factor & 0x80 != 0,
+            for_both: setup.factor & 0x40 != 0,
+            message_ports: setup.listening >> 4,
             restarts: 0,
             is_eager: setup.is_eager,
         };
         for port in 1..=PORTS {
-            host.listen(port, setup.listening >> (port - 1) & 1 != 0);
+            let is_open = setup.listening >> (port - 1) & 1 != 0;
+            host.listen(port, is_open.then(|| world.type_of(port)));
         }
         world.start();
         world
@@ -353,11 +364,11 @@ impl World<'_> {
     fn accept(&mut self, index: usize) {
         let conn = &mut self.conns[index];
         let port = conn.key.peer.port.0 as u8;
-        conn.program = self.host.accept(port);
+        conn.program = self.host.accept(port, conn.key.packet_type);
         conn.is_accepted = conn.program.is_some();
         assert_eq!(
             conn.is_accepted,
-            self.host.listens(port),
+            self.host.listens(port, conn.key.packet_type),
             "who listens gets connections"
         );
     }
@@ -395,11 +406,31 @@ impl World<'_> {
         }
     }
 
+    /// The type of the host programs that listen there.
+    fn type_of(&self, port: u8) -> PacketType {
+        if self.message_ports >> (port - 1) & 1 == 0 {
+            PacketType::Stream
+        } else {
+            PacketType::Seqpacket
+        }
+    }
+
+    /// What the next host program that connects does so for.
+    fn next_type(&mut self) -> PacketType {
+        self.clients += 1;
+        if self.for_messages && !(self.for_both && self.clients.is_multiple_of(2)) {
+            PacketType::Seqpacket
+        } else {
+            PacketType::Stream
+        }
+    }
+
     fn connect(&mut self, pieces: u8) {
         if self.conns.len() == MAX_CONNS {
             return;
         }
-        let Ok(mut program) = self.host.connect() else {
+        let packet_type = self.next_type();
+        let Ok(mut program) = self.host.connect(packet_type) else {
             return;
         };
         let number = self.conns.len() as u32;
@@ -410,14 +441,20 @@ impl World<'_> {
             2 => format!("CONNECT  {port} \r\n"),
             _ => format!("Connect   {port}\r\n"),
         };
-        let (first, second) = line.split_at(usize::from(pieces) % line.len());
+        // As a message it has no pieces.
+        let at = match packet_type {
+            PacketType::Seqpacket => 0,
+            _ => usize::from(pieces) % line.len(),
+        };
+        let (first, second) = line.split_at(at);
         program.write_all(first.as_bytes()).unwrap();
-        if !first.is_empty() {
+        // Programs that have left are seen to have done so before this one takes a place.
+        if !first.is_empty() || self.departures > 0 {
             self.run();
         }
         program.write_all(second.as_bytes()).unwrap();
         let key = ConnKey {
-            packet_type: PacketType::Stream,
+            packet_type,
             guest: GuestPort(port),
             peer: PeerAddr::host(0),
         };
@@ -433,7 +470,8 @@ impl World<'_> {
         if is_line || self.unwelcome.len() == MAX_UNWELCOME {
             return;
         }
-        let Ok(mut program) = self.host.connect() else {
+        let packet_type = self.next_type();
+        let Ok(mut program) = self.host.connect(packet_type) else {
             return;
         };
         program.write_all(&text).unwrap();
@@ -447,7 +485,8 @@ impl World<'_> {
             if self.departures == MAX_DEPARTED {
                 break;
             }
-            let Ok(mut program) = self.host.connect() else {
+            let packet_type = self.next_type();
+            let Ok(mut program) = self.host.connect(packet_type) else {
                 break;
             };
             let port = FIRST_DEPARTED + self.departures;
@@ -466,7 +505,8 @@ impl World<'_> {
         self.run();
         // Requests on the way would find one or the other.
         if self.asking.is_empty() {
-            self.host.listen(1 + port % PORTS, wanted);
+            let port = 1 + port % PORTS;
+            self.host.listen(port, wanted.then(|| self.type_of(port)));
         }
     }
 }

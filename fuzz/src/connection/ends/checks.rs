@@ -105,10 +105,10 @@ impl Ends<'_> {
             "{:?}",
             self.to_host
         );
-        let is_all = self.forwarded == self.to_host.sent;
+        let has_end = self.guest_shutdown.contains(ShutdownFlags::SEND);
         assert!(
-            self.host_borders.is_border(self.forwarded)
-                || is_all && self.guest_shutdown.contains(ShutdownFlags::SEND),
+            self.host_borders
+                .may_have_left(self.forwarded, self.to_host.sent, has_end),
             "{} bytes are no whole messages: {:?}",
             self.forwarded,
             self.host_borders
