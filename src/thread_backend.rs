@@ -523,7 +523,8 @@ impl VsockThreadBackend {
         let Some(entry) = self.connections.get(token) else {
             return;
         };
-        if entry.conn.is_dialing() && matches!(reason, CloseReason::Refused | CloseReason::Timeout) {
+        if entry.conn.is_dialing() && matches!(reason, CloseReason::Refused | CloseReason::Timeout)
+        {
             self.counters.refused += 1;
             return;
         }

@@ -78,7 +78,9 @@ pub enum ListenerError {
     #[error("{0}: can't listen there: {1}")]
     Io(PathBuf, io::Error),
     /// Connections are to be forwarded to AF_VSOCK, and the kernel has none.
-    #[error("--forward-cid: no AF_VSOCK in this kernel, load a module for it (vsock_loopback for CID 1): {0}")]
+    #[error(
+        "--forward-cid: no AF_VSOCK in this kernel, load a module for it (vsock_loopback for CID 1): {0}"
+    )]
     NoVsock(io::Error),
     /// The system refused to listen on a port of AF_VSOCK.
     #[error("port {0} of AF_VSOCK: can't listen there: {1}")]

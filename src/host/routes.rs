@@ -168,7 +168,12 @@ impl Routes {
         };
         for directory in &self.sibling_dirs {
             let path = sibling_path(directory, callee.cid, packet_type);
-            let call = Sibling { path: &path, packet_type, caller, port: callee.port };
+            let call = Sibling {
+                path: &path,
+                packet_type,
+                caller,
+                port: callee.port,
+            };
             match call.begin(&mut self.dialer) {
                 Ok(socket) => return Some(Ok(socket)),
                 Err(error) => {
@@ -221,12 +226,17 @@ impl Routes {
 
     /// Whether siblings in this process have called.
     pub fn has_calls(&self) -> bool {
-        self.siblings.as_ref().is_some_and(|siblings| siblings.has_calls())
+        self.siblings
+            .as_ref()
+            .is_some_and(|siblings| siblings.has_calls())
     }
 
     /// The call of a sibling in this process that is to be taken next.
     pub fn next_call(&self) -> Option<Call> {
-        self.siblings.as_ref().filter(|siblings| siblings.has_calls())?.next_call()
+        self.siblings
+            .as_ref()
+            .filter(|siblings| siblings.has_calls())?
+            .next_call()
     }
 
     /// Nothing will be dialed for a while.

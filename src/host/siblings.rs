@@ -296,7 +296,8 @@ mod tests {
     #[test]
     fn a_call_arrives_with_the_address_of_its_caller() {
         let siblings = Arc::default();
-        let ((four, _), (five, wake)) = (join(&siblings, 4, &["a", "b"]), join(&siblings, 5, &["b"]));
+        let ((four, _), (five, wake)) =
+            (join(&siblings, 4, &["a", "b"]), join(&siblings, 5, &["b"]));
         assert!(!five.has_calls() && five.next_call().is_none());
         let ours = four.call(&request(&four, addr(5, 80))).unwrap().unwrap();
         assert_eq!(wake.read().unwrap(), 1);
@@ -315,7 +316,11 @@ mod tests {
         let ((four, _), (five, _)) = (join(&siblings, 4, &["a"]), join(&siblings, 5, &["b"]));
         let (six, _) = join(&siblings, 6, &["a", "b"]);
         for (from, to) in [(&four, 5), (&four, 4), (&four, 2), (&four, 7), (&five, 4)] {
-            assert!(from.call(&request(from, addr(to, 80))).is_none(), "{} calls {to}", from.cid);
+            assert!(
+                from.call(&request(from, addr(to, 80))).is_none(),
+                "{} calls {to}",
+                from.cid
+            );
             assert!(!from.has_sibling(Cid::from_raw(to.into())));
         }
         for (from, to) in [(&four, 6), (&six, 4), (&six, 5), (&five, 6)] {
@@ -353,14 +358,25 @@ mod tests {
         let callers = [(); 3].map(|()| six.next_call().unwrap().caller.cid.get());
         assert_eq!(callers, [4, 5, 4], "in turn");
         assert!(four.call(&request(&four, addr(5, 80))).unwrap().is_ok());
-        assert_eq!(std::iter::from_fn(|| six.next_call()).count(), MAX_CALLS - 2);
+        assert_eq!(
+            std::iter::from_fn(|| six.next_call()).count(),
+            MAX_CALLS - 2
+        );
         assert!(!six.has_calls());
     }
 
     #[test]
     fn siblings_share_a_group() {
         assert!(!are_among(&[config(4, &["a"])]));
-        assert!(!are_among(&[config(4, &["a"]), config(5, &["b"]), config(6, &[])]));
-        assert!(are_among(&[config(4, &["a"]), config(5, &["b"]), config(6, &["c", "a"])]));
+        assert!(!are_among(&[
+            config(4, &["a"]),
+            config(5, &["b"]),
+            config(6, &[])
+        ]));
+        assert!(are_among(&[
+            config(4, &["a"]),
+            config(5, &["b"]),
+            config(6, &["c", "a"])
+        ]));
     }
 }

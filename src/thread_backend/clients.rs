@@ -315,7 +315,9 @@ impl Clients {
     /// There is a guest: all REQUESTs are due.
     pub(super) fn retry_all(&mut self) {
         for _ in 0..self.waiting.len() {
-            let Some(slot) = self.waiting.pop() else { break };
+            let Some(slot) = self.waiting.pop() else {
+                break;
+            };
             // All go to the end, one by one, and so keep their order.
             self.waiting.push(slot);
             if let Some(token) = self.slots.token(slot) {
@@ -436,7 +438,10 @@ mod tests {
             greeting: Greeting::Nothing,
         };
         let answer_by = |wait| Waiting::new(wanted, now, wait).answer_by;
-        assert_eq!(answer_by(Duration::from_secs(60)), now + Duration::from_secs(60));
+        assert_eq!(
+            answer_by(Duration::from_secs(60)),
+            now + Duration::from_secs(60)
+        );
         assert_eq!(answer_by(Duration::from_secs(1)), now + ANSWER_TIMEOUT);
     }
 }

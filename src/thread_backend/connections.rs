@@ -52,7 +52,10 @@ impl Places {
 
     /// Whether `side` may take one more.
     fn has_one(self, side: Side, taken: &[usize; SIDES]) -> bool {
-        let others = taken.iter().enumerate().filter(|(index, _)| *index != side as usize);
+        let others = taken
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| *index != side as usize);
         let others: usize = others.map(|(_, taken)| (*taken).max(self.kept())).sum();
         let own = taken[side as usize];
         own < self.per_side && own + others < self.total()

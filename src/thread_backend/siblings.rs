@@ -35,7 +35,10 @@ impl VsockThreadBackend {
         let Some(caller) = client.caller() else {
             return;
         };
-        match self.routes.check_claim(directory, &client.socket, caller.cid) {
+        match self
+            .routes
+            .check_claim(directory, &client.socket, caller.cid)
+        {
             Ok(()) => self.connect_sibling(client.socket, port, caller),
             Err(error) => self.drop_client(&format!("{caller} is not the caller: {error}")),
         }
