@@ -57,6 +57,17 @@ fn samples(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter(|line| !line.starts_with('#'))
 }
 
+/// No sample is there twice, which a reader would refuse.
+#[track_caller]
+fn assert_distinct(text: &str) {
+    let series = samples(text).filter_map(|sample| sample.rsplit_once(' '));
+    let mut series: Vec<&str> = series.map(|(series, _)| series).collect();
+    let count = series.len();
+    series.sort_unstable();
+    series.dedup();
+    assert_eq!(series.len(), count, "{text}");
+}
+
 #[test]
 fn json_in_chunks_is_the_json_of_the_whole() {
     let several = [vec![], vec![vm(3, 0)], vec![vm(3, 2), vm(4, 0), vm(5, 1)]];
@@ -157,6 +168,17 @@ fn siblings_with_the_same_port_are_told_apart() {
         let line = format!("{name}{{{labels},peer_cid=\"{cid}\"}} 5");
         assert!(samples(&text).any(|sample| sample == line), "{text}");
     }
+}
+
+#[test]
+fn a_daemon_that_repeats_itself_spoils_nothing() {
+    let mut repeated = vm(3, 2);
+    repeated.connections[1] = repeated.connections[0].clone();
+    let snapshot = Snapshot {
+        vms: vec![repeated.clone(), repeated],
+    };
+    let text = prometheus::merged(vec![("a".into(), Some(snapshot))]);
+    assert_distinct(&text);
 }
 
 #[test]
