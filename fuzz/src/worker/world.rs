@@ -297,7 +297,8 @@ impl World<'_> {
         self.departed.clear();
         for conn in &mut self.conns {
             conn.abort();
-            if !has_all_packets {
+            // An RST for a message that is too long may have been in the ring.
+            if !has_all_packets || conn.is_next_too_long() {
                 conn.promise = Promise::Prefix;
             }
             if conn.state != State::Unknown {
