@@ -5,11 +5,10 @@ mod checks;
 use std::cell::RefCell;
 use std::io::{Error, ErrorKind, Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::socket::{setsockopt, sockopt};
 use vhost_user_vsock::host::connect_line::{Line, Progress};
 use vhost_user_vsock::host::socket::HostSocket;
 use vhost_user_vsock::metrics::counters::CloseReason;
@@ -25,7 +24,7 @@ use super::super::connect_line::{Role, parse};
 use super::super::guest::{self, Guest, MAX_BATCH, MAX_PAYLOAD};
 use super::super::memory::Memory;
 use super::super::ring::Layout;
-use super::super::stream::Stream;
+use super::super::stream::{Stream, pair};
 use super::{Input, Opening, Side};
 
 const CID: Cid = Cid::from_raw(4);
@@ -206,17 +205,6 @@ impl<'m> Ends<'m> {
             self.conn = None;
         }
     }
-}
-
-/// The connection's end and the program's, neither of which waits.
-fn pair(packet_type: PacketType) -> (OwnedFd, UnixStream) {
-    let kind = match packet_type {
-        PacketType::Seqpacket => SockType::SeqPacket,
-        _ => SockType::Stream,
-    };
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let (socket, program) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
-    (socket, program.into())
 }
 
 fn open(

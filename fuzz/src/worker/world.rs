@@ -36,9 +36,10 @@ const FIRST_CLIENT: u32 = 10_000;
 /// The first guest port that host programs ask for which leave at once. Each asks for one of its own.
 const FIRST_DEPARTED: u32 = 20_000;
 
-/// The first guest port of a flood of requests, and the host port that they are for. Each is from a port of its own.
+/// The first guest port of a flood of requests, and the host port that they are for, which is none that the daemon gives out.
+/// Each is from a port of its own.
 const FIRST_FLOOD: u32 = 50_000;
-const NOBODY: u32 = 3000;
+const NOBODY: u32 = 1000;
 
 /// How many requests of floods may be unanswered at a time. So many resets wait for the guest as long as it takes.
 const MAX_REFUSED: usize = 512;
@@ -297,7 +298,8 @@ impl World<'_> {
         self.departed.clear();
         for conn in &mut self.conns {
             conn.abort();
-            if !has_all_packets {
+            // An RST for a message that is too long may have been in the ring.
+            if !has_all_packets || conn.is_next_too_long() {
                 conn.promise = Promise::Prefix;
             }
             if conn.state != State::Unknown {

@@ -588,7 +588,14 @@ impl State {
             let over = conn.peer_shutdown & NO_SEND != 0 || conn.phase != Phase::Open;
             return over.then_some(Ok(Vec::new()));
         };
-        self.count_taken(key, message.len());
+        let taken = message.len() as u32;
+        conn.flow.fwd_cnt = conn.flow.fwd_cnt.wrapping_add(taken);
+        // The next message may need all of the buffer. Linux tells of each.
+        if conn.phase == Phase::Open {
+            self.send_credit_update(key);
+        }
+        self.confirm_end(key);
+        self.flush_control();
         Some(Ok(message))
     }
 
@@ -602,21 +609,13 @@ impl State {
             return over.then_some(Ok(0));
         }
         let len = conn.received.read(into).unwrap();
-        self.count_taken(key, len);
-        Some(Ok(len))
-    }
-
-    /// The program has taken so many bytes.
-    fn count_taken(&mut self, key: Key, len: usize) {
-        let Some(conn) = self.conns.get_mut(&key) else {
-            return;
-        };
         conn.flow.fwd_cnt = conn.flow.fwd_cnt.wrapping_add(len as u32);
         if conn.update_due() {
             self.send_credit_update(key);
         }
         self.confirm_end(key);
         self.flush_control();
+        Some(Ok(len))
     }
 }
 

@@ -404,7 +404,8 @@ impl World<'_> {
             let is_idle = conn.by_host && !conn.program_receives() && conn.to_guest.sent == 0;
             let is_too_long = conn.is_next_too_long();
             if is_too_long {
-                conn.abort();
+                // Perhaps before the guest has closed it.
+                conn.promise = Promise::Prefix;
             }
             let is_due =
                 is_refused || is_idle || conn.promise == Promise::Prefix || conn.guest_is_done();
