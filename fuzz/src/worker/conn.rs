@@ -76,6 +76,8 @@ pub(super) struct Conn {
     forwarded: u32,
     /// The guest's buffer, and how many of the program's bytes have left it.
     pub guest_window: u32,
+    /// It was over for the guest when an RST came for a message that is too long.
+    is_reset_late: bool,
     /// The smallest that the guest's buffer has been.
     least_window: u32,
     pub taken: u32,
@@ -111,6 +113,7 @@ impl Conn {
             forwarded: 0,
             guest_window: 8192,
             least_window: 8192,
+            is_reset_late: false,
             taken: 0,
             limits: Limits::default(),
             guest_shutdown: ShutdownFlags::empty(),
@@ -150,6 +153,11 @@ impl Conn {
     pub(super) fn is_next_too_long(&self) -> bool {
         let len = self.guest_borders.next_message();
         self.has_messages() && len.is_some_and(|len| len > self.least_window)
+    }
+
+    /// Whether this is the first RST that comes after its end.
+    pub(super) fn may_be_reset_late(&mut self) -> bool {
+        !std::mem::replace(&mut self.is_reset_late, true)
     }
 
     /// How much the guest may send.
