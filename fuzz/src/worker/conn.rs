@@ -89,7 +89,7 @@ pub(super) struct Conn {
     /// The guest has gone past its credit: it must be reset.
     pub overran: bool,
     /// The guest has sent for it what is out of place, perhaps an RST.
-    pub is_garbled: bool,
+    is_garbled: bool,
     /// The program may have seen the end before the guest: the guest had no buffer for an RST.
     pub ends_early: bool,
 }
@@ -158,6 +158,13 @@ impl Conn {
     /// Whether this is the first RST that comes after its end.
     pub(super) fn may_be_reset_late(&mut self) -> bool {
         !std::mem::replace(&mut self.is_reset_late, true)
+    }
+
+    /// The guest sends what is out of place. It says that there is no buffer, too.
+    pub(super) fn garble(&mut self) {
+        self.is_garbled = true;
+        self.least_window = 0;
+        self.abort();
     }
 
     /// How much the guest may send.

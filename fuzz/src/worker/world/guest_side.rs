@@ -244,8 +244,7 @@ impl World<'_> {
         if header.guest_cid == CID && is_known {
             let key = ConnKey::of(&header);
             for conn in self.conns.iter_mut().filter(|conn| conn.key == key) {
-                conn.is_garbled = true;
-                conn.abort();
+                conn.garble();
             }
         }
         self.send(header, &vec![0xee; header.len as usize], Layout::PLAIN);
