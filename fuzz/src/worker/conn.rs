@@ -157,6 +157,8 @@ impl Conn {
 
     /// Whether this is the first RST that comes after its end.
     pub(super) fn may_be_reset_late(&mut self) -> bool {
+        // What the guest had sent since was for nobody.
+        self.promise = Promise::Prefix;
         !std::mem::replace(&mut self.is_reset_late, true)
     }
 
