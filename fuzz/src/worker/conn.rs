@@ -395,7 +395,7 @@ impl Conn {
         }
         assert_ne!(self.state, State::Asking, "no answer: {self:?}");
         assert!(
-            self.state != State::Unknown || self.program.is_none(),
+            self.state != State::Unknown || self.program_shutdown.is_all(),
             "no answer: {self:?}"
         );
         let is_open = self.state == State::Open;

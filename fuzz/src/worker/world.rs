@@ -482,6 +482,8 @@ impl World<'_> {
 
     /// Host programs leave without an answer. The worker may have seen them before.
     fn clients_leave(&mut self, clients: u8, is_known: bool) {
+        // Those of one type may be taken before others that have come before them, at the other listener.
+        self.run();
         let mut programs = Vec::new();
         for _ in 0..clients {
             if self.departures == MAX_DEPARTED {
