@@ -262,7 +262,8 @@ impl SeqpacketMover {
             // It can't arrive, and is refused when its turn comes.
             Next::Measured(len) if *len > window => Wants::Buffers,
             Next::Measured(len) if *len > credit => Wants::Credit,
-            Next::Kept { bytes, sent: 0 } if bytes.len() > credit => Wants::Credit,
+            // Of one that has begun, the guest has had credit for the rest, and may have taken it back.
+            Next::Kept { bytes, sent } if bytes.len() - sent > credit => Wants::Credit,
             _ => Wants::Buffers,
         }
     }

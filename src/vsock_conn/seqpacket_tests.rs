@@ -258,6 +258,24 @@ fn a_message_waits_for_all_of_its_credit_and_asks_once() {
 }
 
 #[test]
+fn a_guest_that_takes_credit_back_gets_the_rest_of_a_message_later() {
+    let mut ends = Ends::new(WINDOW);
+    ends.write(&[&[1; 4000]]);
+    assert_eq!(ends.readable(), Verdict::Open);
+    let memory = memory();
+    let mut batch = rx_batch(&memory, 1000);
+    assert_eq!(ends.conn.recv_pkt(&mut batch), Verdict::Open);
+    let first = received(&memory, &batch);
+    assert_eq!((first[0].1.len(), first[0].0.ends_message()), (1000, false));
+    let shrink = |header: &mut VsockHeader| header.buf_alloc = 2000;
+    assert_eq!(ends.guest(Op::CreditUpdate, shrink), Verdict::Open);
+    let ops: Vec<_> = ends.packets(1000).iter().map(|(header, _)| header.op).collect();
+    assert_eq!(ops, [Op::CreditRequest]);
+    assert_eq!(ends.guest(Op::CreditUpdate, |_| {}), Verdict::Open);
+    assert_eq!(ends.messages(1000), [[1; 3000]]);
+}
+
+#[test]
 fn a_message_longer_than_the_guests_buffer_resets() {
     let mut ends = Ends::new(WINDOW);
     ends.write(&[&[1; 4096], &[2; 4097]]);

@@ -76,6 +76,8 @@ pub(super) struct Conn {
     forwarded: u32,
     /// The guest's buffer, and how many of the program's bytes have left it.
     pub guest_window: u32,
+    /// It was over for the guest when an RST came for a message that is too long.
+    is_reset_late: bool,
     /// The smallest that the guest's buffer has been.
     least_window: u32,
     pub taken: u32,
@@ -87,7 +89,7 @@ pub(super) struct Conn {
     /// The guest has gone past its credit: it must be reset.
     pub overran: bool,
     /// The guest has sent for it what is out of place, perhaps an RST.
-    pub is_garbled: bool,
+    is_garbled: bool,
     /// The program may have seen the end before the guest: the guest had no buffer for an RST.
     pub ends_early: bool,
 }
@@ -111,6 +113,7 @@ impl Conn {
             forwarded: 0,
             guest_window: 8192,
             least_window: 8192,
+            is_reset_late: false,
             taken: 0,
             limits: Limits::default(),
             guest_shutdown: ShutdownFlags::empty(),
@@ -150,6 +153,20 @@ impl Conn {
     pub(super) fn is_next_too_long(&self) -> bool {
         let len = self.guest_borders.next_message();
         self.has_messages() && len.is_some_and(|len| len > self.least_window)
+    }
+
+    /// Whether this is the first RST that comes after its end.
+    pub(super) fn may_be_reset_late(&mut self) -> bool {
+        // What the guest had sent since was for nobody.
+        self.promise = Promise::Prefix;
+        !std::mem::replace(&mut self.is_reset_late, true)
+    }
+
+    /// The guest sends what is out of place. It says that there is no buffer, too.
+    pub(super) fn garble(&mut self) {
+        self.is_garbled = true;
+        self.least_window = 0;
+        self.abort();
     }
 
     /// How much the guest may send.
@@ -378,7 +395,7 @@ impl Conn {
         }
         assert_ne!(self.state, State::Asking, "no answer: {self:?}");
         assert!(
-            self.state != State::Unknown || self.program.is_none(),
+            self.state != State::Unknown || self.program_shutdown.is_all(),
             "no answer: {self:?}"
         );
         let is_open = self.state == State::Open;

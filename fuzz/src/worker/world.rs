@@ -1,9 +1,10 @@
 //! A worker with its guest, its VMM and its host programs.
 
 mod guest_side;
+mod programs;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -12,8 +13,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user_backend::VringT;
 use vhost_user_vsock::config::VmConfig;
-use vhost_user_vsock::host::connect_line::Progress;
-use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PacketType, PeerAddr, VsockHeader};
+use vhost_user_vsock::packet::header::{Cid, Op, VsockHeader};
 use vhost_user_vsock::thread_backend::Types;
 use vhost_user_vsock::vhost_user_vsock_thread::{
     Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, RX_RING, TX_RING, VhostUserVsockThread,
@@ -21,7 +21,6 @@ use vhost_user_vsock::vhost_user_vsock_thread::{
 };
 use vhost_user_vsock::vsock_conn::ConnKey;
 
-use super::super::connect_line::{Role, parse};
 use super::super::memory::Memory;
 use super::super::ring::{Layout, MAX_PACKET, Ring};
 use super::conn::{Conn, MAX_READ, Promise, State};
@@ -396,119 +395,6 @@ impl World<'_> {
             } else {
                 conn.ends_early = true;
             }
-        }
-    }
-}
-
-// The host programs.
-impl World<'_> {
-    fn with(&mut self, conn: u8, act: impl FnOnce(&mut Conn)) {
-        if let Some(index) = usize::from(conn).checked_rem(self.conns.len()) {
-            act(&mut self.conns[index]);
-        }
-    }
-
-    /// The type of the host programs that listen there.
-    fn type_of(&self, port: u8) -> PacketType {
-        if self.message_ports >> (port - 1) & 1 == 0 {
-            PacketType::Stream
-        } else {
-            PacketType::Seqpacket
-        }
-    }
-
-    /// What the next host program that connects does so for.
-    fn next_type(&mut self) -> PacketType {
-        self.clients += 1;
-        if self.for_messages && !(self.for_both && self.clients.is_multiple_of(2)) {
-            PacketType::Seqpacket
-        } else {
-            PacketType::Stream
-        }
-    }
-
-    fn connect(&mut self, pieces: u8) {
-        if self.conns.len() == MAX_CONNS {
-            return;
-        }
-        let packet_type = self.next_type();
-        let Ok(mut program) = self.host.connect(packet_type) else {
-            return;
-        };
-        let number = self.conns.len() as u32;
-        let port = FIRST_CLIENT + number;
-        let line = match pieces >> 6 {
-            0 => format!("CONNECT {port}\n"),
-            1 => format!("connect {port}\n"),
-            2 => format!("CONNECT  {port} \r\n"),
-            _ => format!("Connect   {port}\r\n"),
-        };
-        // As a message it has no pieces.
-        let at = match packet_type {
-            PacketType::Seqpacket => 0,
-            _ => usize::from(pieces) % line.len(),
-        };
-        let (first, second) = line.split_at(at);
-        program.write_all(first.as_bytes()).unwrap();
-        // Programs that have left are seen to have done so before this one takes a place.
-        if !first.is_empty() || self.departures > 0 {
-            self.run();
-        }
-        program.write_all(second.as_bytes()).unwrap();
-        let key = ConnKey {
-            packet_type,
-            guest: GuestPort(port),
-            peer: PeerAddr::host(0),
-        };
-        let mut conn = Conn::new(number, key, State::Unknown, self.window);
-        conn.program = Some(program);
-        self.conns.push(conn);
-    }
-
-    fn connect_with_garbage(&mut self, mut text: [u8; 12]) {
-        // At the latest here it is no CONNECT line.
-        text[11] = b'!';
-        let is_line = matches!(parse(Role::Client, &text), Progress::Complete { .. });
-        if is_line || self.unwelcome.len() == MAX_UNWELCOME {
-            return;
-        }
-        let packet_type = self.next_type();
-        let Ok(mut program) = self.host.connect(packet_type) else {
-            return;
-        };
-        program.write_all(&text).unwrap();
-        self.unwelcome.push(program);
-    }
-
-    /// Host programs leave without an answer. The worker may have seen them before.
-    fn clients_leave(&mut self, clients: u8, is_known: bool) {
-        let mut programs = Vec::new();
-        for _ in 0..clients {
-            if self.departures == MAX_DEPARTED {
-                break;
-            }
-            let packet_type = self.next_type();
-            let Ok(mut program) = self.host.connect(packet_type) else {
-                break;
-            };
-            let port = FIRST_DEPARTED + self.departures;
-            program
-                .write_all(format!("CONNECT {port}\n").as_bytes())
-                .unwrap();
-            self.departures += 1;
-            programs.push(program);
-        }
-        if is_known {
-            self.run();
-        }
-    }
-
-    fn listen(&mut self, port: u8, wanted: bool) {
-        self.run();
-        // Requests on the way would find one or the other.
-        if self.asking.is_empty() {
-            let port = 1 + port % PORTS;
-            self.host.listen(port, wanted.then(|| self.type_of(port)));
         }
     }
 }
