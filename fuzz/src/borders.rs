@@ -31,11 +31,6 @@ impl Borders {
         Some(self.ends.get(self.arrived)? - start)
     }
 
-    /// How much of that is missing, behind the bytes that have arrived.
-    pub fn next_len(&self, received: u32) -> Option<u32> {
-        Some(self.ends.get(self.arrived)? - received)
-    }
-
     /// Bytes have arrived up to here, as a whole message.
     pub fn check_whole(&mut self, received: u32) {
         assert_eq!(self.ends.get(self.arrived), Some(&received), "{self:?}");

@@ -191,7 +191,7 @@ impl Mover {
     pub(super) fn receive_size(&self, window: usize, credit: usize) -> usize {
         match self {
             Self::Stream(mover) => mover.receive_size(window, credit),
-            Self::Seqpacket(mover) => mover.receive_size(),
+            Self::Seqpacket(mover) => mover.receive_size(credit),
         }
     }
 

@@ -7,9 +7,9 @@
 //! it leaves it to the next. One that comes in pieces, or that the socket does not take, is copied to the [`LocalTxBuf`], with its
 //! length beside it.
 //!
-//! *To the guest*, a message is measured before it is received: the guest must have credit for all of it, for it gives credit
-//! back only for whole messages. It is received straight into the guest's buffers where these hold it. Otherwise it is kept
-//! here, and leaves in as many packets as it takes.
+//! *To the guest*, a message is measured before it is received: the guest gives credit back only for whole messages, so one that is
+//! longer than its buffer can't arrive. It is received straight into the guest's buffers where these, and the credit, hold it.
+//! Otherwise it is kept here, and leaves in as many packets as it takes.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -258,13 +258,13 @@ impl SeqpacketMover {
                 Err(error) => return self.no_message(&error),
             }
         }
-        match &self.next {
-            // It can't arrive, and is refused when its turn comes.
-            Next::Measured(len) if *len > window => Wants::Buffers,
-            Next::Measured(len) if *len > credit => Wants::Credit,
-            // Of one that has begun, the guest has had credit for the rest, and may have taken it back.
-            Next::Kept { bytes, sent } if bytes.len() - sent > credit => Wants::Credit,
-            _ => Wants::Buffers,
+        // One that can't arrive is refused when its turn comes. A guest may report credit only when less than half of its buffer is
+        // left to us, so a longer message is not held back for more than that.
+        let enough = self.left().min((window / 2).max(1));
+        if self.too_long(window).is_some() || credit >= enough {
+            Wants::Buffers
+        } else {
+            Wants::Credit
         }
     }
 
@@ -290,14 +290,18 @@ impl SeqpacketMover {
         Ok(())
     }
 
-    /// How many bytes the guest's next buffers are to hold.
-    pub(super) fn receive_size(&self) -> usize {
-        let len = match &self.next {
+    /// How many bytes of the next message the guest has not got.
+    fn left(&self) -> usize {
+        match &self.next {
             Next::Unknown => 0,
             Next::Measured(len) | Next::Lost(len) => *len,
             Next::Kept { bytes, sent } => bytes.len() - sent,
-        };
-        len.min(RECEIVE_SIZE)
+        }
+    }
+
+    /// How many bytes the next buffers of a guest with `credit` left are to hold.
+    pub(super) fn receive_size(&self, credit: usize) -> usize {
+        self.left().min(RECEIVE_SIZE).min(credit)
     }
 
     /// The length of a next message that a guest with a buffer of `window` bytes can't receive.
@@ -311,11 +315,11 @@ impl SeqpacketMover {
 
     /// Whether the next message is a large one.
     pub(super) fn receives_much(&self) -> bool {
-        self.receive_size() > LARGE
+        self.left() > LARGE
     }
 
     /// Puts the next message into the guest's buffers, or as much of it as they hold. The guest has a buffer of `window` bytes, and
-    /// credit for the message if that holds it.
+    /// credit for what these hold.
     pub(super) fn receive(
         &mut self,
         batch: &RxBatch<'_>,
