@@ -3,6 +3,8 @@
 //! CID 1.
 
 mod common;
+#[path = "real_forwarding/messages.rs"]
+mod messages;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -69,7 +71,14 @@ fn assert_in_guest() {
 fn connections_are_forwarded_in_a_guest() {
     let daemon = Daemon::start();
     let guest = Uml::boot(&daemon);
-    run_in(&guest, "--skip=inside::", 7);
+    run_in(&guest, "--skip=inside:: --skip=messages::", 7);
+}
+
+#[test]
+fn messages_are_forwarded_in_a_guest() {
+    let daemon = Daemon::start();
+    let guest = Uml::boot(&daemon);
+    run_in(&guest, "messages::", 9);
 }
 
 /// The calls that seccomp looks at are the guest's: its kernel decides.
@@ -125,6 +134,10 @@ impl Forwarding {
     }
 
     fn start_to(cid: u32, options: &[&str]) -> (Self, SimGuest) {
+        Self::start_with(cid, options, Setup::default())
+    }
+
+    fn start_with(cid: u32, options: &[&str], setup: Setup) -> (Self, SimGuest) {
         assert_in_guest();
         let directory = TempDir::new().unwrap();
         let socket = directory.path().join("vhost.socket");
@@ -140,11 +153,17 @@ impl Forwarding {
             .unwrap();
         let forwarding = Self { child, directory };
         let vmm = connect_soon(&socket);
-        (forwarding, SimGuest::start_over(vmm, Setup::default()))
+        (forwarding, SimGuest::start_over(vmm, setup))
     }
 
     fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap()
+    }
+
+    /// The numbers of its open descriptors and of its threads.
+    fn holds(&self) -> [usize; 2] {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        [self.descriptors(), threads.unwrap().count()]
     }
 
     /// The number of its open descriptors.
@@ -461,14 +480,16 @@ mod inside {
 
     #[test]
     #[ignore = "runs in a guest"]
-    fn sandbox_with_forwarding_makes_only_streams() {
+    fn sandbox_with_forwarding_makes_no_datagrams() {
         let forwarding = format!("--forward-cid={LOOPBACK}");
-        let made = make_socket(&[&forwarding]);
-        assert!(matches!(made, Outcome::Returned(0..)), "{made:?}");
+        let [family, stream] = SOCKET;
+        let of_kind = |kind: i32| stream - libc::SOCK_STREAM as u64 + kind as u64;
         let mut daemon = Traced::serving(&[&forwarding], Path::new("/"));
-        let [family, kind] = SOCKET;
-        let messages = kind - libc::SOCK_STREAM as u64 + libc::SOCK_DGRAM as u64;
-        let made = daemon.call(libc::SYS_socket, &[family, messages]);
+        for kind in [libc::SOCK_STREAM, libc::SOCK_SEQPACKET] {
+            let made = daemon.call(libc::SYS_socket, &[family, of_kind(kind)]);
+            assert!(matches!(made, Outcome::Returned(0..)), "{made:?}");
+        }
+        let made = daemon.call(libc::SYS_socket, &[family, of_kind(libc::SOCK_DGRAM)]);
         assert_eq!(made, Outcome::Killed(Signal::SIGSYS));
     }
 

@@ -6,6 +6,7 @@
 //! socket         the host's end of a connection
 //! dialer         connects to host programs
 //! vsock          the host's own AF_VSOCK
+//! relay          messages between AF_VSOCK and a worker
 //! connect_line   CONNECT and OK
 //! routes         where a guest's connection leads
 //! siblings       guests that reach each other
@@ -15,6 +16,7 @@ pub mod connect_line;
 pub mod dialer;
 pub mod entry;
 pub mod listener;
+pub mod relay;
 pub mod routes;
 pub mod siblings;
 pub mod socket;

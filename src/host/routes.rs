@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use super::connect_line;
 use super::dialer::{self, Dialer};
+use super::relay::{RelayError, Relays};
 use super::siblings::{Call, CallError, Membership};
 use super::socket::{HostSocket, SendError};
 use super::vsock;
@@ -52,6 +53,9 @@ pub enum DialError {
     /// A sibling in this process can't be called.
     #[error(transparent)]
     Call(#[from] CallError),
+    /// Messages can't be forwarded.
+    #[error(transparent)]
+    Relay(#[from] RelayError),
 }
 
 impl DialError {
@@ -61,7 +65,7 @@ impl DialError {
         match self {
             Self::NoSuchCid(_) => true,
             Self::Connect { error, .. } => matches!(error.kind(), ConnectionRefused | NotFound),
-            Self::Call(_) | Self::Vsock { .. } => false,
+            Self::Call(_) | Self::Vsock { .. } | Self::Relay(_) => false,
         }
     }
 }
@@ -110,6 +114,7 @@ pub struct Routes {
     host: HostSide,
     host_ports: Vec<PortPath>,
     dialer: Dialer,
+    relays: Relays,
 }
 
 impl Routes {
@@ -122,6 +127,7 @@ impl Routes {
             host: config.host.clone(),
             host_ports: config.host_ports.clone(),
             dialer: Dialer::default(),
+            relays: Relays::default(),
         }
     }
 
@@ -146,7 +152,7 @@ impl Routes {
                 Ok(socket) => Ok(Dialed::Connected(socket)),
                 Err(error) => Err(DialError::Connect { path, error }),
             },
-            (None, HostSide::Vsock { cid, .. }) => forward(*cid, peer.port, packet_type),
+            (None, HostSide::Vsock { cid, .. }) => self.forward(*cid, peer.port, packet_type),
             (None, HostSide::Unix { .. }) => Err(DialError::NoSuchCid(peer.cid)),
         }
     }
@@ -219,6 +225,25 @@ impl Routes {
         }
     }
 
+    /// Begins to connect to this port of the host's AF_VSOCK.
+    fn forward(&self, cid: Cid, port: PeerPort, packet_type: PacketType) -> Result<Dialed, DialError> {
+        let number = u32::try_from(cid.get()).map_err(|_| DialError::NoSuchCid(cid))?;
+        if packet_type == PacketType::Seqpacket {
+            return Ok(Dialed::Calling(self.relays.connect(number, port)?));
+        }
+        let to = PeerAddr { cid, port };
+        let socket = vsock::begin_connect(number, port);
+        socket.map(Dialed::Connecting).map_err(|error| DialError::Vsock { to, error })
+    }
+
+    /// The socket for what has connected from the host's AF_VSOCK.
+    pub fn forwarded(&self, socket: HostSocket) -> Result<HostSocket, RelayError> {
+        match socket.packet_type() {
+            PacketType::Seqpacket => self.relays.accepted(socket),
+            PacketType::Stream | PacketType::Unknown(_) => Ok(socket),
+        }
+    }
+
     fn dial_host(&mut self, path: &Path, request: &VsockHeader) -> io::Result<HostSocket> {
         let call = dialer::Call::of(request);
         self.dialer.connect(path, request.packet_type, Some(call))
@@ -275,15 +300,4 @@ impl Sibling<'_> {
             Err(SendError::Failed(error)) => Err(error),
         }
     }
-}
-
-/// Begins to connect to this port of the host's AF_VSOCK.
-fn forward(cid: Cid, port: PeerPort, packet_type: PacketType) -> Result<Dialed, DialError> {
-    let failed = |error| DialError::Vsock {
-        to: PeerAddr { cid, port },
-        error,
-    };
-    let number = u32::try_from(cid.get()).map_err(|_| DialError::NoSuchCid(cid))?;
-    let socket = vsock::begin_connect(number, port, packet_type).map_err(failed)?;
-    Ok(Dialed::Connecting(socket))
 }

@@ -345,6 +345,12 @@ impl AsFd for HostSocket {
     }
 }
 
+impl From<HostSocket> for OwnedFd {
+    fn from(socket: HostSocket) -> Self {
+        socket.fd
+    }
+}
+
 impl From<UnixStream> for HostSocket {
     fn from(stream: UnixStream) -> Self {
         Self::new(PacketType::Stream, stream)

@@ -8,6 +8,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, VsockAddr, bind, connect, listen, socket,
 };
 
+use super::relay;
 use super::socket::{HostSocket, socket_type};
 use crate::packet::header::{PacketType, PeerPort};
 use crate::syscalls::{Argument, Syscall};
@@ -18,6 +19,7 @@ const FLAGS: SockFlag = SockFlag::SOCK_NONBLOCK.union(SockFlag::SOCK_CLOEXEC);
 pub(crate) const SYSCALLS: &[Syscall] = &[
     Syscall::only(libc::SYS_socket, &vsock_socket(libc::SOCK_STREAM)),
     Syscall::only(libc::SYS_socket, &vsock_socket(libc::SOCK_SEQPACKET)),
+    relay::PAIR,
     Syscall::any(libc::SYS_connect),
     Syscall::any(libc::SYS_close),
 ];
@@ -29,14 +31,21 @@ const fn vsock_socket(kind: libc::c_int) -> [Argument; 2] {
     ]
 }
 
-/// Begins to connect to `port` of `cid`. The socket becomes writable when it is connected, and
+/// Begins to connect a stream to `port` of `cid`. The socket becomes writable when it is connected, and
 /// [`HostSocket::connect_result`] tells whether it is.
-pub fn begin_connect(cid: u32, port: PeerPort, packet_type: PacketType) -> io::Result<HostSocket> {
-    let socket = new_socket(packet_type)?;
+pub fn begin_connect(cid: u32, port: PeerPort) -> io::Result<HostSocket> {
+    let socket = new_socket(PacketType::Stream)?;
     match connect(socket.as_raw_fd(), &VsockAddr::new(cid, port.0)) {
-        Ok(()) | Err(Errno::EINPROGRESS) => Ok(HostSocket::vsock(packet_type, socket)),
+        Ok(()) | Err(Errno::EINPROGRESS) => Ok(HostSocket::vsock(PacketType::Stream, socket)),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Connects a socket of messages to `port` of `cid`, and waits for that, as all its calls may. Linux gives up after 2 s.
+pub(super) fn connect_waiting(cid: u32, port: PeerPort) -> io::Result<OwnedFd> {
+    let socket = relay::waiting(new_socket(PacketType::Seqpacket)?)?;
+    connect(socket.as_raw_fd(), &VsockAddr::new(cid, port.0))?;
+    Ok(socket)
 }
 
 /// Fails where the kernel has no AF_VSOCK, and no module for it.

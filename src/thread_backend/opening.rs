@@ -75,7 +75,10 @@ impl VsockThreadBackend {
             }
             Entry::Vsock(port) => {
                 let greeting = Greeting::Nothing;
-                self.connect_guest(socket, Wanted { port, greeting }, None);
+                match self.routes.forwarded(socket) {
+                    Ok(socket) => self.connect_guest(socket, Wanted { port, greeting }, None),
+                    Err(error) => self.drop_client(&format!("guest port {}: {error}", port.0)),
+                }
             }
         }
     }

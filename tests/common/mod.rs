@@ -6,6 +6,7 @@
 pub mod daemon;
 pub mod guest;
 pub mod host;
+pub mod messages;
 pub mod qemu;
 pub mod scenarios;
 pub mod siblings;
