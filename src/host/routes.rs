@@ -226,14 +226,21 @@ impl Routes {
     }
 
     /// Begins to connect to this port of the host's AF_VSOCK.
-    fn forward(&self, cid: Cid, port: PeerPort, packet_type: PacketType) -> Result<Dialed, DialError> {
+    fn forward(
+        &self,
+        cid: Cid,
+        port: PeerPort,
+        packet_type: PacketType,
+    ) -> Result<Dialed, DialError> {
         let number = u32::try_from(cid.get()).map_err(|_| DialError::NoSuchCid(cid))?;
         if packet_type == PacketType::Seqpacket {
             return Ok(Dialed::Calling(self.relays.connect(number, port)?));
         }
         let to = PeerAddr { cid, port };
         let socket = vsock::begin_connect(number, port);
-        socket.map(Dialed::Connecting).map_err(|error| DialError::Vsock { to, error })
+        socket
+            .map(Dialed::Connecting)
+            .map_err(|error| DialError::Vsock { to, error })
     }
 
     /// The socket for what has connected from the host's AF_VSOCK.

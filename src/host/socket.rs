@@ -142,8 +142,6 @@ pub enum ReceiveError {
     Reset,
     /// The guest's memory can't be written. What is in the socket is still there.
     GuestMemory,
-    /// The system can't measure a message without taking it: AF_VSOCK before Linux 6.6.
-    CantPeek,
     /// The system failed.
     Failed(io::Error),
 }
@@ -377,7 +375,6 @@ impl From<io::Error> for ReceiveError {
             Some(libc::EAGAIN) => Self::Empty,
             Some(libc::ECONNRESET) => Self::Reset,
             Some(libc::EFAULT) => Self::GuestMemory,
-            Some(libc::EOPNOTSUPP) => Self::CantPeek,
             _ => Self::Failed(error),
         }
     }

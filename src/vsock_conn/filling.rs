@@ -72,7 +72,7 @@ impl VsockConnection {
                 self.rx_queue.clear();
                 return Verdict::Reset(CloseReason::Protocol);
             }
-            Err(ReceiveError::CantPeek | ReceiveError::Failed(_)) => {
+            Err(ReceiveError::Failed(_)) => {
                 return Verdict::Reset(CloseReason::HostGone);
             }
         }

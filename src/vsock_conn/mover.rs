@@ -73,7 +73,9 @@ impl Mover {
     /// For a connection of this type, through a buffer of `buf_alloc` bytes.
     pub(super) fn new(packet_type: PacketType, socket: HostSocket, buf_alloc: u32) -> Self {
         match packet_type {
-            PacketType::Seqpacket => Self::Seqpacket(Box::new(SeqpacketMover::new(socket, buf_alloc))),
+            PacketType::Seqpacket => {
+                Self::Seqpacket(Box::new(SeqpacketMover::new(socket, buf_alloc)))
+            }
             PacketType::Stream | PacketType::Unknown(_) => {
                 Self::Stream(StreamMover::new(socket, buf_alloc))
             }

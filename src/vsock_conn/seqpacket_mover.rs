@@ -31,9 +31,6 @@ const LARGE: usize = 16 * 1024;
 const FLUSH_MESSAGES: usize = 64;
 const FLUSH_SIZE: usize = 256 * 1024;
 
-/// The most bytes of a message that can't be measured first. What the host's AF_VSOCK holds for us is a quarter of it.
-const MAX_UNMEASURED: usize = 1024 * 1024;
-
 /// For how many waiting messages memory is kept.
 const KEPT_LENGTHS: usize = 256;
 
@@ -45,8 +42,6 @@ enum Next {
     Unknown,
     /// It has so many bytes, and is in the socket.
     Measured(usize),
-    /// It had so many bytes, and was lost: they exceed what the guest can receive.
-    Lost(usize),
     /// It was received; `sent` bytes of it were given to the guest.
     Kept { bytes: Vec<u8>, sent: usize },
 }
@@ -247,14 +242,6 @@ impl SeqpacketMover {
                     self.readable = false;
                     return Wants::End;
                 }
-                Err(ReceiveError::CantPeek) => match self.keep(window.min(MAX_UNMEASURED)) {
-                    Ok(()) if self.has_next() => {}
-                    Ok(()) => {
-                        self.readable = false;
-                        return Wants::End;
-                    }
-                    Err(error) => return self.no_message(&error),
-                },
                 Err(error) => return self.no_message(&error),
             }
         }
@@ -273,20 +260,14 @@ impl SeqpacketMover {
         match error {
             ReceiveError::Empty => Wants::Nothing,
             ReceiveError::Reset => Wants::Reset,
-            ReceiveError::GuestMemory | ReceiveError::CantPeek | ReceiveError::Failed(_) => {
-                Wants::Failed
-            }
+            ReceiveError::GuestMemory | ReceiveError::Failed(_) => Wants::Failed,
         }
     }
 
-    /// Takes the next message, of at most `max` bytes, out of the socket. There is none at the end.
-    fn keep(&mut self, max: usize) -> Result<(), ReceiveError> {
-        let (bytes, len) = self.socket.take_message(max)?;
-        self.next = match len {
-            0 => Next::Unknown,
-            len if len > max => Next::Lost(len),
-            _ => Next::Kept { bytes, sent: 0 },
-        };
+    /// Takes the next message, which has `len` bytes, out of the socket.
+    fn keep(&mut self, len: usize) -> Result<(), ReceiveError> {
+        let (bytes, _) = self.socket.take_message(len)?;
+        self.next = Next::Kept { bytes, sent: 0 };
         Ok(())
     }
 
@@ -294,7 +275,7 @@ impl SeqpacketMover {
     fn left(&self) -> usize {
         match &self.next {
             Next::Unknown => 0,
-            Next::Measured(len) | Next::Lost(len) => *len,
+            Next::Measured(len) => *len,
             Next::Kept { bytes, sent } => bytes.len() - sent,
         }
     }
@@ -308,7 +289,6 @@ impl SeqpacketMover {
     pub(super) fn too_long(&self, window: usize) -> Option<usize> {
         match self.next {
             Next::Measured(len) if len > window => Some(len),
-            Next::Lost(len) => Some(len),
             _ => None,
         }
     }

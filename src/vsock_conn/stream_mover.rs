@@ -179,7 +179,7 @@ impl StreamMover {
                     ReceiveError::Failed(error) => {
                         debug!("can't receive from the host program: {error}");
                     }
-                    ReceiveError::Reset | ReceiveError::GuestMemory | ReceiveError::CantPeek => {}
+                    ReceiveError::Reset | ReceiveError::GuestMemory => {}
                 }
                 return Err(error);
             }
