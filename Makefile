@@ -101,7 +101,9 @@ fuzz:
 			-max_total_time=$(FUZZ_SECONDS) -max_len=1024 -len_control=0 -timeout=20; \
 	done
 
+# cargo fmt does not follow modules that a macro declares.
 lint:
 	cargo fmt --check
+	rustfmt --edition 2024 --check $$(find src tests benches examples fuzz/src -name '*.rs')
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --lib --bins -- -D warnings

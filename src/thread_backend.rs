@@ -48,7 +48,7 @@ use crate::config::VmConfig;
 use crate::host::routes::Routes;
 use crate::host::socket::HostSocket;
 use crate::log_limit::LogLimit;
-use crate::metrics::counters::{CloseReason, Counters, Side, VmSnapshot};
+use crate::metrics::counters::{CloseReason, Counters, VmSnapshot};
 use crate::packet::header::{Cid, Op, PacketType, PeerAddr, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
@@ -359,9 +359,10 @@ impl VsockThreadBackend {
             .and_then(|slot| self.connections.token(slot))
             && let Some(entry) = self.connections.get_mut(token)
         {
-            let before = entry.conn.buffered();
+            let (bytes, messages) = (entry.conn.buffered(), entry.conn.messages());
             let verdict = entry.conn.flush();
-            self.cost += cost::TRANSFER + (before - entry.conn.buffered());
+            let transfers = (messages - entry.conn.messages()).max(1);
+            self.cost += cost::TRANSFER * transfers + (bytes - entry.conn.buffered());
             self.settle(token, verdict);
         }
     }
@@ -409,7 +410,10 @@ impl VsockThreadBackend {
 
     /// There is no guest any more: closes its connections, and the clients that do not wait for the next one.
     pub fn disconnect(&mut self) {
-        while let Some(token) = self.clients.oldest_that_leaves(!self.wait_for_guest.is_zero()) {
+        while let Some(token) = self
+            .clients
+            .oldest_that_leaves(!self.wait_for_guest.is_zero())
+        {
             self.clients.remove(token);
             self.drop_client("the VMM is gone");
         }
@@ -432,7 +436,10 @@ impl VsockThreadBackend {
         self.deadlines.replace(token, old, new);
         if !entry.conn.is_requested() && entry.waiting.take().is_some() {
             self.clients.end_request();
-            self.counters.opened[Side::Host as usize] += 1;
+        }
+        let is_attempt = entry.waiting.is_some() || entry.conn.is_dialing();
+        if !is_attempt && !std::mem::replace(&mut entry.is_counted, true) {
+            self.counters.opened[entry.opened_by as usize] += 1;
         }
         self.pending.replace(token.slot, &entry.conn);
         if entry.conn.can_flush() {
@@ -494,7 +501,7 @@ impl VsockThreadBackend {
         }
         if !self.connections.is_lingering(token) {
             debug!("{} closed: {}", name(key), reason.name());
-            self.counters.ended[reason as usize] += 1;
+            self.count_end(token, reason);
             if is_flushing {
                 self.connections.linger(token);
                 if can_flush {
@@ -509,6 +516,22 @@ impl VsockThreadBackend {
             self.flushable.give_back();
         }
         Some(entry.conn.into_socket())
+    }
+
+    /// Counts the end of a connection. A guest's REQUEST that nobody has accepted was refused, and was none.
+    fn count_end(&mut self, token: Token, reason: CloseReason) {
+        let Some(entry) = self.connections.get(token) else {
+            return;
+        };
+        if entry.conn.is_dialing() && matches!(reason, CloseReason::Refused | CloseReason::Timeout)
+        {
+            self.counters.refused += 1;
+            return;
+        }
+        if !entry.is_counted {
+            self.counters.opened[entry.opened_by as usize] += 1;
+        }
+        self.counters.ended[reason as usize] += 1;
     }
 }
 

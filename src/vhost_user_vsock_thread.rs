@@ -17,6 +17,7 @@
 mod acceptor;
 mod busy_poll;
 mod epoll;
+mod event_ring;
 mod limits;
 mod ring;
 mod rings;
@@ -87,6 +88,8 @@ pub type VsockVring = VringMutex<GuestMemoryHandle>;
 pub const RX_RING: usize = 0;
 /// The ring of the guest's packets.
 pub const TX_RING: usize = 1;
+/// The ring of the guest's buffers for events.
+pub const EVENT_RING: usize = 2;
 /// RX, TX and event ring.
 pub const NUM_RINGS: usize = 3;
 
@@ -101,6 +104,8 @@ pub struct VhostUserVsockThread {
     wake: EventFd,
     backend: VsockThreadBackend,
     has_vmm: bool,
+    /// The driver must hear that all connections are gone.
+    transport_reset: bool,
     notify_on_empty: bool,
     rings: Rings,
     shares: Shares,
@@ -130,6 +135,7 @@ impl VhostUserVsockThread {
             armed: None,
             wake,
             has_vmm: false,
+            transport_reset: false,
             notify_on_empty: false,
             rings: Rings::new(epoll.clone()),
             epoll,
@@ -243,6 +249,7 @@ impl VhostUserVsockThread {
 
     /// The device starts anew: no connection survives.
     pub fn reset(&mut self) {
+        self.transport_reset = false;
         self.rings.reset();
         self.backend.reset();
     }
@@ -277,8 +284,9 @@ impl VhostUserVsockThread {
             ],
         });
         let wait = self.rounds(queues.as_mut());
+        let has_more = self.serve_events(vrings);
         self.set_timer();
-        wait
+        if has_more { Wait::Not } else { wait }
     }
 
     fn rounds(&mut self, mut queues: Option<&mut Queues<'_>>) -> Wait {

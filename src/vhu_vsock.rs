@@ -5,7 +5,9 @@
 //! sets up is kept by [`session`], one session after the other.
 
 mod memory;
+mod message;
 pub(crate) mod session;
+mod state;
 
 use std::io;
 use std::sync::Arc;
@@ -13,7 +15,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::debug;
 use parking_lot::{Mutex, MutexGuard};
-use vhost::vhost_user::Backend;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_config::{
@@ -32,17 +33,14 @@ use crate::host::entry::EntrySocket;
 use crate::host::siblings::{Membership, Siblings};
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::header::Cid;
-use crate::thread_backend::Types;
 use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
+use crate::thread_backend::Types;
 use crate::vhost_user_vsock_thread::{
     self, Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, VhostUserVsockThread, VsockVring, Wait,
 };
 
-/// For the vhost-user library: the VMM's messages with their descriptors, and the guest's memory.
+/// For the guest's memory, and to end a session.
 const SYSCALLS: &[Syscall] = &[
-    Syscall::any(libc::SYS_recvmsg),
-    Syscall::any(libc::SYS_sendmsg),
-    Syscall::only(libc::SYS_getsockopt, &[Argument::Is(1, libc::SOL_SOCKET)]),
     Syscall::any(libc::SYS_shutdown),
     Syscall::any(libc::SYS_close),
     Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
@@ -51,7 +49,13 @@ const SYSCALLS: &[Syscall] = &[
 ];
 
 pub(crate) fn syscalls() -> Vec<Syscall> {
-    [SYSCALLS, &vhost_user_vsock_thread::syscalls()].concat()
+    [
+        SYSCALLS,
+        message::SYSCALLS,
+        state::SYSCALLS,
+        &vhost_user_vsock_thread::syscalls(),
+    ]
+    .concat()
 }
 
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
@@ -92,8 +96,6 @@ pub struct VhostUserVsockBackend {
     worker: Mutex<VhostUserVsockThread>,
     memory: GuestMemoryHandle,
     vrings: Vec<VsockVring>,
-    /// The channel for requests to the VMM. Nothing is ever requested, but it stays open: some VMMs watch it.
-    requests: Mutex<Option<Backend>>,
     wake: EventFd,
     stopping: AtomicBool,
     siblings: Arc<Membership>,
@@ -124,7 +126,6 @@ impl VhostUserVsockBackend {
             worker: Mutex::new(worker),
             vrings: vrings.map_err(io::Error::other)?,
             memory,
-            requests: Mutex::default(),
             stopping: AtomicBool::new(false),
             siblings,
             observer: Box::new(observer),
@@ -174,8 +175,6 @@ impl VhostUserVsockBackend {
         if let Ok(memory) = self.memory.lock() {
             memory.replace(GuestMemoryMmap::new());
         }
-        drop(worker);
-        *self.requests.lock() = None;
     }
 
     /// The worker, between two turns.
@@ -254,6 +253,7 @@ impl VhostUserBackend for VhostUserVsockBackend {
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::DEVICE_STATE
     }
 
     fn reset_device(&self) {
@@ -282,10 +282,6 @@ impl VhostUserBackend for VhostUserVsockBackend {
     fn update_memory(&self, memory: GuestMemoryHandle) -> io::Result<()> {
         self.worker().set_memory(memory);
         Ok(())
-    }
-
-    fn set_backend_req_fd(&self, requests: Backend) {
-        *self.requests.lock() = Some(requests);
     }
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {

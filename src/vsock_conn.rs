@@ -55,7 +55,7 @@ use std::time::{Duration, Instant};
 use crate::host::connect_line;
 use crate::host::socket::HostSocket;
 use crate::metrics::counters::{CloseReason, ConnectionStats, Side};
-use crate::packet::header::{Cid, Op, ShutdownFlags, VsockHeader};
+use crate::packet::header::{Cid, Op, PacketType, ShutdownFlags, VsockHeader};
 use crate::packet::{RxBatch, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
 use crate::rxqueue::RxQueue;
@@ -183,6 +183,11 @@ impl VsockConnection {
         self.mover.into_socket()
     }
 
+    /// Lets the guest have no longer than until then for its answer.
+    pub fn answer_by(&mut self, latest: Instant) {
+        self.deadline = self.deadline.map(|deadline| deadline.min(latest));
+    }
+
     /// When it is reset unless something happens before.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
@@ -198,6 +203,11 @@ impl VsockConnection {
         self.mover.buffered()
     }
 
+    /// How many whole messages wait for the host program. Streams have none.
+    pub fn messages(&self) -> usize {
+        self.mover.messages()
+    }
+
     /// Whether its client has left, and it only goes on for what the guest knows of it or may still want to read.
     pub fn is_deserted(&self) -> bool {
         self.client_left && self.is_requested()
@@ -206,6 +216,11 @@ impl VsockConnection {
     /// Whether our REQUEST has no answer yet.
     pub fn is_requested(&self) -> bool {
         matches!(self.state, State::Requested)
+    }
+
+    /// Whether the guest's REQUEST has no answer of the peer's yet.
+    pub fn is_dialing(&self) -> bool {
+        matches!(self.state, State::Dialing(_))
     }
 
     /// Whether the payload that is pending is a part of a stream of much more.
@@ -255,6 +270,7 @@ impl VsockConnection {
         ConnectionStats {
             guest_port: self.key.guest,
             peer: self.key.peer,
+            seqpacket: self.key.packet_type == PacketType::Seqpacket,
             state: self.state.name().into(),
             from_guest: self.credit.received(),
             to_guest: self.credit.sent(),
@@ -347,10 +363,12 @@ impl VsockConnection {
         if (was_waiting && !ready.writable) || (!was_waiting && ready == Readiness::WRITABLE) {
             self.probe_receiver();
         }
-        if ready.hung_up {
-            if matches!(self.state, State::Requested) {
+        if matches!(self.state, State::Requested) {
+            // A socket of AF_VSOCK does not hang up.
+            if ready.hung_up || ready.until_empty && self.mover.socket().peer_closed() {
                 return self.client_closed();
             }
+        } else if ready.hung_up {
             self.host_closed();
         }
         let dropped = was_waiting && self.mover.buffered() == 0;

@@ -208,6 +208,7 @@ vms:
     22: /tmp/vm5-ssh.socket
     80: /tmp/vm5-web.socket
   host_port: 5432=/tmp/postgres.socket
+  seqpacket: false
 ";
     let config = file(text).unwrap();
     let [vm] = &config.vms[..] else { panic!() };
@@ -221,6 +222,7 @@ vms:
     let ports: Vec<u32> = vm.guest_ports.iter().map(|port| port.port).collect();
     assert_eq!(ports, [22, 80]);
     assert_eq!(vm.host_ports[0].port, 5432);
+    assert!(!vm.seqpacket);
 }
 
 #[test]
@@ -263,6 +265,10 @@ fn mistakes_have_file_line_column_and_name() {
         (
             with("  queue_size: big\n"),
             "FILE:5:15: queue_size=big: not a number in range",
+        ),
+        (
+            with("  seqpacket: maybe\n"),
+            "FILE:5:14: seqpacket=maybe: say on or off",
         ),
         (
             with("  queue_size: 3\n"),

@@ -584,14 +584,14 @@ fn a_message_waits_for_credit_for_all_of_it(kind: Kind) {
                 ..
             },
     } = Pair::with(kind, setup(4), small);
-    let (first, second) = (pattern(1, 1), pattern(2, 10_000));
+    let (first, second) = (pattern(1, 6000), pattern(2, 4500));
     send(&mut four, &caller, &first);
     send(&mut four, &caller, &second);
     assert_message(&mut five, &callee, &first);
-    // A byte is missing, and so nothing of it comes.
+    // Some bytes are missing, and so nothing of it comes.
     recv_other(&mut five).assert_is(Op::CreditRequest, &callee);
     assert_eq!(five.settle(), []);
-    callee.fwd_cnt += 1;
+    callee.fwd_cnt += 6000;
     five.send(&callee.packet(Op::CreditUpdate));
     assert_message(&mut five, &callee, &second);
 }

@@ -53,6 +53,8 @@ pub struct Streams {
     shared: Arc<Shared>,
     sender: Option<Sender>,
     checker: Checker,
+    /// The length of each message, if they are messages.
+    message: Option<usize>,
 }
 
 impl Streams {
@@ -62,6 +64,15 @@ impl Streams {
             shared,
             sender,
             checker: Checker::new(write),
+            message: None,
+        }
+    }
+
+    /// The same with messages of `size` bytes in place of streams.
+    pub fn of_messages(shared: Arc<Shared>, sender: Option<Sender>, size: usize) -> Self {
+        Self {
+            message: Some(size),
+            ..Self::new(shared, sender, size)
         }
     }
 }
@@ -69,6 +80,9 @@ impl Streams {
 impl App for Streams {
     fn event(&mut self, _: &mut Guest, _: ConnId, event: Event<'_>) -> Result<(), String> {
         match event {
+            Event::Read(bytes) if self.message.is_some_and(|len| len != bytes.len()) => {
+                Err(format!("a message of {} bytes", bytes.len()))
+            }
             Event::Read(bytes) => {
                 self.shared.add_to_guest(bytes.len());
                 self.checker.check(bytes)

@@ -1,13 +1,14 @@
 //! The cases, and one run of a case against one daemon.
 
 use crate::apps::{After, Requests};
-use crate::daemon::{Binary, Daemon};
+use crate::daemon::{Binary, Daemon, Vms};
 use crate::floods::{self, Flood, Measured};
 use crate::guest::RING_SIZE;
 use crate::limits::Limit;
 use crate::measure::{Sample, Timing, key};
-use crate::packet::MAX_PAYLOAD;
+use crate::packet::{MAX_PAYLOAD, SocketType};
 use crate::session::Session;
+use crate::siblings;
 use crate::threads::catch_panics;
 use crate::traffic::{self, Direction};
 use crate::{idle, uml};
@@ -22,6 +23,24 @@ pub enum Kind {
         /// Bytes per write.
         write: usize,
     },
+    /// Messages.
+    Messages {
+        /// Where they lead, which is one direction.
+        direction: Direction,
+        /// Bytes per message.
+        size: usize,
+    },
+    /// As `RequestResponse`, with messages.
+    MessageRoundTrip,
+    /// A stream from a guest to another.
+    Siblings {
+        /// Who serves the two.
+        vms: Vms,
+        /// Bytes per write.
+        write: usize,
+    },
+    /// A program of a guest exchanges a request and a response with a program of another, again and again.
+    SiblingRoundTrip(Vms),
     /// A guest program exchanges a request and a response with a host program, again and again.
     RequestResponse,
     /// As `RequestResponse`, with a new connection for each exchange.
@@ -83,6 +102,21 @@ const fn stream(name: &'static str, direction: Direction, write: usize) -> Case 
     Case { name, kind, limit }
 }
 
+const fn messages(name: &'static str, direction: Direction, size: usize) -> Case {
+    let kind = Kind::Messages { direction, size };
+    other(name, kind, Some(Limit::Messages(size)))
+}
+
+const fn siblings(name: &'static str, vms: Vms, write: usize) -> Case {
+    // Smaller writes may be merged on the way.
+    let limit = if write < MAX_PAYLOAD {
+        None
+    } else {
+        Some(Limit::SocketPair(write))
+    };
+    other(name, Kind::Siblings { vms, write }, limit)
+}
+
 const fn other(name: &'static str, kind: Kind, limit: Option<Limit>) -> Case {
     Case { name, kind, limit }
 }
@@ -115,6 +149,51 @@ pub const CASES: &[Case] = &[
         "request-response 64 B",
         Kind::RequestResponse,
         Some(Limit::RoundTrip),
+    ),
+    messages(
+        "messages out of the guest, 64 KiB",
+        Direction::ToHost,
+        64 << 10,
+    ),
+    messages(
+        "messages out of the guest, 4 KiB",
+        Direction::ToHost,
+        4 << 10,
+    ),
+    messages("messages out of the guest, 64 B", Direction::ToHost, 64),
+    messages(
+        "messages into the guest, 64 KiB",
+        Direction::ToGuest,
+        64 << 10,
+    ),
+    messages(
+        "messages into the guest, 4 KiB",
+        Direction::ToGuest,
+        4 << 10,
+    ),
+    messages("messages into the guest, 64 B", Direction::ToGuest, 64),
+    other(
+        "messages, round trip 64 B",
+        Kind::MessageRoundTrip,
+        Some(Limit::RoundTrip),
+    ),
+    siblings("guest to guest 64 KiB", Vms::OneProcess, 64 << 10),
+    siblings("guest to guest 4 KiB", Vms::OneProcess, 4 << 10),
+    other(
+        "guest to guest round trip 64 B",
+        Kind::SiblingRoundTrip(Vms::OneProcess),
+        None,
+    ),
+    siblings(
+        "guests of two processes 64 KiB",
+        Vms::TwoProcesses,
+        64 << 10,
+    ),
+    siblings("guests of two processes 4 KiB", Vms::TwoProcesses, 4 << 10),
+    other(
+        "guests of two processes, round trip",
+        Kind::SiblingRoundTrip(Vms::TwoProcesses),
+        None,
     ),
     other("connect-exchange-close", Kind::Connect, None),
     other("100 connections echo 4 KiB", Kind::Echo(100), None),
@@ -226,10 +305,14 @@ impl Kind {
     /// The key of the main result.
     pub fn headline(self) -> &'static str {
         match self {
-            Self::Streams { .. } | Self::Uml(_) => key::MIB_PER_S,
+            Self::Streams { .. } | Self::Messages { .. } | Self::Siblings { .. } | Self::Uml(_) => {
+                key::MIB_PER_S
+            }
             Self::Flooded { measured, .. } if measured.is_stream() => key::MIB_PER_S,
             Self::Flooded { .. } => key::P99_US,
-            Self::RequestResponse => key::P50_US,
+            Self::RequestResponse | Self::MessageRoundTrip | Self::SiblingRoundTrip(_) => {
+                key::P50_US
+            }
             Self::Connect | Self::Echo(_) => key::OPS_PER_S,
             Self::Idle(_) => key::ANON_KIB_PER_CONN,
             Self::StartUp => key::START_UP_MS,
@@ -241,14 +324,33 @@ impl Kind {
         !matches!(self, Self::Idle(_) | Self::StartUp | Self::Flooded { .. })
     }
 
+    /// How many VMs it takes.
+    fn vms(self) -> Vms {
+        match self {
+            Self::Siblings { vms, .. } | Self::SiblingRoundTrip(vms) => vms,
+            _ => Vms::One,
+        }
+    }
+
+    /// The type of the guests' sockets.
+    fn socket_type(self) -> SocketType {
+        match self {
+            Self::Messages { .. } | Self::MessageRoundTrip => SocketType::Seqpacket,
+            _ => SocketType::Stream,
+        }
+    }
+
     /// Runs once against a fresh daemon. With `syscalls`, they are counted, which disturbs all other results.
     pub fn run(self, binary: &Binary, timing: &Timing, syscalls: bool) -> Result<Sample, String> {
         catch_panics(|| {
-            let daemon = Daemon::start(binary).map_err(|error| error.to_string())?;
+            let daemon = Daemon::start(binary, self.vms()).map_err(|error| error.to_string())?;
             match self {
                 Self::StartUp => idle::start_up(&daemon),
                 Self::Uml(stream) => stream.run(daemon, timing, syscalls),
-                _ => self.run_simulated(Session::begin(daemon)?, timing, syscalls),
+                _ => {
+                    let session = Session::begin(daemon, self.socket_type())?;
+                    self.run_simulated(session, timing, syscalls)
+                }
             }
         })
     }
@@ -263,7 +365,14 @@ impl Kind {
             Self::Streams { direction, write } => {
                 traffic::streams(session, direction, write, timing, syscalls)
             }
-            Self::RequestResponse => traffic::client(session, After::Continue, timing, syscalls),
+            Self::Messages { direction, size } => {
+                traffic::messages(session, direction, size, timing, syscalls)
+            }
+            Self::Siblings { write, .. } => siblings::stream(session, write, timing, syscalls),
+            Self::SiblingRoundTrip(_) => siblings::round_trip(session, timing, syscalls),
+            Self::RequestResponse | Self::MessageRoundTrip => {
+                traffic::client(session, After::Continue, timing, syscalls)
+            }
             Self::Connect => traffic::client(session, After::Reconnect, timing, syscalls),
             Self::Echo(count) => traffic::echo(session, count, timing, syscalls),
             Self::Idle(count) => idle::idle(session, count, timing),

@@ -139,13 +139,18 @@ fn row(result: &CaseResult, baseline: &str) -> Row {
             .map(|entry| {
                 let own = entry.median(key);
                 let ratio = own.and_then(|_| ratio(entry, key, higher_is_better));
-                let figure = own.map_or_else(|| "failed".into(), |own| figure(own, key));
+                let mut figure = own.map_or_else(|| "failed".into(), |own| figure(own, key));
+                if key == headline && base.is_some_and(|base| base.median(key).is_none()) {
+                    figure += &format!(", {baseline} failed");
+                }
                 Bar { ratio, figure }
             })
             .collect()
     };
     let cpu_key = match kind {
-        Kind::Streams { .. } | Kind::Uml(_) => Some(key::CPU_S_PER_GIB),
+        Kind::Streams { .. } | Kind::Messages { .. } | Kind::Siblings { .. } | Kind::Uml(_) => {
+            Some(key::CPU_S_PER_GIB)
+        }
         Kind::Idle(_) | Kind::StartUp | Kind::Flooded { .. } => None,
         _ => Some(key::CPU_US_PER_OP),
     };

@@ -3,8 +3,8 @@
 //! It waits for interrupts with `poll` on the call eventfds and never spins. It suppresses interrupts while it processes a
 //! ring, and enables them again before its programs run. Every payload is copied: from the program to the TX buffer, from
 //! the RX buffer to the program. The RX ring is refilled when less than half of its buffers are left. A CREDIT_UPDATE is
-//! sent when a program has read and the host knows of less than 64 KiB of free space. Each read or write of a program
-//! makes one real system call that does nothing, in place of the one it would make.
+//! sent when a program has read and the host knows of less than 64 KiB of free space, and after each message. Each read or
+//! write of a program makes one real system call that does nothing, in place of the one it would make.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,7 +18,9 @@ use nix::unistd::getppid;
 use crate::common::memory::{Backing, GuestMemory};
 use crate::common::vhost_user::{F_PROTOCOL_FEATURES, Frontend, Request, protocol};
 use crate::conns::{ConnId, Conns, State};
-use crate::packet::{BUF_ALLOC, HEADER_LEN, Header, MAX_PAYLOAD, SHUTDOWN_BOTH, op};
+use crate::packet::{
+    BUF_ALLOC, END_OF_MESSAGE, HEADER_LEN, Header, Link, MAX_PAYLOAD, SHUTDOWN_BOTH, op,
+};
 use crate::ring::{Notifications, Part, Ring, feature};
 use crate::shared::Shared;
 
@@ -36,6 +38,8 @@ const RX_PAYLOAD: u32 = 4096;
 /// The most bytes that a program reads at once.
 const READ_SIZE: usize = 64 * 1024;
 const MEMORY: u64 = 24 << 20;
+/// Feature bit of the device: messages.
+const F_SEQPACKET: u64 = 1 << 1;
 /// How often a waiting guest checks whether the run is over, in milliseconds.
 const STOP_CHECK: u16 = 50;
 
@@ -48,7 +52,7 @@ pub enum Event<'a> {
         /// The guest's port.
         port: u32,
     },
-    /// These bytes were read.
+    /// These bytes, or this message, were read.
     Read(&'a [u8]),
     /// It was reset or closed by the host.
     Ended,
@@ -62,8 +66,18 @@ pub trait App {
     fn run(&mut self, guest: &mut Guest) -> Result<(), String>;
 }
 
+/// What a program is reading.
+struct Reading {
+    conn: ConnId,
+    /// How many bytes there are.
+    held: usize,
+    /// The read can return: it is a stream's, or the message has ended.
+    ready: bool,
+}
+
 /// The guest.
 pub struct Guest {
+    link: Link,
     frontend: Frontend,
     memory: Arc<GuestMemory>,
     rx: Ring,
@@ -78,15 +92,19 @@ pub struct Guest {
     control: VecDeque<Header>,
     next_port: u32,
     read_buffer: Vec<u8>,
-    reading: Option<(ConnId, usize)>,
+    reading: Option<Reading>,
     refused: u64,
 }
 
 impl Guest {
     /// Connects to a daemon and starts the device.
-    pub fn start(socket: &Path, notifications: &Arc<Notifications>) -> io::Result<Self> {
+    pub fn start(
+        socket: &Path,
+        notifications: &Arc<Notifications>,
+        link: Link,
+    ) -> io::Result<Self> {
         let mut frontend = Frontend::connect(socket);
-        let features = negotiate(&mut frontend);
+        let features = negotiate(&mut frontend, &link)?;
         let memory = Arc::new(GuestMemory::new(&[MEMORY], Backing::Pages));
         frontend.set_mem_table(&memory);
         let ring = |write| {
@@ -111,6 +129,7 @@ impl Guest {
             .map(|_| [header(&memory), memory.alloc(MAX_PAYLOAD as u64, 4096)])
             .collect();
         let mut guest = Self {
+            link,
             frontend,
             memory,
             rx,
@@ -233,7 +252,10 @@ impl Guest {
         let header = Header::parse(&bytes);
         let len = header.len as usize;
         if (used as usize) < HEADER_LEN + len || header.len > RX_PAYLOAD {
-            return Err(format!("a packet of {used} bytes: {header:?}"));
+            let room = HEADER_LEN + RX_PAYLOAD as usize;
+            return Err(format!(
+                "{used} bytes in a buffer of {room}, the packet's payload has {len}"
+            ));
         }
         let ports = (header.dst_port, header.src_port);
         let Some(id) = self.conns.find(ports) else {
@@ -253,7 +275,7 @@ impl Guest {
                 conn.state = State::Open;
                 app.event(self, id, Event::Connected)
             }
-            (op::RW, State::Open) => self.read(app, id, payload_at, len),
+            (op::RW, State::Open) => self.read(app, id, payload_at, &header),
             (op::CREDIT_REQUEST, State::Open) => {
                 self.control(id, op::CREDIT_UPDATE, 0);
                 Ok(())
@@ -297,27 +319,47 @@ impl Guest {
     }
 
     /// Copies a payload to the program. It reads up to 64 KiB at once: what follows without a packet for another connection
-    /// in between.
-    fn read(&mut self, app: &mut impl App, id: ConnId, at: u64, len: usize) -> Result<(), String> {
-        if !matches!(self.reading, Some((reader, held)) if reader == id && held + len <= READ_SIZE)
-        {
+    /// in between, or one message.
+    fn read(
+        &mut self,
+        app: &mut impl App,
+        id: ConnId,
+        at: u64,
+        header: &Header,
+    ) -> Result<(), String> {
+        let len = header.len as usize;
+        let messages = self.link.has_messages();
+        let goes_on = self.reading.as_ref().is_some_and(|reading| {
+            let fits = reading.held + len <= READ_SIZE;
+            reading.conn == id && fits && !(messages && reading.ready)
+        });
+        if !goes_on {
             self.finish_read(app)?;
         }
-        let held = self.reading.map_or(0, |(_, held)| held);
+        let held = match &self.reading {
+            Some(_) if !goes_on => return Err("a message without an end".into()),
+            reading => reading.as_ref().map_or(0, |reading| reading.held),
+        };
         self.rx.read(at, &mut self.read_buffer[held..held + len]);
-        self.reading = Some((id, held + len));
+        self.reading = Some(Reading {
+            conn: id,
+            held: held + len,
+            ready: !messages || header.flags & END_OF_MESSAGE != 0,
+        });
         Ok(())
     }
 
-    /// `virtio_transport_stream_do_dequeue`.
+    /// `virtio_transport_stream_do_dequeue`, `virtio_transport_seqpacket_do_dequeue`.
     fn finish_read(&mut self, app: &mut impl App) -> Result<(), String> {
-        let Some((id, len)) = self.reading.take() else {
+        let Some(reading) = self.reading.take_if(|reading| reading.ready) else {
             return Ok(());
         };
+        let (id, len) = (reading.conn, reading.held);
         getppid();
+        let messages = self.link.has_messages();
         if let Some(conn) = self.conns.get(id) {
             conn.count_read(len as u32);
-            if conn.needs_credit_update() {
+            if messages || conn.needs_credit_update() {
                 self.control(id, op::CREDIT_UPDATE, 0);
             }
         }
@@ -368,7 +410,7 @@ impl Guest {
         }
     }
 
-    /// Writes as much as credit and the TX ring permit. Returns how many bytes.
+    /// Writes as much as credit and the TX ring permit. Returns how many bytes. A message ends with the last of `bytes`.
     pub fn write(&mut self, id: ConnId, bytes: &[u8]) -> usize {
         getppid();
         let mut done = 0;
@@ -383,7 +425,9 @@ impl Guest {
                 break;
             }
             let sent_fwd = conn.sent_fwd;
-            let header = self.conns.header(id, op::RW, 0, len as u32);
+            let ends = self.link.has_messages() && done + len == bytes.len();
+            let flags = if ends { END_OF_MESSAGE } else { 0 };
+            let header = self.conns.header(id, op::RW, flags, len as u32);
             let sent = self.send(&header, &bytes[done..done + len]);
             if let Some(conn) = self.conns.get(id) {
                 if !sent {
@@ -419,7 +463,7 @@ impl Guest {
             (payload_at, payload.len() as u32),
         ];
         let count = if payload.is_empty() { 1 } else { 2 };
-        self.memory.write(head_at, &header.bytes());
+        self.memory.write(head_at, &header.bytes(&self.link));
         if count > 1 {
             self.memory.write(payload_at, payload);
         }
@@ -432,13 +476,17 @@ impl Guest {
     }
 }
 
-fn negotiate(frontend: &mut Frontend) -> u64 {
+fn negotiate(frontend: &mut Frontend, link: &Link) -> io::Result<u64> {
     frontend.set_owner();
     let offered = frontend.features();
-    let known = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
+    let messages = if link.has_messages() { F_SEQPACKET } else { 0 };
+    if offered & messages != messages {
+        return Err(io::Error::other("no messages"));
+    }
+    let known = messages | feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
     let accepted = offered & (known | F_PROTOCOL_FEATURES);
     let protocol_offered = frontend.protocol_features();
     frontend.set_protocol_features(protocol_offered & (protocol::MQ | protocol::CONFIG));
     frontend.set_features(accepted);
-    accepted
+    Ok(accepted)
 }

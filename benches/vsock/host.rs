@@ -190,7 +190,7 @@ pub fn request(uds_path: &Path, port: u32) -> io::Result<UnixStream> {
 }
 
 /// Accepts a connection; None when the run is over.
-fn accept(listener: &UnixListener, shared: &Shared) -> Result<Option<UnixStream>, String> {
+pub fn accept(listener: &UnixListener, shared: &Shared) -> Result<Option<UnixStream>, String> {
     while !shared.stopped() {
         let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
         if poll(&mut fds, PollTimeout::from(STOP_CHECK)).map_err(|error| error.to_string())? > 0 {
@@ -201,6 +201,7 @@ fn accept(listener: &UnixListener, shared: &Shared) -> Result<Option<UnixStream>
     Ok(None)
 }
 
-fn text(error: io::Error) -> String {
+/// The failure of a host program.
+pub fn text(error: io::Error) -> String {
     format!("host program: {error}")
 }

@@ -12,6 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::host;
 use crate::measure::{GIB, MIB, Sample, Timing, key, own_cpu, percentiles};
+use crate::messages;
 use crate::pattern::REQUEST_LEN;
 use crate::shared::Shared;
 
@@ -20,6 +21,8 @@ use crate::shared::Shared;
 pub enum Limit {
     /// A Unix socket pair between two threads, with writes of so many bytes.
     SocketPair(usize),
+    /// A Unix socket pair of messages of so many bytes.
+    Messages(usize),
     /// A round trip through three threads: the first wakes the second with an eventfd, the second the third with a socket.
     RoundTrip,
 }
@@ -28,21 +31,32 @@ impl Limit {
     /// Measures it once.
     pub fn measure(self, timing: &Timing) -> Result<Sample, String> {
         match self {
-            Self::SocketPair(write) => socket_pair(write, timing),
+            Self::SocketPair(write) => {
+                UnixStream::pair().and_then(|pair| socket_pair(pair, timing, write, host::drain))
+            }
+            Self::Messages(size) => {
+                messages::pair().and_then(|pair| socket_pair(pair, timing, size, messages::drain))
+            }
             Self::RoundTrip => round_trip(timing),
         }
         .map_err(|error| error.to_string())
     }
 }
 
-fn socket_pair(write: usize, timing: &Timing) -> io::Result<Sample> {
-    let (from, to) = UnixStream::pair()?;
+type Drain = fn(UnixStream, usize, &Shared) -> Result<(), String>;
+
+fn socket_pair(
+    (from, to): (UnixStream, UnixStream),
+    timing: &Timing,
+    write: usize,
+    drain: Drain,
+) -> io::Result<Sample> {
     let end = to.try_clone()?;
     let shared = Arc::new(Shared::default());
     let (writer, reader) = (shared.clone(), shared.clone());
     let threads = [
         thread::spawn(move || host::fill(from, write, &writer, |_| {})),
-        thread::spawn(move || host::drain(to, write, &reader)),
+        thread::spawn(move || drain(to, write, &reader)),
     ];
     thread::sleep(timing.warm_up);
     let (begin, before) = (Instant::now(), shared.counts());

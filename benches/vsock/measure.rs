@@ -57,6 +57,8 @@ pub struct Timing {
 }
 
 const CHECK: Duration = Duration::from_millis(20);
+/// After so long without a byte, traffic has stalled.
+const STALL: Duration = Duration::from_secs(1);
 /// A mebibyte in bytes.
 pub const MIB: f64 = 1024.0 * 1024.0;
 /// A gibibyte in bytes.
@@ -134,6 +136,19 @@ impl Probe<'_> {
         Ok(())
     }
 
+    /// Fails if the traffic does not go on.
+    pub fn check_going_on(&mut self) -> Result<(), String> {
+        let before = self.shared.counts();
+        let begin = Instant::now();
+        while !self.shared.counts().since(before).moved() {
+            if begin.elapsed() > STALL {
+                return Err("the traffic has stalled".into());
+            }
+            self.sleep(CHECK)?;
+        }
+        Ok(())
+    }
+
     /// Sleeps; returns at once if the daemon ends or a thread fails.
     fn sleep(&mut self, time: Duration) -> Result<(), String> {
         let end = Instant::now() + time;
@@ -164,9 +179,10 @@ impl Probe<'_> {
     fn count_syscalls(&self, time: Duration) -> Result<(Snapshot, Snapshot, Option<f64>), String> {
         // perf counts from the start of the shell to its end: its two lines mark both.
         let script = format!("echo; sleep {}; echo", time.as_secs_f64());
+        let pids: Vec<String> = self.daemon.pids().map(|pid| pid.to_string()).collect();
         let mut perf = Command::new("perf")
             .args(["stat", "-x,", "-e", SYSCALL_EVENT, "-p"])
-            .arg(self.daemon.pid().to_string())
+            .arg(pids.join(","))
             .args(["--", "sh", "-c", &script])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -23,11 +23,41 @@ pub mod op {
 
 /// The guest's CID.
 pub const GUEST_CID: u64 = 4;
-const HOST_CID: u64 = 2;
-/// `type` of a stream socket's packets.
-const STREAM: u16 = 1;
+/// The CID of the other guest, where there are two.
+pub const SIBLING_CID: u64 = 5;
+/// The host's CID.
+pub const HOST_CID: u64 = 2;
+/// The flag of a message's last packet.
+pub const END_OF_MESSAGE: u32 = 1;
 
-/// The header of a packet of either direction; the CIDs and the type are always the same.
+/// The type of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketType {
+    /// A stream.
+    Stream,
+    /// Messages.
+    Seqpacket,
+}
+
+/// What all packets of a guest have in common.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// The guest's CID.
+    pub own: u64,
+    /// The CID of whom it talks to.
+    pub peer: u64,
+    /// The type of its sockets.
+    pub socket_type: SocketType,
+}
+
+impl Link {
+    /// Whether it carries messages.
+    pub fn has_messages(&self) -> bool {
+        self.socket_type == SocketType::Seqpacket
+    }
+}
+
+/// The header of a packet of either direction, without what all packets have in common.
 #[derive(Clone, Copy, Debug, Default)]
 #[allow(missing_docs)] // The names are the specification's.
 pub struct Header {
@@ -42,14 +72,18 @@ pub struct Header {
 
 impl Header {
     /// Encodes the header of a packet from the guest.
-    pub fn bytes(&self) -> [u8; HEADER_LEN] {
+    pub fn bytes(&self, link: &Link) -> [u8; HEADER_LEN] {
+        let socket_type: u16 = match link.socket_type {
+            SocketType::Stream => 1,
+            SocketType::Seqpacket => 2,
+        };
         let mut bytes = [0; HEADER_LEN];
-        bytes[0..8].copy_from_slice(&GUEST_CID.to_le_bytes());
-        bytes[8..16].copy_from_slice(&HOST_CID.to_le_bytes());
+        bytes[0..8].copy_from_slice(&link.own.to_le_bytes());
+        bytes[8..16].copy_from_slice(&link.peer.to_le_bytes());
         bytes[16..20].copy_from_slice(&self.src_port.to_le_bytes());
         bytes[20..24].copy_from_slice(&self.dst_port.to_le_bytes());
         bytes[24..28].copy_from_slice(&self.len.to_le_bytes());
-        bytes[28..30].copy_from_slice(&STREAM.to_le_bytes());
+        bytes[28..30].copy_from_slice(&socket_type.to_le_bytes());
         bytes[30..32].copy_from_slice(&self.op.to_le_bytes());
         bytes[32..36].copy_from_slice(&self.flags.to_le_bytes());
         bytes[36..40].copy_from_slice(&self.buf_alloc.to_le_bytes());

@@ -196,9 +196,12 @@ fn columns(kind: Kind) -> &'static [Column] {
             direction: Direction::Both,
             ..
         } => BOTH_DIRECTIONS,
-        Kind::Streams { .. } => STREAM,
+        Kind::Streams { .. } | Kind::Siblings { .. } => STREAM,
+        Kind::Messages { .. } => MESSAGES,
         Kind::Uml(_) => REAL_STREAM,
-        Kind::RequestResponse => REQUEST_RESPONSE,
+        Kind::RequestResponse | Kind::MessageRoundTrip | Kind::SiblingRoundTrip(_) => {
+            REQUEST_RESPONSE
+        }
         Kind::Connect => CONNECT,
         Kind::Echo(_) => ECHO,
         Kind::Flooded { measured, .. } if measured.is_stream() => FLOODED_STREAM,
@@ -210,6 +213,16 @@ fn columns(kind: Kind) -> &'static [Column] {
 
 const STREAM: &[Column] = &[
     (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
+    (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
+    (key::KICKS_PER_MIB, "kicks/MiB", false),
+    (key::INTERRUPTS_PER_MIB, "irqs/MiB", false),
+    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
+];
+
+const MESSAGES: &[Column] = &[
+    (key::MIB_PER_S, "MiB/s (min-max)", true),
+    (key::OPS_PER_S, "messages/s", false),
     (key::CPU_S_PER_GIB, "CPU s/GiB", true),
     (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
     (key::KICKS_PER_MIB, "kicks/MiB", false),

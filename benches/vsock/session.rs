@@ -1,13 +1,16 @@
 //! One run against one daemon: the daemon, the simulated guest, and the threads of both sides.
 
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, Vms};
 use crate::guest::{App, Guest};
 use crate::host::HOST_PORT;
 use crate::measure::Probe;
+use crate::messages;
+use crate::packet::{GUEST_CID, HOST_CID, Link, SIBLING_CID, SocketType};
 use crate::ring::Notifications;
 use crate::shared::Shared;
 use crate::threads::{self, Running};
@@ -15,36 +18,62 @@ use crate::threads::{self, Running};
 /// How long traffic may take to begin.
 const TRAFFIC_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A daemon with its guest.
+/// A daemon with its guest, or two.
 pub struct Session {
     /// The daemon.
     pub daemon: Daemon,
     /// What the threads share.
     pub shared: Arc<Shared>,
     notifications: Arc<Notifications>,
+    socket_type: SocketType,
     guest: Option<Guest>,
+    sibling: Option<Guest>,
 }
 
 impl Session {
-    /// Connects a guest to a daemon.
-    pub fn begin(daemon: Daemon) -> Result<Self, String> {
+    /// Connects a guest to a daemon, or two to each other, that use sockets of this type.
+    pub fn begin(daemon: Daemon, socket_type: SocketType) -> Result<Self, String> {
         let notifications = Arc::new(Notifications::default());
-        let guest = Guest::start(&daemon.vhost_socket(), &notifications);
+        let start = |socket: PathBuf, own, peer| {
+            let link = Link {
+                own,
+                peer,
+                socket_type,
+            };
+            Guest::start(&socket, &notifications, link).map_err(|error| error.to_string())
+        };
+        let (guest, sibling) = match daemon.vms() {
+            Vms::One => (start(daemon.vhost_socket(), GUEST_CID, HOST_CID)?, None),
+            Vms::OneProcess | Vms::TwoProcesses => {
+                let sibling = start(daemon.sibling_socket(), SIBLING_CID, GUEST_CID)?;
+                let guest = start(daemon.vhost_socket(), GUEST_CID, SIBLING_CID)?;
+                (guest, Some(sibling))
+            }
+        };
         Ok(Self {
             daemon,
             shared: Arc::new(Shared::default()),
             notifications,
-            guest: Some(guest.map_err(|error| error.to_string())?),
+            socket_type,
+            guest: Some(guest),
+            sibling,
         })
     }
 
     /// Starts the guest's thread.
-    pub fn start_guest<A: App + Send + 'static>(
-        &mut self,
-        mut app: A,
-    ) -> Result<Running<A>, String> {
-        let mut guest = self.guest.take().ok_or("the guest runs already")?;
-        Ok(self.spawn(move |shared| guest.serve(&mut app, shared).map(|()| app)))
+    pub fn start_guest<A: App + Send + 'static>(&mut self, app: A) -> Result<Running<A>, String> {
+        let guest = self.guest.take().ok_or("the guest runs already")?;
+        Ok(self.serve(guest, app))
+    }
+
+    /// Starts the other guest's thread.
+    pub fn start_sibling<A: App + Send + 'static>(&mut self, app: A) -> Result<Running<A>, String> {
+        let sibling = self.sibling.take().ok_or("there is no other guest")?;
+        Ok(self.serve(sibling, app))
+    }
+
+    fn serve<A: App + Send + 'static>(&self, mut guest: Guest, mut app: A) -> Running<A> {
+        self.spawn(move |shared| guest.serve(&mut app, shared).map(|()| app))
     }
 
     /// Starts the thread of a host program.
@@ -58,7 +87,11 @@ impl Session {
     /// Listens where the guest's connections to `HOST_PORT` arrive.
     pub fn listen(&self) -> Result<UnixListener, String> {
         let path = self.daemon.host_port_path(HOST_PORT);
-        UnixListener::bind(path).map_err(|error| error.to_string())
+        match self.socket_type {
+            SocketType::Stream => UnixListener::bind(path),
+            SocketType::Seqpacket => messages::listen(&path),
+        }
+        .map_err(|error| error.to_string())
     }
 
     /// What to measure.

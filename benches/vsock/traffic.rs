@@ -2,8 +2,10 @@
 
 use crate::apps::{After, Client, Echo, Sender, Streams};
 use crate::echo_clients;
+use crate::guest::GUEST_PORT;
 use crate::host::{self, HOST_PORT};
-use crate::measure::{Sample, Timing, key, percentiles};
+use crate::measure::{MIB, Sample, Timing, key, percentiles};
+use crate::messages;
 use crate::session::Session;
 use crate::threads::{join, join_all};
 
@@ -45,6 +47,40 @@ pub fn streams(
     let mut sample = window.per_byte()?;
     if direction == Direction::Both {
         sample.extend(window.per_direction());
+    }
+    Ok(sample)
+}
+
+/// Messages of `size` bytes, of the guest's or for it.
+pub fn messages(
+    mut session: Session,
+    direction: Direction,
+    size: usize,
+    timing: &Timing,
+    syscalls: bool,
+) -> Result<Sample, String> {
+    let (sender, host) = if direction == Direction::ToHost {
+        let listener = session.listen()?;
+        let host = session.spawn(move |shared| messages::accept_and_drain(&listener, size, shared));
+        (Some(Sender::new(HOST_PORT, size)), Some(host))
+    } else {
+        (None, None)
+    };
+    let guest = Streams::of_messages(session.shared.clone(), sender, size);
+    let guest = session.start_guest(guest)?;
+    let path = session.daemon.uds_path();
+    let host = host.unwrap_or_else(|| {
+        session.spawn(move |shared| {
+            let socket = messages::connect(&path, GUEST_PORT).map_err(host::text)?;
+            host::fill(socket, size, shared, |_| {})
+        })
+    });
+    let window = session.probe().window(timing, syscalls);
+    session.end(guest)?;
+    join_all(vec![host])?;
+    let mut sample = window?.per_byte()?;
+    if let Some(&mib) = sample.get(key::MIB_PER_S) {
+        sample.insert(key::OPS_PER_S, mib * MIB / size as f64);
     }
     Ok(sample)
 }

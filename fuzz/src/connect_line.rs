@@ -1,9 +1,16 @@
-//! The CONNECT line and its answer in any pieces, beside a parser that has the whole line.
+//! The CONNECT line and its answer in any pieces, beside a parser that has the whole line. Then the same bytes come over a
+//! stream, which keeps what follows the line, and as a message, which must be a line and nothing else.
+
+use std::io::{ErrorKind, Read as _, Write as _};
 
 use arbitrary::{Arbitrary, Unstructured};
 use vhost_user_vsock::host::connect_line::{
-    Line, MAX_ANSWER, MAX_REQUEST, MAX_SIBLING_REQUEST, Progress,
+    Line, MAX_ANSWER, MAX_REQUEST, MAX_SIBLING_REQUEST, Progress, read,
 };
+use vhost_user_vsock::host::socket::HostSocket;
+use vhost_user_vsock::packet::header::PacketType;
+
+use super::stream::pair;
 
 /// Who writes the line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +115,13 @@ pub fn run(bytes: &[u8]) {
         return;
     };
     let (role, written) = (input.role(), input.written());
+    take_pieces(&input, role, &written);
+    read_stream(role, &written);
+    read_message(role, &written);
+}
+
+/// The line comes in pieces.
+fn take_pieces(input: &Input, role: Role, written: &[u8]) {
     let mut line = role.line();
     let mut before = 0;
     let lengths = input.pieces.iter().map(|len| usize::from(*len % 16));
@@ -133,6 +147,41 @@ pub fn run(bytes: &[u8]) {
         assert_eq!(line.room(), role.max_len() - end);
         before = end;
     }
+}
+
+/// The line comes over a stream.
+fn read_stream(role: Role, written: &[u8]) {
+    let (socket, mut program) = pair(PacketType::Stream);
+    let socket = HostSocket::new(PacketType::Stream, socket);
+    program.write_all(written).unwrap();
+    let progress = read(&socket, &mut role.line());
+    let expected = parse(role, written);
+    let Progress::Complete { port, consumed } = expected else {
+        return assert_eq!(progress, expected, "{}", written.escape_ascii());
+    };
+    assert!(matches!(progress, Progress::Complete { port: same, .. } if same == port));
+    let mut rest = vec![0; written.len() - consumed];
+    assert_eq!(socket.take(&mut rest).unwrap_or(0), rest.len());
+    assert_eq!(rest, written[consumed..], "behind the line");
+}
+
+/// The line is a message.
+fn read_message(role: Role, written: &[u8]) {
+    let (socket, mut program) = pair(PacketType::Seqpacket);
+    let socket = HostSocket::new(PacketType::Seqpacket, socket);
+    assert_eq!(program.write(written).unwrap(), written.len());
+    let mut line = role.line();
+    let progress = read(&socket, &mut line);
+    let expected = match parse(role, written) {
+        Progress::Complete { port, consumed } if consumed == written.len() => {
+            Progress::Complete { port, consumed }
+        }
+        _ => Progress::Invalid,
+    };
+    assert_eq!(progress, expected, "{}", written.escape_ascii());
+    // It was taken, and nothing was answered.
+    let more = program.read(&mut [0]).map_err(|error| error.kind());
+    assert_eq!(more, Err(ErrorKind::WouldBlock));
 }
 
 /// The model: what these first bytes of a line mean.

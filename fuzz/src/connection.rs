@@ -1,7 +1,8 @@
 //! One connection between a guest and a host program, each of which does what it likes.
 //!
 //! The socket's events are those of an epoll set, edge-triggered as the worker's, and come as late as the input wants. The
-//! model knows what each side has written, read and ended, and from that what the connection must do.
+//! model knows what each side has written, read and ended, and from that what the connection must do. Of a connection of
+//! messages it knows where each ends: none may be merged, split, lost or invented.
 
 mod ends;
 
@@ -15,7 +16,7 @@ use ends::Ends;
 /// What happens next.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Step {
-    /// The guest sends as much of this as it has credit for.
+    /// The guest sends as much of this as it has credit for. Of messages, `pieces` says bit by bit which packets end none.
     GuestWrites {
         len: u16,
         pieces: u8,
@@ -120,6 +121,11 @@ impl Input {
             bits if bits & 1 == 0 => Opening::Accepted,
             _ => Opening::Requested,
         }
+    }
+
+    /// It carries messages.
+    fn has_messages(&self) -> bool {
+        self.opening & 24 == 24
     }
 
     /// The socket holds little, so that the connection must.

@@ -13,13 +13,15 @@
 //! memory         guest memory that shows every write of the device's
 //! ring           the driver's side of a ring
 //! guest          a driver's side of both rings, for a target that has no worker
-//! stream         bytes that tell where they belong
+//! stream         bytes that tell where they belong, and sockets for them
+//! borders        where the messages among them end
 //! shutdown       what a SHUTDOWN may say
 //! ```
 
 use std::fmt::Debug;
 use std::sync::LazyLock;
 
+pub mod borders;
 pub mod connect_line;
 pub mod connection;
 pub mod guest;

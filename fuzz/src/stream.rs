@@ -1,6 +1,11 @@
-//! Bytes that tell where they belong.
+//! Bytes that tell where they belong, and sockets for them.
 
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use vhost_user_vsock::packet::header::PacketType;
 
 /// After how many bytes a stream repeats itself: a prime, and more than any buffer on the way holds.
 const PERIOD: usize = 1_048_573;
@@ -13,6 +18,17 @@ static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| {
         .map(|place| byte(place ^ place >> 8))
         .collect()
 });
+
+/// The daemon's end of a connection and the program's, neither of which waits.
+pub fn pair(packet_type: PacketType) -> (OwnedFd, UnixStream) {
+    let kind = match packet_type {
+        PacketType::Seqpacket => SockType::SeqPacket,
+        _ => SockType::Stream,
+    };
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let (socket, program) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
+    (socket, program.into())
+}
 
 /// One direction of a connection. Each byte is a function of the direction and of its place in it.
 #[derive(Debug)]

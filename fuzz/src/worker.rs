@@ -1,7 +1,7 @@
 //! The whole worker, between a guest's rings and the sockets of host programs.
 //!
 //! It is driven as in the daemon: it takes a turn when its epoll set has events, or when its last turn has left something to
-//! do. The guest kicks when it was asked to, and must be interrupted when it asks for that. So what is lost here would be
+//! do. Connections are streams, or carry messages. The guest kicks when it was asked to, and must be interrupted when it asks for that. So what is lost here would be
 //! lost there.
 
 mod conn;
@@ -52,10 +52,12 @@ enum Step {
         conn: u8,
         accept: bool,
     },
+    /// The guest requests a connection of the type that is accepted there, or with the upper two bits of its port of the other.
     GuestRequests {
         port: u8,
         guest_port: u8,
     },
+    /// Of messages, the upper two bits of `part` say whether each packet is one, and whether the last goes on.
     GuestWrites {
         conn: u8,
         len: u16,
@@ -140,9 +142,10 @@ struct Setup {
     /// Where the rings' indices begin.
     start: u16,
     tx_buffer_size: u16,
-    /// So many times that.
+    /// So many times that, and whether host programs connect for messages, in the upper two bits: from 2 on, all of them; with 3
+    /// every other one.
     factor: u8,
-    /// Which host ports have a listener from the beginning, bit by bit.
+    /// Which host ports have a listener from the beginning, bit by bit; in the upper half, whose listeners are for messages.
     listening: u8,
     /// Whenever the worker has run, the guest takes all packets, accepts all connections and offers new buffers.
     is_eager: bool,

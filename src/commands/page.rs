@@ -95,13 +95,12 @@ fn table(connections: &[ConnectionStats]) -> String {
         }
     }
     let mut connections: Vec<&ConnectionStats> = connections.iter().collect();
-    connections.sort_by_key(|conn| (conn.guest_port, conn.peer));
+    connections.sort_by_key(|conn| (conn.guest_port, conn.peer, conn.seqpacket));
     for conn in connections {
         table.add_row([
             conn.guest_port.0.to_string(),
             peer(conn.peer),
-            // Another program may answer in a daemon's place.
-            conn.state.escape_debug().to_string(),
+            state(conn),
             bytes(conn.from_guest),
             bytes(conn.to_guest),
             bytes(conn.buffered as u64),
@@ -110,6 +109,16 @@ fn table(connections: &[ConnectionStats]) -> String {
         ]);
     }
     table.to_string()
+}
+
+/// Its state, and what it carries if that is not bytes.
+fn state(conn: &ConnectionStats) -> String {
+    // Another program may answer in a daemon's place.
+    let state = conn.state.escape_debug();
+    match conn.seqpacket {
+        true => format!("{state} (seqpacket)"),
+        false => state.to_string(),
+    }
 }
 
 /// A port of the host's, or the address of another guest's.

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, ArgAction, Args, Command, FromArgMatches, ValueEnum};
 use thiserror::Error;
 
@@ -69,17 +70,17 @@ pub struct VmOptions {
     pub forward_cid: Option<u32>,
 
     /// With --forward-cid: ports of the host's AF_VSOCK, joined by `+`, that lead to the guest's ports of the same
-    /// numbers; for messages with `,seqpacket` behind PORT
+    /// numbers; with `,seqpacket` behind PORT, for messages
     #[arg(long, value_name = "PORT+...", value_delimiter = '+', action = ArgAction::Append)]
     pub forward_listen: Vec<VsockPort>,
 
-    /// A Unix socket for one port of the guest: every connection goes to the guest's PORT, without CONNECT and OK; for messages
-    /// with `,seqpacket` behind PATH. Repeatable
+    /// A Unix socket for one port of the guest: every connection goes to the guest's PORT, without CONNECT and OK. It carries
+    /// messages with `,seqpacket` behind PATH. Repeatable
     #[arg(long, value_name = "PORT=PATH", action = ArgAction::Append)]
     pub guest_port: Vec<PortPath>,
 
-    /// The Unix socket to which the guest's connections to CID 2 and PORT go, instead of `UDS_PATH_<port>`; those of
-    /// messages with `,seqpacket` behind PATH. Repeatable
+    /// The Unix socket to which the guest's connections to CID 2 and PORT go, instead of `UDS_PATH_<port>`; with
+    /// `,seqpacket` behind PATH, those that carry messages. Repeatable
     #[arg(long, value_name = "PORT=PATH", action = ArgAction::Append)]
     pub host_port: Vec<PortPath>,
 
@@ -93,7 +94,7 @@ pub struct VmOptions {
 
     /// Whether the guest has connections of messages (SOCK_SEQPACKET) beside streams, with a socket for host programs at
     /// `UDS_PATH_seqpacket` [default: on]
-    #[arg(long, value_name = "on|off")]
+    #[arg(long, value_name = "on|off", hide_possible_values = true)]
     pub seqpacket: Option<Switch>,
 
     /// How long a host program that connects before the guest's program listens waits for it [default: 0]
@@ -112,8 +113,8 @@ pub struct VmOptions {
     pub queue_size: Option<u16>,
 
     #[arg(long, value_name = "COUNT", help = with_default(
-        "Maximum number of connections that the guest has opened, and of those that host programs have; a third more for both \
-         together. Further ones are refused", VmConfig::DEFAULT_MAX_CONNECTIONS as u64))]
+        "Maximum number of connections that the guest has opened, of those that host programs have, and of those that siblings \
+         have; a third is kept for each. Further ones are refused", VmConfig::DEFAULT_MAX_CONNECTIONS as u64))]
     #[allow(missing_docs)]
     pub max_connections: Option<usize>,
 
@@ -259,12 +260,14 @@ fn groups(names: Vec<String>) -> Result<Vec<String>, ConfigError> {
     Ok(groups)
 }
 
-/// Whether something is there.
+/// Whether something is there. YAML's words for it are understood as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Switch {
     /// It is.
+    #[value(alias = "true", alias = "yes")]
     On,
     /// It is not.
+    #[value(alias = "false", alias = "no")]
     Off,
 }
 
@@ -402,6 +405,11 @@ fn mistake(error: &clap::Error) -> String {
     match std::error::Error::source(error) {
         Some(source) if source.is::<ParseIntError>() => "not a number in range".into(),
         Some(source) => source.to_string(),
-        None => "a value is missing".into(),
+        None => match error.get(ContextKind::ValidValue) {
+            Some(ContextValue::Strings(names)) if !names.is_empty() => {
+                format!("say {}", names.join(" or "))
+            }
+            _ => "a value is missing".into(),
+        },
     }
 }

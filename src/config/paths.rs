@@ -20,6 +20,9 @@ const LONGEST_PORT: &str = "_4294967295";
 /// What follows the CID in the name of a sibling's socket.
 const SIBLING_SUFFIX: &str = ".vsock";
 
+/// What follows the path of a socket for streams in that of the socket for messages.
+pub(super) const SEQPACKET_SUFFIX: &str = "_seqpacket";
+
 /// The longest name of a sibling's socket.
 const LONGEST_SIBLING: &str = "4294967294.vsock_seqpacket";
 
@@ -121,10 +124,6 @@ impl PathKind {
     }
 }
 
-/// Where the guest with this CID is reached in a directory of siblings.
-/// What follows the path of a socket for streams in that of the socket for messages.
-pub(super) const SEQPACKET_SUFFIX: &str = "_seqpacket";
-
 /// A path with something behind its last component.
 pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut path = path.as_os_str().to_owned();
@@ -132,6 +131,7 @@ pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
+/// Where the guest with this CID is reached in a directory of siblings, for connections of this type.
 pub fn sibling_path(directory: &Path, cid: Cid, packet_type: PacketType) -> PathBuf {
     let path = directory.join(format!("{cid}{SIBLING_SUFFIX}"));
     match packet_type {

@@ -7,17 +7,20 @@
 use log::warn;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::config::VmConfig;
+use crate::config::{HostSide, VmConfig};
 
 /// What the process has beside its VMs: the log, signals, the service manager, and the clients of its statistics.
 const PROCESS: usize = 320;
 
-/// What a VM has beside its connections and clients: listening sockets, the VMM's socket, the rings' eventfds.
-const VM: usize = 64;
+/// What a VM has beside its connections, clients and listening sockets: the VMM's socket, the rings' eventfds.
+const VM: usize = 48;
+
+/// What a listening socket takes: itself, its duplicate for the worker, and its directory.
+const LISTENER: usize = 3;
 
 /// The part of a share, in sixteenths, that connections may have. Of the rest, clients without a connection have two, those
-/// that wait for the guest two more, and the regions of the guest's memory three.
-const FOR_CONNECTIONS: usize = 9;
+/// that wait for the guest two more, calls that siblings have not taken one, and the regions of the guest's memory three.
+const FOR_CONNECTIONS: usize = 8;
 
 /// The part that either kind of clients may have.
 const FOR_CLIENTS: usize = 2;
@@ -43,7 +46,7 @@ pub(super) fn fit(config: &mut VmConfig, limit: usize, vms: usize) {
         return;
     }
     let share = limit.saturating_sub(PROCESS) / vms;
-    let sixteenth = share.saturating_sub(VM) / 16;
+    let sixteenth = share.saturating_sub(VM + LISTENER * listeners(config)) / 16;
     // A VM with siblings has two thirds more than the number that is set (see `max_connections`).
     let connections = (sixteenth * FOR_CONNECTIONS * 3 / 5).max(1);
     config.max_clients = config.max_clients.min((sixteenth * FOR_CLIENTS).max(1));
@@ -57,13 +60,29 @@ pub(super) fn fit(config: &mut VmConfig, limit: usize, vms: usize) {
     }
 }
 
+/// How many sockets a VM listens on.
+fn listeners(config: &VmConfig) -> usize {
+    let types = config.packet_types().count();
+    let host = match &config.host {
+        HostSide::Unix { .. } => types,
+        HostSide::Vsock { listen, .. } => listen.len(),
+    };
+    // One more is the VMM's.
+    1 + host + config.guest_ports.len() + config.sibling_dirs.len() * types
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packet::header::Cid;
+    use crate::config::PortPath;
+    use crate::packet::header::{Cid, PacketType};
+
+    fn vm() -> VmConfig {
+        VmConfig::new(Cid::try_from(4u32).unwrap(), "", "")
+    }
 
     fn places(limit: usize, vms: usize) -> (usize, usize) {
-        let mut config = VmConfig::new(Cid::try_from(4u32).unwrap(), "", "");
+        let mut config = vm();
         fit(&mut config, limit, vms);
         (config.max_connections, config.max_clients)
     }
@@ -79,10 +98,27 @@ mod tests {
     fn what_all_vms_may_have_fits_into_the_limit() {
         for (limit, vms) in [(1024, 2), (1024, 3), (4096, 10), (20_000, 3), (20_000, 100)] {
             let (connections, clients) = places(limit, vms);
-            let vm = VM + connections + 2 * (connections / 3) + 2 * clients;
+            let calls = clients.div_ceil(2);
+            let places = connections + 2 * (connections / 3) + 2 * clients + calls;
+            let vm = VM + LISTENER * listeners(&vm()) + places;
             assert!(PROCESS + vms * vm <= limit, "{limit} for {vms}: {vm}");
             assert!(connections > 1 && clients > 1, "{limit} for {vms}");
         }
         assert_eq!(places(3, 2), (1, 1));
+    }
+
+    #[test]
+    fn listening_sockets_have_their_part() {
+        let port = |port: u32| PortPath {
+            port,
+            packet_type: PacketType::Stream,
+            path: format!("/{port}").into(),
+        };
+        let mut config = vm();
+        config.sibling_dirs = vec!["/a".into(), "/b".into()];
+        config.guest_ports = (1..=100).map(port).collect();
+        assert_eq!(listeners(&config), 1 + 2 + 4 + 100);
+        fit(&mut config, 2048, 2);
+        assert!(config.max_connections < places(2048, 2).0);
     }
 }

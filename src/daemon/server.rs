@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
@@ -13,7 +13,7 @@ use super::log_writer;
 use super::sandbox::{self, SandboxError};
 use super::service::{self, ServiceManager, Status};
 use super::threads::{Naming, Threads};
-use super::vm::{self, BoundVm, Vm, VmError};
+use super::vm::{self, BoundVm, LOCK_TIMEOUT, Vm, VmError};
 use crate::config::{ConfigError, HostSide, ProcessConfig, VmConfig};
 use crate::host::listener::{self, ListenerError, SocketFile};
 use crate::host::siblings::{self, Siblings};
@@ -169,9 +169,12 @@ impl Server {
         self.threads
             .wait(stop, || vms.iter_mut().for_each(Vm::remove_if_ended))?;
         self.manager.stopping();
-        self.stats = None;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
+        if let Some(stats) = self.stats.take() {
+            stats.remove_by(deadline);
+        }
         for vm in &mut self.vms {
-            vm.begin_stop();
+            vm.begin_stop(deadline);
         }
         if self.threads.wait_timeout(STOP_TIMEOUT)? {
             info!("stopped");
@@ -232,6 +235,7 @@ mod tests {
         let listen = Vec::new();
         assert!(has_vsock(HostSide::Vsock { cid, listen }));
     }
+
     #[test]
     fn socket_pairs_are_made_only_between_siblings() {
         let has_pairs = |groups: [&str; 2]| {

@@ -9,14 +9,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use thiserror::Error;
-use vhost::vhost_user::Error as VhostUserError;
 
 use super::threads::{Naming, Threads, VmThreads, wait_readable};
 use crate::config::{
@@ -45,7 +44,10 @@ pub(super) const SYSCALLS: &[Syscall] = &[
 const ACCEPT_PAUSE: u16 = 100;
 
 /// How long a VM's threads may take to end.
-const STOP_TIMEOUT: Duration = Duration::from_millis(800);
+const STOP_TIMEOUT: Duration = Duration::from_millis(700);
+
+/// How long the directories of all sockets together may be locked by others when the sockets are removed.
+pub(super) const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Why a VM can't be served.
 #[derive(Debug, Error)]
@@ -225,7 +227,7 @@ impl Vm {
     /// Removes the sockets of a VM whose threads have ended, or one of whose threads has panicked: nobody serves them.
     pub(super) fn remove_if_ended(&mut self) {
         if self.sockets.is_some() && (self.threads.has_panicked() || self.threads.have_ended()) {
-            self.begin_stop();
+            self.begin_stop(Instant::now() + LOCK_TIMEOUT);
         }
     }
 
@@ -234,9 +236,12 @@ impl Vm {
         self.threads.has_panicked()
     }
 
-    /// Removes its sockets and tells its threads to end.
-    pub(super) fn begin_stop(&mut self) {
-        self.sockets = None;
+    /// Removes its sockets and tells its threads to end. From `deadline` on, locks of directories are not waited for.
+    pub(super) fn begin_stop(&mut self, deadline: Instant) {
+        if let Some((vmm, others)) = self.sockets.take() {
+            let files = vmm.into_iter().chain(others);
+            files.for_each(|file| file.remove_by(deadline));
+        }
         self.stop.request();
         self.device.stop();
     }
@@ -250,7 +255,7 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         if self.sockets.is_some() {
-            self.begin_stop();
+            self.begin_stop(Instant::now() + LOCK_TIMEOUT);
             let _ = self.threads.all().wait_timeout(STOP_TIMEOUT);
         }
     }
@@ -348,18 +353,16 @@ fn serve_vmm(vmm: UnixStream, device: &Arc<VhostUserVsockBackend>, stop: &Stop) 
         match session.handle_request() {
             Ok(()) => {}
             // A VMM that wanted an answer has it. The session goes on.
-            Err(VhostUserError::ReqHandlerError(error)) => warn!("refused the VMM: {error}"),
+            Err(error) if error.is_refusal() => warn!("refused the VMM: {error}"),
             Err(error) => break error,
         }
     };
     stop.set_vmm(None);
     drop(session);
     device.end_session();
-    match end {
-        VhostUserError::Disconnected | VhostUserError::SocketBroken(_) => {
-            info!("the VMM disconnected");
-        }
-        _ if stop.is_requested() => info!("the VMM disconnected"),
-        error => warn!("the VMM is no longer served: {error}"),
+    if end.is_end() || stop.is_requested() {
+        info!("the VMM disconnected");
+    } else {
+        warn!("the VMM is no longer served: {end}");
     }
 }

@@ -154,10 +154,17 @@ mod tests {
         let path = directory.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let mut dialer = Dialer::default();
-        let sockets = [(); 2].map(|()| dialer.connect(&path, PacketType::Stream, Some(CALL)).unwrap());
+        let sockets = [(); 2].map(|()| {
+            dialer
+                .connect(&path, PacketType::Stream, Some(CALL))
+                .unwrap()
+        });
         let names = [(); 2].map(|()| peer_name(&listener).unwrap());
         let start = format!("vhost-user-vsock/2:80/4:40001/{}.", process::id());
-        assert!(names.iter().all(|name| name.starts_with(&start)), "{names:?}");
+        assert!(
+            names.iter().all(|name| name.starts_with(&start)),
+            "{names:?}"
+        );
         assert_ne!(names[0], names[1]);
         drop(sockets);
         let _socket = dialer.connect(&path, PacketType::Stream, None).unwrap();
@@ -192,7 +199,9 @@ mod tests {
         ] {
             let mut dialer = Dialer::default();
             for _ in 0..3 {
-                let refused = dialer.connect(&path, PacketType::Stream, Some(CALL)).unwrap_err();
+                let refused = dialer
+                    .connect(&path, PacketType::Stream, Some(CALL))
+                    .unwrap_err();
                 assert_eq!(refused.raw_os_error(), Some(error), "{}", path.display());
                 dialer.rest();
             }
@@ -204,9 +213,17 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("socket");
         let mut dialer = Dialer::default();
-        (0..2).for_each(|_| drop(dialer.connect(&path, PacketType::Stream, Some(CALL)).unwrap_err()));
+        (0..2).for_each(|_| {
+            drop(
+                dialer
+                    .connect(&path, PacketType::Stream, Some(CALL))
+                    .unwrap_err(),
+            )
+        });
         let listener = UnixListener::bind(&path).unwrap();
-        let _socket = dialer.connect(&path, PacketType::Stream, Some(CALL)).unwrap();
+        let _socket = dialer
+            .connect(&path, PacketType::Stream, Some(CALL))
+            .unwrap();
         assert!(peer_name(&listener).is_some());
         listener.set_nonblocking(true).unwrap();
         assert!(listener.accept().is_err(), "the question was noticed");

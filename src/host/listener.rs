@@ -37,7 +37,7 @@ use crate::syscalls::{Argument, Syscall};
 /// hold it for as long as it likes, and then the daemon goes on without.
 const LOCK_AT_START: Duration = Duration::from_secs(1);
 
-/// How long a daemon that stops waits for it, for each socket. A stop must take less than a second.
+/// How long a daemon that stops waits for it, for each socket, unless it has less time for all of them.
 const LOCK_AT_STOP: Duration = Duration::from_millis(100);
 
 /// The pause between two tries to lock a directory.
@@ -78,7 +78,9 @@ pub enum ListenerError {
     #[error("{0}: can't listen there: {1}")]
     Io(PathBuf, io::Error),
     /// Connections are to be forwarded to AF_VSOCK, and the kernel has none.
-    #[error("--forward-cid: no AF_VSOCK in this kernel, load a module for it (vsock_loopback for CID 1): {0}")]
+    #[error(
+        "--forward-cid: no AF_VSOCK in this kernel, load a module for it (vsock_loopback for CID 1): {0}"
+    )]
     NoVsock(io::Error),
     /// The system refused to listen on a port of AF_VSOCK.
     #[error("port {0} of AF_VSOCK: can't listen there: {1}")]
@@ -95,7 +97,7 @@ pub enum ListenerError {
 #[derive(Debug)]
 pub struct SocketFile {
     /// Above `listener`, and so dropped before it: the file is removed while the socket still listens.
-    _file: Option<OwnFile>,
+    file: Option<OwnFile>,
     listener: UnixListener,
 }
 
@@ -106,6 +108,8 @@ struct OwnFile {
     /// Device and inode, to recognize a file that has taken its place. The bound socket keeps the inode from being reused.
     identity: (u64, u64),
     directory: Directory,
+    /// When its removal waits no longer for the lock of the directory.
+    remove_by: Option<Instant>,
 }
 
 /// Makes new socket files accessible to their owner only, so that nobody connects before a socket has its final mode. The
@@ -137,9 +141,10 @@ impl SocketFile {
             path: path.to_owned(),
             identity: (metadata.dev(), metadata.ino()),
             directory,
+            remove_by: None,
         };
         let socket = Self {
-            _file: Some(own),
+            file: Some(own),
             listener,
         };
         give_access(&file, access)
@@ -150,8 +155,16 @@ impl SocketFile {
     /// A listening socket that somebody else has made. Its file, if it has one, is left alone.
     pub fn foreign(listener: UnixListener) -> Self {
         Self {
-            _file: None,
+            file: None,
             listener,
+        }
+    }
+
+    /// Stops listening and removes the file, if it was bound here. Another process may keep the directory locked: from
+    /// `deadline` on that is not waited for.
+    pub fn remove_by(mut self, deadline: Instant) {
+        if let Some(file) = &mut self.file {
+            file.remove_by = Some(deadline);
         }
     }
 
@@ -233,7 +246,9 @@ fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
 
 impl Drop for OwnFile {
     fn drop(&mut self) {
-        let _locked = self.directory.lock(LOCK_AT_STOP);
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        let patience = self.remove_by.map_or(LOCK_AT_STOP, left);
+        let _locked = self.directory.lock(patience.min(LOCK_AT_STOP));
         let is_ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
         if is_ours && let Err(error) = fs::remove_file(&self.path) {
@@ -390,6 +405,17 @@ mod tests {
         held.lock().unwrap();
         let socket = bind(&path).unwrap();
         drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_is_removed_without_the_lock_when_there_is_no_time_for_it() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("socket");
+        let socket = bind(&path).unwrap();
+        let held = File::open(directory.path()).unwrap();
+        held.lock().unwrap();
+        socket.remove_by(Instant::now());
         assert!(!path.exists());
     }
 

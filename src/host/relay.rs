@@ -37,10 +37,16 @@ use crate::packet::header::{PacketType, PeerPort};
 use crate::syscalls::{Argument, Syscall};
 
 /// To make a pair, and to wait on its ends. The rest are the calls of [`super::socket`] and [`super::vsock`].
-pub(super) const PAIR: Syscall = Syscall::only(libc::SYS_socketpair, &[
-    Argument::Is(0, libc::AF_UNIX),
-    Argument::Is(1, libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC),
-]);
+pub(super) const PAIR: Syscall = Syscall::only(
+    libc::SYS_socketpair,
+    &[
+        Argument::Is(0, libc::AF_UNIX),
+        Argument::Is(
+            1,
+            libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
+        ),
+    ],
+);
 
 /// How many connections of messages of one VM are forwarded at a time. Each has two threads, and one whose host program reads
 /// nothing outlives the guest's close: its messages are still to be delivered.
@@ -120,7 +126,9 @@ pub(super) fn waiting(socket: OwnedFd) -> io::Result<OwnedFd> {
 }
 
 fn start(run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let thread = thread::Builder::new().name("relay".into()).stack_size(STACK_SIZE);
+    let thread = thread::Builder::new()
+        .name("relay".into())
+        .stack_size(STACK_SIZE);
     thread.spawn(run).map(drop)
 }
 
@@ -136,7 +144,11 @@ impl Relay {
     /// Moves messages until both directions are over.
     fn run(pair: HostSocket, vsock: OwnedFd, place: Arc<()>) {
         let vsock = HostSocket::vsock(PacketType::Seqpacket, vsock);
-        let relay = Arc::new(Self { pair, vsock, _place: place });
+        let relay = Arc::new(Self {
+            pair,
+            vsock,
+            _place: place,
+        });
         let other = relay.clone();
         match start(move || other.deliver_to_guest()) {
             Ok(()) => relay.deliver_to_host(),

@@ -157,7 +157,8 @@ impl Routes {
         }
     }
 
-    /// Calls the sibling at `callee`, in this process before others. None if there is no such sibling.
+    /// Calls the sibling that a REQUEST is for, in this process before others. None if there is no such sibling. Somebody who is at
+    /// its place in a directory and can't be called hides whoever is in the next: that may be another VM.
     fn call_sibling(&mut self, request: &VsockHeader) -> Option<Result<HostSocket, DialError>> {
         let (callee, packet_type) = (request.peer, request.packet_type);
         if callee.cid == self.guest_cid || Cid::try_from(callee.cid.get()).is_err() {
@@ -171,21 +172,25 @@ impl Routes {
             cid: self.guest_cid,
             port: PeerPort(request.guest_port.0),
         };
-        let mut failed = None;
         for directory in &self.sibling_dirs {
             let path = sibling_path(directory, callee.cid, packet_type);
-            let call = Sibling { path: &path, packet_type, caller, port: callee.port };
+            let call = Sibling {
+                path: &path,
+                packet_type,
+                caller,
+                port: callee.port,
+            };
             match call.begin(&mut self.dialer) {
                 Ok(socket) => return Some(Ok(socket)),
                 Err(error) => {
                     let error = DialError::Connect { path, error };
                     if !error.is_nobody() {
-                        failed = failed.or(Some(Err(error)));
+                        return Some(Err(error));
                     }
                 }
             }
         }
-        failed
+        None
     }
 
     /// Checks that `client`, which has connected in the directory of siblings of this index, may call in the name of the guest
@@ -221,14 +226,21 @@ impl Routes {
     }
 
     /// Begins to connect to this port of the host's AF_VSOCK.
-    fn forward(&self, cid: Cid, port: PeerPort, packet_type: PacketType) -> Result<Dialed, DialError> {
+    fn forward(
+        &self,
+        cid: Cid,
+        port: PeerPort,
+        packet_type: PacketType,
+    ) -> Result<Dialed, DialError> {
         let number = u32::try_from(cid.get()).map_err(|_| DialError::NoSuchCid(cid))?;
         if packet_type == PacketType::Seqpacket {
             return Ok(Dialed::Calling(self.relays.connect(number, port)?));
         }
         let to = PeerAddr { cid, port };
         let socket = vsock::begin_connect(number, port);
-        socket.map(Dialed::Connecting).map_err(|error| DialError::Vsock { to, error })
+        socket
+            .map(Dialed::Connecting)
+            .map_err(|error| DialError::Vsock { to, error })
     }
 
     /// The socket for what has connected from the host's AF_VSOCK.
@@ -246,12 +258,17 @@ impl Routes {
 
     /// Whether siblings in this process have called.
     pub fn has_calls(&self) -> bool {
-        self.siblings.as_ref().is_some_and(|siblings| siblings.has_calls())
+        self.siblings
+            .as_ref()
+            .is_some_and(|siblings| siblings.has_calls())
     }
 
     /// The call of a sibling in this process that is to be taken next.
     pub fn next_call(&self) -> Option<Call> {
-        self.siblings.as_ref().filter(|siblings| siblings.has_calls())?.next_call()
+        self.siblings
+            .as_ref()
+            .filter(|siblings| siblings.has_calls())?
+            .next_call()
     }
 
     /// Nothing will be dialed for a while.

@@ -38,7 +38,7 @@ const fn unix_pair(kind: libc::c_int) -> [Argument; 2] {
     ]
 }
 
-/// How many calls of one guest may wait for a sibling's worker.
+/// How many calls of one guest may wait for its siblings' workers: as many as a batch of its packets may make.
 const MAX_CALLS: usize = 256;
 
 /// Whether there are siblings among the VMs of a process.
@@ -56,8 +56,8 @@ fn have_common(groups: &[String], others: &[String]) -> bool {
 /// Why a sibling in this process can't be called.
 #[derive(Debug, Error)]
 pub enum CallError {
-    /// Its worker has taken none of the last calls yet.
-    #[error("too many calls wait for this sibling")]
+    /// The siblings' workers have not taken the last calls yet.
+    #[error("too many calls of this guest wait for siblings")]
     TooMany,
     /// The system refused.
     #[error("no socket pair: {0}")]
@@ -73,6 +73,25 @@ pub struct Call {
     pub port: GuestPort,
     /// The sibling's end of the connection.
     pub socket: HostSocket,
+    /// It waits as long as this exists.
+    _waits: Waits,
+}
+
+/// Counts a call among those of its caller that wait.
+#[derive(Debug)]
+struct Waits(Arc<AtomicUsize>);
+
+impl Waits {
+    fn new(calls: &Arc<AtomicUsize>) -> Self {
+        calls.fetch_add(1, Ordering::Relaxed);
+        Self(calls.clone())
+    }
+}
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// The VMs of a process.
@@ -103,10 +122,6 @@ impl Calls {
         }
     }
 
-    fn is_full(&mut self, caller: Cid) -> bool {
-        self.of(caller).is_some_and(|calls| calls.len() >= MAX_CALLS)
-    }
-
     fn of(&mut self, caller: Cid) -> Option<&mut VecDeque<Call>> {
         let mut all = self.0.iter_mut();
         let found = all.find(|(cid, _)| *cid == caller)?;
@@ -120,6 +135,16 @@ impl Calls {
             self.0.push_back((caller, calls));
         }
         call
+    }
+}
+
+impl Member {
+    /// Leaves a call for its worker.
+    fn leave_call(&mut self, call: Call) {
+        self.calls.push(call);
+        self.waiting.fetch_add(1, Ordering::Release);
+        // It fails only where the counter is full, and then the worker is awake.
+        let _ = self.wake.write(1);
     }
 }
 
@@ -139,6 +164,8 @@ impl Siblings {
             cid: config.guest_cid,
             groups: config.groups.clone(),
             waiting,
+            max_calls: MAX_CALLS.min(config.max_clients.div_ceil(2)),
+            calls: Arc::default(),
         }
     }
 }
@@ -149,53 +176,63 @@ pub struct Membership {
     siblings: Arc<Siblings>,
     cid: Cid,
     groups: Vec<String>,
+    /// How many calls wait for its own worker.
     waiting: Arc<AtomicUsize>,
+    max_calls: usize,
+    /// How many calls of its guest wait for other workers.
+    calls: Arc<AtomicUsize>,
 }
 
 impl Membership {
     /// Calls the sibling that a guest's REQUEST is for, in the name of the program that asks. None if there is no such sibling.
+    /// Only the worker of this VM calls.
     pub fn call(&self, request: &VsockHeader) -> Option<Result<HostSocket, CallError>> {
-        let callee = request.peer;
-        let mut members = self.siblings.0.lock();
-        let member = members.get_mut(&callee.cid)?;
-        if callee.cid == self.cid || !have_common(&self.groups, &member.groups) {
+        let callee = request.peer.cid;
+        if !self.has_sibling(callee) {
             return None;
         }
-        Some(self.leave_call(request, member))
+        if self.calls.load(Ordering::Relaxed) >= self.max_calls {
+            return Some(Err(CallError::TooMany));
+        }
+        // Made without the lock, for which other workers may wait.
+        let (ours, call) = match self.new_call(request) {
+            Ok(ends) => ends,
+            Err(error) => return Some(Err(error.into())),
+        };
+        // The sibling may have left meanwhile.
+        self.with_sibling(callee, |member| member.leave_call(call))?;
+        Some(Ok(ours))
     }
 
-    fn leave_call(
-        &self,
-        request: &VsockHeader,
-        member: &mut Member,
-    ) -> Result<HostSocket, CallError> {
-        if member.calls.is_full(self.cid) {
-            return Err(CallError::TooMany);
-        }
+    /// Both ends of a call, the sibling's with what its worker must know.
+    fn new_call(&self, request: &VsockHeader) -> io::Result<(HostSocket, Call)> {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let packet_type = request.packet_type;
         let kind = socket_type(packet_type);
-        let pair = socketpair(AddressFamily::Unix, kind, None, flags);
-        let (ours, theirs) = pair.map_err(io::Error::from)?;
-        member.calls.push(Call {
+        let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, flags)?;
+        let call = Call {
             caller: PeerAddr {
                 cid: self.cid,
                 port: PeerPort(request.guest_port.0),
             },
             port: GuestPort(request.peer.port.0),
             socket: HostSocket::new(packet_type, theirs),
-        });
-        member.waiting.fetch_add(1, Ordering::Release);
-        // It fails only where the counter is full, and then the worker is awake.
-        let _ = member.wake.write(1);
-        Ok(HostSocket::new(packet_type, ours))
+            _waits: Waits::new(&self.calls),
+        };
+        Ok((HostSocket::new(packet_type, ours), call))
+    }
+
+    /// What `use_it` makes of the sibling of this CID, if there is one.
+    fn with_sibling<T>(&self, cid: Cid, use_it: impl FnOnce(&mut Member) -> T) -> Option<T> {
+        let mut members = self.siblings.0.lock();
+        let member = members.get_mut(&cid)?;
+        let is_sibling = cid != self.cid && have_common(&self.groups, &member.groups);
+        is_sibling.then(|| use_it(member))
     }
 
     /// Whether there is a sibling of this CID.
     pub fn has_sibling(&self, cid: Cid) -> bool {
-        let members = self.siblings.0.lock();
-        let member = members.get(&cid);
-        cid != self.cid && member.is_some_and(|member| have_common(&self.groups, &member.groups))
+        self.with_sibling(cid, |_| ()).is_some()
     }
 
     /// Whether siblings have called.
@@ -213,7 +250,9 @@ impl Membership {
 
     /// Nobody calls from now on, and those who have called are refused.
     pub fn leave(&self) {
-        self.siblings.0.lock().remove(&self.cid);
+        let member = self.siblings.0.lock().remove(&self.cid);
+        // Their sockets are closed without the lock.
+        drop(member);
         self.waiting.store(0, Ordering::Relaxed);
     }
 }
@@ -257,7 +296,8 @@ mod tests {
     #[test]
     fn a_call_arrives_with_the_address_of_its_caller() {
         let siblings = Arc::default();
-        let ((four, _), (five, wake)) = (join(&siblings, 4, &["a", "b"]), join(&siblings, 5, &["b"]));
+        let ((four, _), (five, wake)) =
+            (join(&siblings, 4, &["a", "b"]), join(&siblings, 5, &["b"]));
         assert!(!five.has_calls() && five.next_call().is_none());
         let ours = four.call(&request(&four, addr(5, 80))).unwrap().unwrap();
         assert_eq!(wake.read().unwrap(), 1);
@@ -276,7 +316,11 @@ mod tests {
         let ((four, _), (five, _)) = (join(&siblings, 4, &["a"]), join(&siblings, 5, &["b"]));
         let (six, _) = join(&siblings, 6, &["a", "b"]);
         for (from, to) in [(&four, 5), (&four, 4), (&four, 2), (&four, 7), (&five, 4)] {
-            assert!(from.call(&request(from, addr(to, 80))).is_none(), "{} calls {to}", from.cid);
+            assert!(
+                from.call(&request(from, addr(to, 80))).is_none(),
+                "{} calls {to}",
+                from.cid
+            );
             assert!(!from.has_sibling(Cid::from_raw(to.into())));
         }
         for (from, to) in [(&four, 6), (&six, 4), (&six, 5), (&five, 6)] {
@@ -309,16 +353,30 @@ mod tests {
         let refused = four.call(&request(&four, addr(6, 80))).unwrap();
         assert!(matches!(refused, Err(CallError::TooMany)));
         ends.push(five.call(&request(&five, addr(6, 81))).unwrap().unwrap());
+        let refused = four.call(&request(&four, addr(5, 80))).unwrap();
+        assert!(refused.is_err(), "the limit is for all siblings together");
         let callers = [(); 3].map(|()| six.next_call().unwrap().caller.cid.get());
         assert_eq!(callers, [4, 5, 4], "in turn");
-        assert_eq!(std::iter::from_fn(|| six.next_call()).count(), MAX_CALLS - 2);
+        assert!(four.call(&request(&four, addr(5, 80))).unwrap().is_ok());
+        assert_eq!(
+            std::iter::from_fn(|| six.next_call()).count(),
+            MAX_CALLS - 2
+        );
         assert!(!six.has_calls());
     }
 
     #[test]
     fn siblings_share_a_group() {
         assert!(!are_among(&[config(4, &["a"])]));
-        assert!(!are_among(&[config(4, &["a"]), config(5, &["b"]), config(6, &[])]));
-        assert!(are_among(&[config(4, &["a"]), config(5, &["b"]), config(6, &["c", "a"])]));
+        assert!(!are_among(&[
+            config(4, &["a"]),
+            config(5, &["b"]),
+            config(6, &[])
+        ]));
+        assert!(are_among(&[
+            config(4, &["a"]),
+            config(5, &["b"]),
+            config(6, &["c", "a"])
+        ]));
     }
 }

@@ -270,8 +270,11 @@ impl HostSocket {
             return false;
         }
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        let received = recvmsg::<()>(self.fd.as_raw_fd(), &mut [], None, flags);
-        let is_message = received.is_ok_and(|message| message.flags.contains(MsgFlags::MSG_CTRUNC));
+        let received = self.past_reset(|| {
+            let received = recvmsg::<()>(self.fd.as_raw_fd(), &mut [], None, flags)?;
+            Ok(received.flags)
+        });
+        let is_message = received.is_ok_and(|flags| flags.contains(MsgFlags::MSG_CTRUNC));
         // Where it stays set, the kernel gives a name to a socket that has none.
         let _ = setsockopt(&self.fd, sockopt::PassCred, &false);
         is_message
@@ -381,8 +384,8 @@ impl From<io::Error> for ReceiveError {
 mod tests {
     use super::*;
     use crate::testing::message_pair;
-    use std::io::{Read, Write};
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    use std::io::{Read, Write};
 
     fn pair() -> (HostSocket, UnixStream) {
         let (ours, other) = UnixStream::pair().unwrap();
@@ -413,7 +416,11 @@ mod tests {
     fn a_connect_goes_on_until_there_is_a_peer_or_an_error() {
         let flags = SockFlag::SOCK_NONBLOCK;
         let alone = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
-        assert!(HostSocket::new(PacketType::Stream, alone).connect_result().is_none());
+        assert!(
+            HostSocket::new(PacketType::Stream, alone)
+                .connect_result()
+                .is_none()
+        );
         let (ours, _other) = pair();
         assert!(matches!(ours.connect_result(), Some(Ok(()))));
     }

@@ -41,8 +41,7 @@ impl Side {
 pub enum CloseReason {
     /// Both programs have finished, and all their data was delivered.
     Done,
-    /// The other end refused it: the guest that of a host program or a sibling, or a sibling or AF_VSOCK of the host that of the
-    /// guest.
+    /// The guest refused it. What the guest asks for and nobody accepts was no connection, and is counted elsewhere.
     Refused,
     /// The guest aborted it with an RST.
     GuestReset,
@@ -121,7 +120,7 @@ pub struct Counters {
     /// Connections closed, by the reason, in the order of [`CloseReason::ALL`].
     #[serde(with = "by_reason")]
     pub ended: [u64; CloseReason::ALL.len()],
-    /// Connection requests of the guest that were refused: nobody listens, or the limit is reached.
+    /// Connection requests of the guest that were refused: nobody listens or answers in time, or the limit is reached.
     pub refused: u64,
     /// Host programs and siblings that have connected.
     pub clients: u64,
@@ -148,6 +147,9 @@ pub struct ConnectionStats {
     pub guest_port: GuestPort,
     /// The other end.
     pub peer: PeerAddr,
+    /// It carries messages. A stream may have the same addresses.
+    #[serde(default)]
+    pub seqpacket: bool,
     /// The name of its state.
     pub state: Cow<'static, str>,
     /// Bytes received from the guest.

@@ -4,6 +4,7 @@
 //! all of them together. Samples carry the label `cid` where the process serves several VMs, and `name` as well where those of
 //! several daemons are merged.
 
+use std::collections::BTreeSet;
 use std::fmt::{Display, Write};
 use std::iter;
 use std::rc::Rc;
@@ -48,7 +49,7 @@ pub fn merged(daemons: Vec<(String, Option<Snapshot>)>) -> String {
         let mut of_daemon = Labels::default();
         of_daemon.add("name", &name);
         Samples::new(&mut up, &UP, &of_daemon).value(snapshot.is_some().into());
-        for vm in snapshot.into_iter().flat_map(|snapshot| snapshot.vms) {
+        for vm in snapshot.into_iter().flat_map(distinct) {
             let mut of_vm = of_daemon.clone();
             of_vm.add("cid", vm.cid.get());
             labels.push(of_vm);
@@ -56,6 +57,19 @@ pub fn merged(daemons: Vec<(String, Option<Snapshot>)>) -> String {
         }
     }
     up.0 + &whole(labelled_chunks(Rc::new(Snapshot { vms }), labels.into()))
+}
+
+/// The VMs of a daemon and their connections, each of them once. Another program may answer in a daemon's place, and a reader
+/// refuses a text that has a sample twice.
+fn distinct(snapshot: Snapshot) -> impl Iterator<Item = VmSnapshot> {
+    let mut cids = BTreeSet::new();
+    let vms = snapshot.vms.into_iter();
+    vms.filter(move |vm| cids.insert(vm.cid)).map(|mut vm| {
+        let mut seen = BTreeSet::new();
+        vm.connections
+            .retain(|conn| seen.insert((conn.guest_port, conn.peer, conn.seqpacket)));
+        vm
+    })
 }
 
 fn whole(chunks: Chunks) -> String {
@@ -107,6 +121,9 @@ fn connection_chunks(
         samples.labels.add("host_port", conn.peer.port.0);
         if conn.peer.cid != Cid::HOST {
             samples.labels.add("peer_cid", conn.peer.cid.get());
+        }
+        if conn.seqpacket {
+            samples.labels.add("type", "seqpacket");
         }
         (metric.samples)(conn, &mut samples);
         Ok(text.0)
@@ -190,7 +207,7 @@ static VM_METRICS: [Metric<VmSnapshot>; 21] = [
     ),
     counter(
         "connections_refused_total",
-        "Connection requests of the guest that were refused",
+        "Connection requests of the guest that were refused, or not answered in time",
         |vm, out| out.value(vm.counters.refused),
     ),
     counter(

@@ -18,6 +18,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
     let connection = |port| ConnectionStats {
         guest_port: GuestPort(port),
         peer: PeerAddr::host(port + 1),
+        seqpacket: false,
         state: "established".into(),
         from_guest: 3,
         to_guest: 4,
@@ -54,6 +55,17 @@ fn text(snapshot: &Snapshot) -> String {
 
 fn samples(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter(|line| !line.starts_with('#'))
+}
+
+/// No sample is there twice, which a reader would refuse.
+#[track_caller]
+fn assert_distinct(text: &str) {
+    let series = samples(text).filter_map(|sample| sample.rsplit_once(' '));
+    let mut series: Vec<&str> = series.map(|(series, _)| series).collect();
+    let count = series.len();
+    series.sort_unstable();
+    series.dedup();
+    assert_eq!(series.len(), count, "{text}");
 }
 
 #[test]
@@ -124,6 +136,22 @@ fn samples_carry_the_cid_where_there_are_several_vms() {
 }
 
 #[test]
+fn both_types_with_the_same_ports_are_told_apart() {
+    let mut vm = vm(3, 2);
+    for (conn, seqpacket) in vm.connections.iter_mut().zip([false, true]) {
+        conn.guest_port = GuestPort(80);
+        conn.peer = PeerAddr::host(7);
+        conn.seqpacket = seqpacket;
+    }
+    let text = text(&Snapshot::from(vm));
+    let name = "vhost_user_vsock_connection_buffered_bytes";
+    for type_label in ["", ",type=\"seqpacket\""] {
+        let line = format!("{name}{{guest_port=\"80\",host_port=\"7\"{type_label}}} 5");
+        assert!(samples(&text).any(|sample| sample == line), "{text}");
+    }
+}
+
+#[test]
 fn siblings_with_the_same_port_are_told_apart() {
     let mut vm = vm(3, 2);
     for (conn, cid) in vm.connections.iter_mut().zip([5, 6]) {
@@ -140,6 +168,17 @@ fn siblings_with_the_same_port_are_told_apart() {
         let line = format!("{name}{{{labels},peer_cid=\"{cid}\"}} 5");
         assert!(samples(&text).any(|sample| sample == line), "{text}");
     }
+}
+
+#[test]
+fn a_daemon_that_repeats_itself_spoils_nothing() {
+    let mut repeated = vm(3, 2);
+    repeated.connections[1] = repeated.connections[0].clone();
+    let snapshot = Snapshot {
+        vms: vec![repeated.clone(), repeated],
+    };
+    let text = prometheus::merged(vec![("a".into(), Some(snapshot))]);
+    assert_distinct(&text);
 }
 
 #[test]

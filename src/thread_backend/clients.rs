@@ -18,7 +18,7 @@ use super::slots::Slots;
 use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
 use crate::packet::header::{GuestPort, PeerAddr};
-use crate::vsock_conn::Greeting;
+use crate::vsock_conn::{ANSWER_TIMEOUT, Greeting};
 
 /// How long a host program has to write its CONNECT line. A person may type it by hand.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,9 +41,21 @@ pub(super) struct Waiting {
     pub(super) wanted: Wanted,
     /// When it gives up.
     pub(super) until: Instant,
+    /// By when the guest must have answered its REQUEST, if it was sent in time.
+    pub(super) answer_by: Instant,
 }
 
 impl Waiting {
+    /// For a client that has said at the time `now` what it wants, and waits so long.
+    pub(super) fn new(wanted: Wanted, now: Instant, wait: Duration) -> Self {
+        Self {
+            wanted,
+            until: now + wait,
+            // Who waits for a short while has no less time than who does not wait.
+            answer_by: now + wait.max(ANSWER_TIMEOUT),
+        }
+    }
+
     /// When to look at the client again: without a guest, nothing happens before its time is over.
     fn next_try(self, has_guest: bool) -> Instant {
         match has_guest {
@@ -303,7 +315,9 @@ impl Clients {
     /// There is a guest: all REQUESTs are due.
     pub(super) fn retry_all(&mut self) {
         for _ in 0..self.waiting.len() {
-            let Some(slot) = self.waiting.pop() else { break };
+            let Some(slot) = self.waiting.pop() else {
+                break;
+            };
             // All go to the end, one by one, and so keep their order.
             self.waiting.push(slot);
             if let Some(token) = self.slots.token(slot) {
@@ -346,14 +360,14 @@ mod tests {
     /// Clients of which at most two wait, and one that waits for a minute.
     fn waiting(has_guest: bool) -> (Clients, Token, Instant) {
         let mut clients = Clients::new(2);
-        let until = Instant::now() + Duration::from_secs(60);
+        let (now, minute) = (Instant::now(), Duration::from_secs(60));
         let wanted = Wanted {
             port: GuestPort(22),
             greeting: Greeting::Nothing,
         };
-        let client = Client::waiting(socket(), Waiting { wanted, until }, has_guest);
+        let client = Client::waiting(socket(), Waiting::new(wanted, now, minute), has_guest);
         let token = clients.try_insert(|_| Ok::<_, ()>(client)).unwrap();
-        (clients, token, until)
+        (clients, token, now + minute)
     }
 
     fn is_due(clients: &mut Clients, token: Token) -> bool {
@@ -414,5 +428,20 @@ mod tests {
         assert!(clients.may_wait() && clients.waiting() == 1);
         clients.end_request();
         assert_eq!((clients.waiting(), clients.next_deadline()), (0, None));
+    }
+
+    #[test]
+    fn the_guest_has_its_time_to_answer_and_no_more_than_the_client() {
+        let now = Instant::now();
+        let wanted = Wanted {
+            port: GuestPort(22),
+            greeting: Greeting::Nothing,
+        };
+        let answer_by = |wait| Waiting::new(wanted, now, wait).answer_by;
+        assert_eq!(
+            answer_by(Duration::from_secs(60)),
+            now + Duration::from_secs(60)
+        );
+        assert_eq!(answer_by(Duration::from_secs(1)), now + ANSWER_TIMEOUT);
     }
 }

@@ -17,7 +17,9 @@ const SIDES: usize = Side::ALL.len();
 pub(super) struct Entry {
     pub(super) conn: VsockConnection,
     /// Who has opened it.
-    opened_by: Side,
+    pub(super) opened_by: Side,
+    /// Whether it was counted as opened. An attempt that may fail without being a connection is not, at first.
+    pub(super) is_counted: bool,
     /// The deadline that is in the table of deadlines.
     pub(super) deadline: Option<Instant>,
     /// What its client waits for, until the guest has accepted it.
@@ -50,7 +52,10 @@ impl Places {
 
     /// Whether `side` may take one more.
     fn has_one(self, side: Side, taken: &[usize; SIDES]) -> bool {
-        let others = taken.iter().enumerate().filter(|(index, _)| *index != side as usize);
+        let others = taken
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| *index != side as usize);
         let others: usize = others.map(|(_, taken)| (*taken).max(self.kept())).sum();
         let own = taken[side as usize];
         own < self.per_side && own + others < self.total()
@@ -130,6 +135,7 @@ impl Connections {
             Ok(Entry {
                 conn,
                 opened_by,
+                is_counted: false,
                 deadline: None,
                 waiting: None,
             })

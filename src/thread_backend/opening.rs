@@ -185,10 +185,8 @@ impl VsockThreadBackend {
     /// Takes a host program that has said what it wants.
     fn connect_or_wait(&mut self, socket: HostSocket, wanted: Wanted) {
         let waits = !self.wait_for_guest.is_zero();
-        let waiting = (waits && self.clients.may_wait()).then(|| Waiting {
-            wanted,
-            until: Instant::now() + self.wait_for_guest,
-        });
+        let waiting = (waits && self.clients.may_wait())
+            .then(|| Waiting::new(wanted, Instant::now(), self.wait_for_guest));
         match waiting {
             Some(waiting) if !self.has_guest => self.await_guest(socket, waiting),
             None if waits && !self.has_guest => {
@@ -203,12 +201,10 @@ impl VsockThreadBackend {
     fn connect_guest(&mut self, socket: HostSocket, wanted: Wanted, waiting: Option<Waiting>) {
         match self.try_connect_guest(socket, wanted) {
             Ok(token) => {
-                match (waiting, self.connections.get_mut(token)) {
-                    (Some(_), Some(entry)) => {
-                        entry.waiting = waiting;
-                        self.clients.begin_request();
-                    }
-                    _ => self.counters.opened[Side::Host as usize] += 1,
+                if let (Some(waiting), Some(entry)) = (waiting, self.connections.get_mut(token)) {
+                    entry.conn.answer_by(waiting.answer_by);
+                    entry.waiting = Some(waiting);
+                    self.clients.begin_request();
                 }
                 self.settle(token, Verdict::Open);
             }
@@ -239,8 +235,7 @@ impl VsockThreadBackend {
         Ok(token)
     }
 
-    /// What the client of a connection goes on to wait for when that ends for `reason`. Where it does not go on, the connection
-    /// counts.
+    /// What the client of a connection goes on to wait for when that ends for `reason`.
     pub(super) fn waits_on(&mut self, token: Token, reason: CloseReason) -> Option<Waiting> {
         use CloseReason::{DeviceReset, Refused, Timeout};
         let entry = self.connections.get_mut(token)?;
@@ -250,7 +245,6 @@ impl VsockThreadBackend {
         if matches!(reason, Refused | Timeout | DeviceReset) && !is_gone {
             return Some(waiting);
         }
-        self.counters.opened[Side::Host as usize] += 1;
         None
     }
 
@@ -274,9 +268,13 @@ impl VsockThreadBackend {
     pub(super) fn open(&mut self, request: &VsockHeader) {
         match self.try_open(request) {
             Ok(token) => {
-                self.counters.opened[Side::Guest as usize] += 1;
-                debug!("{} opened by the guest", name(ConnKey::of(request)));
                 self.settle(token, Verdict::Open);
+                let entry = self.connections.get(token);
+                let what = match entry.is_some_and(|entry| entry.conn.is_dialing()) {
+                    true => "requested",
+                    false => "opened",
+                };
+                debug!("{} {what} by the guest", name(ConnKey::of(request)));
             }
             Err(error) => {
                 debug!("{} refused: {error}", name(ConnKey::of(request)));

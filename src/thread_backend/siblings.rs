@@ -35,7 +35,10 @@ impl VsockThreadBackend {
         let Some(caller) = client.caller() else {
             return;
         };
-        match self.routes.check_claim(directory, &client.socket, caller.cid) {
+        match self
+            .routes
+            .check_claim(directory, &client.socket, caller.cid)
+        {
             Ok(()) => self.connect_sibling(client.socket, port, caller),
             Err(error) => self.drop_client(&format!("{caller} is not the caller: {error}")),
         }
@@ -43,10 +46,7 @@ impl VsockThreadBackend {
 
     fn connect_sibling(&mut self, socket: HostSocket, port: GuestPort, caller: PeerAddr) {
         match self.try_connect_sibling(socket, port, caller) {
-            Ok(token) => {
-                self.counters.opened[Side::Sibling as usize] += 1;
-                self.settle(token, Verdict::Open);
-            }
+            Ok(token) => self.settle(token, Verdict::Open),
             Err(error) => self.drop_client(&format!("guest port {}, {caller}: {error}", port.0)),
         }
     }

@@ -103,12 +103,14 @@ impl<T> Slots<T> {
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (Token, &T)> {
-        (0..).zip(&self.slots).filter_map(|(slot, place)| match place {
-            Slot::Occupied { serial, entry } => {
-                let serial = *serial;
-                Some((Token { slot, serial }, entry))
-            }
-            Slot::Vacant { .. } => None,
-        })
+        (0..)
+            .zip(&self.slots)
+            .filter_map(|(slot, place)| match place {
+                Slot::Occupied { serial, entry } => {
+                    let serial = *serial;
+                    Some((Token { slot, serial }, entry))
+                }
+                Slot::Vacant { .. } => None,
+            })
     }
 }

@@ -10,12 +10,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::connections::{Connections, Places};
 use super::resets::MAX_RESETS;
 use super::*;
-use crate::metrics::counters::Side;
 use crate::host::entry::Entry;
 use crate::host::siblings::Siblings;
+use crate::metrics::counters::Side;
 use crate::packet::header::{GuestPort, PeerPort};
-use crate::vsock_conn::{Greeting, VsockConnection};
 use crate::testing::{self, memory, tx_batch};
+use crate::vsock_conn::{Greeting, VsockConnection};
 
 /// An event loop in which nothing happens.
 struct NoEvents;
@@ -47,8 +47,12 @@ impl Table {
         change(&mut config);
         Self {
             backend: VsockThreadBackend::new(&config, Box::new(NoEvents)),
-            listener: UnixListener::bind(Routes::new(&config).host_path(PEER.port, PacketType::Stream).unwrap())
-                .unwrap(),
+            listener: UnixListener::bind(
+                Routes::new(&config)
+                    .host_path(PEER.port, PacketType::Stream)
+                    .unwrap(),
+            )
+            .unwrap(),
             _folder: folder,
         }
     }
@@ -98,7 +102,10 @@ fn packets_are_left_in_the_ring_until_their_answers_find_a_place() {
         table.send(port, Op::CreditRequest);
         port += 1;
     }
-    assert_eq!(table.backend.pending.resets.len(), MAX_RESETS - MAX_BATCH + 1);
+    assert_eq!(
+        table.backend.pending.resets.len(),
+        MAX_RESETS - MAX_BATCH + 1
+    );
     // Those that the guest has sent before, if not one by one.
     (0..MAX_BATCH as u32).for_each(|port| table.send(port, Op::CreditRequest));
     assert_eq!(table.backend.counters.resets_lost, 0);
@@ -143,10 +150,19 @@ fn a_quarter_of_the_places_is_kept_for_each_side() {
         for side in [Side::Guest, Side::Host] {
             while connections.has_place(side) {
                 let port = GuestPort(connections.len() as u32);
-                let key = ConnKey { guest: port, peer: PEER, packet_type: PacketType::Stream };
+                let key = ConnKey {
+                    guest: port,
+                    peer: PEER,
+                    packet_type: PacketType::Stream,
+                };
                 let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
-                let conn =
-                    VsockConnection::requested(Cid::from_raw(4), key, socket.into(), Greeting::Ok, 1 << 16);
+                let conn = VsockConnection::requested(
+                    Cid::from_raw(4),
+                    key,
+                    socket.into(),
+                    Greeting::Ok,
+                    1 << 16,
+                );
                 let inserted = connections.try_insert(side, |_| io::Result::Ok(conn));
                 inserted.unwrap();
                 taken[side as usize] += 1;
@@ -161,7 +177,11 @@ fn fill(connections: &mut Connections, side: Side) -> usize {
     let before = connections.len();
     while connections.has_place(side) {
         let port = GuestPort(connections.len() as u32);
-        let key = ConnKey { guest: port, peer: PEER, packet_type: PacketType::Stream };
+        let key = ConnKey {
+            guest: port,
+            peer: PEER,
+            packet_type: PacketType::Stream,
+        };
         let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
         let (cid, socket) = (Cid::from_raw(4), socket.into());
         let conn = VsockConnection::requested(cid, key, socket, Greeting::Ok, 1 << 16);
@@ -239,12 +259,18 @@ fn a_sibling_is_connected_in_its_own_name() {
 #[test]
 fn a_sibling_does_not_wait_for_the_guest() {
     let mut table = Table::with(|config| config.wait_for_guest = Duration::from_secs(60));
-    let (first, mut half) = (table.sibling("CONNECT 80 5:77\n"), table.sibling("CONNECT 81 5:7"));
+    let (first, mut half) = (
+        table.sibling("CONNECT 80 5:77\n"),
+        table.sibling("CONNECT 81 5:7"),
+    );
     table.backend.reset();
     assert!(!is_open(&first));
     half.write_all(b"7\n").unwrap();
     while let Some(token) = table.backend.clients.oldest() {
-        let ready = Readiness { readable: true, ..Readiness::default() };
+        let ready = Readiness {
+            readable: true,
+            ..Readiness::default()
+        };
         table.backend.client_ready(token, ready);
         table.backend.serve_client();
     }
@@ -278,7 +304,10 @@ fn a_sibling_claims_only_what_it_may() {
     };
     table.backend.join(join(4));
     let _six = join(6);
-    assert!(!is_open(&table.sibling("CONNECT 80 6:77\n")), "it is in this process");
+    assert!(
+        !is_open(&table.sibling("CONNECT 80 6:77\n")),
+        "it is in this process"
+    );
     assert!(is_open(&table.sibling("CONNECT 80 7:77\n")));
 }
 
@@ -303,7 +332,10 @@ fn siblings_without_a_line_keep_no_host_program_out() {
     let siblings: Vec<_> = (0..300).map(|_| table.sibling("CONNECT 80 5:")).collect();
     assert_eq!(table.backend.clients.len(), 1 + 256);
     assert!(is_open(&host));
-    assert!(!is_open(&siblings[43]) && is_open(&siblings[44]), "the oldest give way");
+    assert!(
+        !is_open(&siblings[43]) && is_open(&siblings[44]),
+        "the oldest give way"
+    );
     drop(siblings);
     assert_eq!(table.backend.counters.clients_dropped, 44);
 }
@@ -319,7 +351,9 @@ fn a_guest_that_calls_itself_is_refused() {
             port: PeerPort(80),
         };
         let header = VsockHeader::new(Cid::from_raw(4), GuestPort(1), peer, Op::Request);
-        table.backend.send_pkts(&tx_batch(&memory, &[(header, b"")]));
+        table
+            .backend
+            .send_pkts(&tx_batch(&memory, &[(header, b"")]));
         let reset = *table.backend.pending.resets.newest().unwrap();
         assert_eq!((reset.op, reset.peer), (Op::Rst, peer));
         assert!(table.take_reset());
@@ -335,9 +369,14 @@ fn a_call_across_processes_says_who_calls() {
     drop(UnixListener::bind(empty.path().join("5.vsock")).unwrap());
     let five = table.bind(5);
     let memory = memory();
-    let peer = PeerAddr { port: PeerPort(80), ..CALLER };
+    let peer = PeerAddr {
+        port: PeerPort(80),
+        ..CALLER
+    };
     let header = VsockHeader::new(Cid::from_raw(4), GuestPort(1), peer, Op::Request);
-    table.backend.send_pkts(&tx_batch(&memory, &[(header, b"")]));
+    table
+        .backend
+        .send_pkts(&tx_batch(&memory, &[(header, b"")]));
     let (mut called, _) = five.accept().unwrap();
     let mut line = [0; 15];
     called.read_exact(&mut line).unwrap();
@@ -345,6 +384,93 @@ fn a_call_across_processes_says_who_calls() {
     assert!(table.has_nothing_pending(), "it has not answered yet");
     let token = table.backend.connections.token(0).unwrap();
     called.write_all(b"OK 1\n").unwrap();
-    table.backend.socket_ready(token, Readiness { readable: true, ..Readiness::default() });
+    table.backend.socket_ready(
+        token,
+        Readiness {
+            readable: true,
+            ..Readiness::default()
+        },
+    );
     assert!(!table.has_nothing_pending());
+}
+
+#[test]
+fn a_call_that_is_not_accepted_counts_as_refused() {
+    let mut table = Table::new();
+    let sibling = table.bind(5);
+    let call = |table: &mut Table, port| {
+        let to = PeerAddr {
+            cid: Cid::from_raw(5),
+            port: PeerPort(80),
+        };
+        let header = VsockHeader::new(Cid::from_raw(4), GuestPort(port), to, Op::Request);
+        table
+            .backend
+            .send_pkts(&tx_batch(&memory(), &[(header, b"")]));
+        let key = ConnKey::of(&header);
+        (
+            sibling.accept().unwrap().0,
+            table.backend.connections.find(&key).unwrap(),
+        )
+    };
+    let counts = |table: &Table| {
+        let counters = &table.backend.counters;
+        (
+            counters.refused,
+            counters.opened[Side::Guest as usize],
+            counters.ended.iter().sum::<u64>(),
+        )
+    };
+    let readable = Readiness {
+        readable: true,
+        ..Readiness::default()
+    };
+    let (refusing, token) = call(&mut table, 1);
+    drop(refusing);
+    table.backend.socket_ready(token, readable);
+    assert_eq!(counts(&table), (1, 0, 0));
+    let (_silent, _) = call(&mut table, 2);
+    table
+        .backend
+        .expire(Instant::now() + Duration::from_secs(60));
+    assert_eq!(counts(&table), (2, 0, 0));
+    let (mut accepting, token) = call(&mut table, 3);
+    assert_eq!(counts(&table), (2, 0, 0));
+    accepting.write_all(b"OK 1\n").unwrap();
+    table.backend.socket_ready(token, readable);
+    assert_eq!(counts(&table), (2, 1, 0));
+    // A guest that gives up has had a connection.
+    let _calling = call(&mut table, 4);
+    table.backend.reset();
+    assert_eq!(counts(&table), (2, 2, 2));
+}
+
+#[test]
+fn a_sibling_with_a_full_backlog_hides_those_in_the_next_directory() {
+    let next = TempDir::new().unwrap();
+    let mut table = Table::with(|config| config.sibling_dirs.push(next.path().into()));
+    let other = UnixListener::bind(next.path().join("5.vsock")).unwrap();
+    other.set_nonblocking(true).unwrap();
+    let to = PeerAddr {
+        cid: Cid::from_raw(5),
+        port: PeerPort(80),
+    };
+    let call = |table: &mut Table, port| {
+        let header = VsockHeader::new(Cid::from_raw(4), GuestPort(port), to, Op::Request);
+        table
+            .backend
+            .send_pkts(&tx_batch(&memory(), &[(header, b"")]));
+    };
+    call(&mut table, 1);
+    other.accept().unwrap();
+    let busy = table.bind(5);
+    nix::sys::socket::listen(&busy, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    for port in 2..6 {
+        call(&mut table, port);
+    }
+    assert!(table.backend.counters.refused > 0);
+    assert_eq!(
+        other.accept().unwrap_err().kind(),
+        io::ErrorKind::WouldBlock
+    );
 }

@@ -77,7 +77,10 @@ impl Acceptors {
     /// Accepts one host program, from the next socket where somebody may be waiting.
     pub(super) fn accept(&mut self) -> Accepted {
         let (before, from) = self.all.split_at_mut(self.next);
-        let at = from.iter().chain(&*before).position(|acceptor| acceptor.pending);
+        let at = from
+            .iter()
+            .chain(&*before)
+            .position(|acceptor| acceptor.pending);
         let Some(at) = at else {
             return Accepted::Nobody;
         };
@@ -195,7 +198,10 @@ mod tests {
         assert!(!acceptor.pending, "an event does not end the pause");
         acceptor.resume(Instant::now() + PAUSE);
         assert!(acceptor.pending);
-        assert!(matches!(acceptor.accept(), Accepted::Nobody), "logged twice");
+        assert!(
+            matches!(acceptor.accept(), Accepted::Nobody),
+            "logged twice"
+        );
     }
 
     #[test]
@@ -206,7 +212,10 @@ mod tests {
         let entry = EntrySocket::new(Entry::Host, listener.try_clone().unwrap());
         let mut acceptor = Acceptor::new(entry).unwrap();
         let _client = UnixStream::connect(&path).unwrap();
-        assert!(matches!(acceptor.accept(), Accepted::Client(Entry::Host, _)));
+        assert!(matches!(
+            acceptor.accept(),
+            Accepted::Client(Entry::Host, _)
+        ));
         assert!(matches!(acceptor.accept(), Accepted::Nobody));
         assert!(!acceptor.pending);
         // Whoever shares the listener may shut it down.

@@ -180,8 +180,7 @@ impl VhostUserVsockThread {
             }
         };
         // Packets that are left in their ring are gone on with when the guest has given buffers for the answers.
-        let has_packets = self.takes_packets()
-            && self.with_queue(queues, TX_RING, enable(TX_RING));
+        let has_packets = self.takes_packets() && self.with_queue(queues, TX_RING, enable(TX_RING));
         // Only where buffers are missing is there a reason to hear of new ones.
         let is_starved = RxSource::ALL
             .into_iter()

@@ -7,13 +7,13 @@ use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::shares::Work;
-use crate::thread_backend::RxSource;
 use super::limits::{MAX_ROUND_COST, MAX_TX_BYTES, MAX_TX_DESCRIPTORS};
+use super::shares::Work;
 use super::*;
 use crate::host::entry::Entry;
 use crate::packet::header::{Cid, GuestPort, Op, PeerAddr, VsockHeader};
 use crate::testing::{self, WRITE, tx_batch};
+use crate::thread_backend::RxSource;
 use crate::thread_backend::cost;
 
 /// Where the rings' descriptors lie, their avail and used rings, a packet or buffer, and an indirect table.

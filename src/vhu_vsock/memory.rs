@@ -4,25 +4,24 @@
 //! is in the VMM's own address space (user address), where in the file behind the descriptor it begins, and how long it is.
 //! Ring addresses come as user addresses, everything in the rings as guest physical addresses.
 
-use std::fs::File;
-use std::io;
+use std::os::fd::OwnedFd;
 
-use vhost::vhost_user::Error;
-use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
     MmapRegion, mmap::MmapRegionError,
 };
+
+use super::message::RegionMessage;
 
 /// Most regions that a VMM may add: as many as the kernel's vhost takes.
 pub(super) const MAX_SLOTS: u64 = 509;
 
 /// Why a region, or an address in one, can't be used.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum MemoryError {
+pub(crate) enum MemoryError {
     #[error("can't map a region: {0}")]
     Map(#[from] MmapRegionError),
-    #[error("a region at the end of the address space")]
+    #[error("a region without a byte, or past the end of an address space")]
     Overflow,
     #[error("the regions don't fit together: {0}")]
     Regions(#[from] GuestRegionCollectionError),
@@ -32,13 +31,6 @@ pub(super) enum MemoryError {
     TooMany,
     #[error("user address {0:#x} is in no region")]
     Address(u64),
-}
-
-impl MemoryError {
-    /// A refusal, after which the session goes on.
-    pub(super) fn into_refusal(self) -> Error {
-        Error::ReqHandlerError(io::Error::other(self))
-    }
 }
 
 /// Where a region is.
@@ -61,41 +53,34 @@ impl MemoryTable {
     /// Replaces all regions (SET_MEM_TABLE).
     pub(super) fn replace(
         &mut self,
-        regions: &[VhostUserMemoryRegion],
-        files: Vec<File>,
+        regions: Vec<(RegionMessage, OwnedFd)>,
     ) -> Result<(), MemoryError> {
-        let regions: Vec<Region> = regions.iter().map(Region::from).collect();
-        let mapped = regions
-            .iter()
-            .zip(files)
-            .map(|(region, file)| region.map(file));
-        let mapped = mapped.collect::<Result<Vec<_>, MemoryError>>()?;
+        let mut table = Vec::new();
+        let mut mapped = Vec::new();
+        for (region, file) in regions {
+            let region = Region::new(region)?;
+            mapped.push(region.map(file)?);
+            table.push(region);
+        }
         self.map = GuestMemoryMmap::from_regions(mapped)?;
-        self.regions = regions;
+        self.regions = table;
         Ok(())
     }
 
     /// Adds a region (ADD_MEM_REG).
-    pub(super) fn add(
-        &mut self,
-        region: &VhostUserSingleMemoryRegion,
-        file: File,
-    ) -> Result<(), MemoryError> {
+    pub(super) fn add(&mut self, region: RegionMessage, file: OwnedFd) -> Result<(), MemoryError> {
         if self.regions.len() as u64 >= MAX_SLOTS {
             return Err(MemoryError::TooMany);
         }
-        let region = Region::from(&**region);
+        let region = Region::new(region)?;
         self.map = self.map.insert_region(region.map(file)?.into())?;
         self.regions.push(region);
         Ok(())
     }
 
     /// Removes a region (REM_MEM_REG). The VMM names it by its addresses and size.
-    pub(super) fn remove(
-        &mut self,
-        region: &VhostUserSingleMemoryRegion,
-    ) -> Result<(), MemoryError> {
-        let named = Region::from(&**region);
+    pub(super) fn remove(&mut self, region: RegionMessage) -> Result<(), MemoryError> {
+        let named = Region::new(region)?;
         let is_named = |region: &Region| {
             (region.guest_addr, region.user_addr, region.size)
                 == (named.guest_addr, named.user_addr, named.size)
@@ -130,20 +115,29 @@ impl MemoryTable {
 }
 
 impl Region {
-    fn map(&self, file: File) -> Result<GuestRegionMmap, MemoryError> {
-        let offset = FileOffset::new(file, self.file_offset);
+    /// The region that a message describes. It lies within all address spaces.
+    fn new(message: RegionMessage) -> Result<Self, MemoryError> {
+        let RegionMessage {
+            guest_addr,
+            size,
+            user_addr,
+            file_offset,
+        } = message;
+        let fits = |start: u64| start.checked_add(size).is_some();
+        if size == 0 || ![guest_addr, user_addr, file_offset].into_iter().all(fits) {
+            return Err(MemoryError::Overflow);
+        }
+        Ok(Self {
+            guest_addr,
+            user_addr,
+            size,
+            file_offset,
+        })
+    }
+
+    fn map(&self, file: OwnedFd) -> Result<GuestRegionMmap, MemoryError> {
+        let offset = FileOffset::new(file.into(), self.file_offset);
         let mapping = MmapRegion::from_file(offset, self.size as usize)?;
         GuestRegionMmap::new(mapping, GuestAddress(self.guest_addr)).ok_or(MemoryError::Overflow)
-    }
-}
-
-impl From<&VhostUserMemoryRegion> for Region {
-    fn from(region: &VhostUserMemoryRegion) -> Self {
-        Self {
-            guest_addr: region.guest_phys_addr,
-            user_addr: region.user_addr,
-            size: region.memory_size,
-            file_offset: region.mmap_offset,
-        }
     }
 }

@@ -15,63 +15,310 @@
 //! GET_VRING_BASE                                      stops a ring, and asks where it stands
 //! ```
 //!
-//! The `vhost` crate reads and checks the messages. What they mean is done here: this keeps what was negotiated, the memory
-//! and the rings' set-up, and passes on to the device ([`VhostUserVsockBackend`]) what is the device's. Each message that
+//! [`message`](super::message) reads and checks the messages. What they mean is done here: this keeps what was negotiated, the
+//! memory and the rings' set-up, and passes on to the device ([`VhostUserVsockBackend`]) what is the device's. Each message that
 //! concerns the rings is handled between two turns of the worker.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use vhost::VhostUserMemoryRegionBase;
-use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
-    VhostUserVringAddrFlags, VhostUserVringState,
-};
-use vhost::vhost_user::{
-    Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
-};
+use log::{error, info, warn};
+use thiserror::Error;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::VhostUserVsockBackend;
 use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
+use super::message::{Channel, Message, MessageError, Request, RingAddresses};
+use super::state::Transfer;
 use crate::vhost_user_vsock_thread::VsockVring;
 
-/// A session, and the requests that it gets.
-pub(crate) type SessionHandler = BackendReqHandler<Mutex<Session>>;
+/// The size of the configuration space that a VMM may ask for (VHOST_USER_MAX_CONFIG_SIZE), in bytes.
+const MAX_CONFIG: usize = 256;
+
+/// The flags of GET_CONFIG and SET_CONFIG: writable fields, live migration.
+const CONFIG_FLAGS: u32 = 3;
+
+/// The only flag of SET_VRING_ADDR: the VMM logs writes to the used ring.
+const VRING_LOG: u32 = 1;
+
+/// Why a message was not obeyed.
+#[derive(Debug, Error)]
+pub(crate) enum SessionError {
+    /// There is no message, or a broken one.
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    /// The VMM asks for what was not negotiated.
+    #[error("{0:?} without its feature")]
+    NotNegotiated(Request),
+    /// The VMM asks for what can't be.
+    #[error("{0}")]
+    Invalid(&'static str),
+    /// The VMM's memory can't be used.
+    #[error("the VMM asks for what can't be: {0}")]
+    Memory(MemoryError),
+    /// A region was refused. The session goes on.
+    #[error("{0}")]
+    Refused(MemoryError),
+}
+
+impl SessionError {
+    /// Whether the session goes on: both sides have the same idea of the device.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused(_))
+    }
+
+    /// Whether the VMM has just left.
+    pub(crate) fn is_end(&self) -> bool {
+        matches!(
+            self,
+            Self::Message(MessageError::Closed | MessageError::Socket(_))
+        )
+    }
+}
+
+type Result<T> = std::result::Result<T, SessionError>;
 
 /// What one VMM has negotiated and set up.
 pub(crate) struct Session {
+    channel: Channel,
     device: Arc<VhostUserVsockBackend>,
     owned: bool,
     features: u64,
     protocol_features: u64,
     memory: MemoryTable,
+    transfer: Transfer,
+    /// The channel for requests to the VMM. Nothing is ever requested, but it stays open: some VMMs watch it.
+    _requests: Option<OwnedFd>,
 }
 
 impl Session {
-    /// The session of a VMM that is connected by `stream`.
-    pub(crate) fn begin(stream: UnixStream, device: Arc<VhostUserVsockBackend>) -> SessionHandler {
-        let session = Self {
+    /// The session of a VMM that is connected by `stream`, which blocks.
+    pub(crate) fn begin(stream: UnixStream, device: Arc<VhostUserVsockBackend>) -> Self {
+        Self {
+            channel: Channel::new(stream),
             device,
             owned: false,
             features: 0,
             protocol_features: 0,
             memory: MemoryTable::default(),
-        };
-        BackendReqHandler::from_stream(stream, Arc::new(Mutex::new(session)))
+            transfer: Transfer::None,
+            _requests: None,
+        }
     }
 
+    /// Waits for a message, and does what it asks.
+    ///
+    /// # Errors
+    /// The VMM is gone, or asks for what can't be. Only after a [refusal](SessionError::is_refusal) the session goes on.
+    pub(crate) fn handle_request(&mut self) -> Result<()> {
+        let mut message = self.channel.receive()?;
+        self.check_negotiated(message.request)?;
+        if let Some(reply) = self.answer(&mut message)? {
+            self.channel.reply(message.request, &reply)?;
+            return Ok(());
+        }
+        let done = self.obey(&mut message);
+        if message.needs_reply && self.has(VhostUserProtocolFeatures::REPLY_ACK) {
+            let status = u64::from(done.is_err());
+            self.channel.reply(message.request, &status.to_ne_bytes())?;
+        }
+        done
+    }
+
+    /// Whether both sides have a protocol feature.
+    fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol_features & feature.bits() != 0
+    }
+
+    /// Checks that a VMM asks only for what it has negotiated.
+    fn check_negotiated(&self, request: Request) -> Result<()> {
+        let feature = match request {
+            Request::GetQueueNum => VhostUserProtocolFeatures::MQ,
+            Request::SetBackendReqFd => VhostUserProtocolFeatures::BACKEND_REQ,
+            Request::GetConfig | Request::SetConfig => VhostUserProtocolFeatures::CONFIG,
+            Request::ResetDevice => VhostUserProtocolFeatures::RESET_DEVICE,
+            Request::GetMaxMemSlots | Request::AddMemReg | Request::RemMemReg => {
+                VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            }
+            Request::SetDeviceStateFd | Request::CheckDeviceState => {
+                VhostUserProtocolFeatures::DEVICE_STATE
+            }
+            Request::SetVringEnable if !self.has_protocol_features() => {
+                return Err(SessionError::NotNegotiated(request));
+            }
+            _ => return Ok(()),
+        };
+        if self.has(feature) {
+            Ok(())
+        } else {
+            Err(SessionError::NotNegotiated(request))
+        }
+    }
+
+    fn has_protocol_features(&self) -> bool {
+        self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
+    }
+
+    /// The answer to a message that has one of its own. None for others.
+    fn answer(&mut self, message: &mut Message) -> Result<Option<Vec<u8>>> {
+        let number = |message: &Message, number: u64| -> Result<Option<Vec<u8>>> {
+            message.empty()?;
+            Ok(Some(number.to_ne_bytes().into()))
+        };
+        match message.request {
+            Request::GetFeatures => number(message, self.device.features()),
+            Request::GetProtocolFeatures => number(message, self.device.protocol_features().bits()),
+            Request::GetQueueNum => number(message, self.device.num_queues() as u64),
+            Request::GetMaxMemSlots => number(message, MAX_SLOTS),
+            Request::GetVringBase => self.stop_ring(message).map(Some),
+            Request::GetConfig => self.get_config(message).map(Some),
+            Request::SetDeviceStateFd => self.begin_transfer(message).map(Some),
+            Request::CheckDeviceState => {
+                message.empty()?;
+                number(message, self.end_transfer().into())
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Does what a message without an answer of its own asks.
+    fn obey(&mut self, message: &mut Message) -> Result<()> {
+        match message.request {
+            Request::SetOwner => {
+                message.empty()?;
+                self.set_owner()
+            }
+            Request::ResetOwner => {
+                message.empty()?;
+                (self.owned, self.features, self.protocol_features) = (false, 0, 0);
+                Ok(())
+            }
+            Request::ResetDevice => {
+                message.empty()?;
+                self.features = 0;
+                self.device.reset_device();
+                Ok(())
+            }
+            Request::SetFeatures => self.set_features(message.u64()?),
+            Request::SetProtocolFeatures => {
+                self.protocol_features = message.u64()?;
+                Ok(())
+            }
+            Request::SetMemTable => self.set_mem_table(message),
+            Request::AddMemReg => self.add_mem_region(message),
+            Request::RemMemReg => self.remove_mem_region(message),
+            Request::SetVringNum => self.set_vring_num(message.ring_state()?),
+            Request::SetVringAddr => self.set_vring_addr(message.ring_addresses()?),
+            Request::SetVringBase => self.set_vring_base(message.ring_state()?),
+            Request::SetVringKick | Request::SetVringCall | Request::SetVringErr => {
+                self.set_vring_event(message)
+            }
+            Request::SetVringEnable => self.set_vring_enable(message.ring_state()?),
+            Request::SetConfig => self.set_config(message),
+            Request::SetBackendReqFd => {
+                let ([], requests) = message.file()?;
+                self._requests = Some(requests);
+                Ok(())
+            }
+            // They have answers of their own.
+            _ => Ok(()),
+        }
+    }
+}
+
+// Negotiation.
+impl Session {
+    fn set_owner(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.owned, true) {
+            return Err(SessionError::Invalid("already claimed"));
+        }
+        Ok(())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.device.features() != 0 {
+            return Err(SessionError::Invalid("features that were not offered"));
+        }
+        self.features = features;
+        // Without protocol features there is no SET_VRING_ENABLE, and rings are enabled from the start.
+        if !self.has_protocol_features() {
+            let worker = self.device.worker();
+            for vring in self.device.vrings() {
+                vring.set_enabled(true);
+            }
+            worker.wake();
+        }
+        self.device
+            .set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        self.device.acked_features(features);
+        Ok(())
+    }
+
+    /// A part of the configuration space, or an answer without one where there is none.
+    fn get_config(&self, message: &Message) -> Result<Vec<u8>> {
+        let (header, bytes) = message.config()?;
+        check_config(header.offset, bytes, header.flags)?;
+        let size = bytes.len();
+        let found = self.device.get_config(header.offset, size as u32);
+        Ok(header.with(if found.len() == size { &found } else { &[] }))
+    }
+
+    fn set_config(&self, message: &Message) -> Result<()> {
+        let (header, bytes) = message.config()?;
+        check_config(header.offset, bytes, header.flags)?;
+        let set = self.device.set_config(header.offset, bytes);
+        set.map_err(|_| SessionError::Invalid("the configuration space can't be written"))
+    }
+}
+
+/// Checks a part of the configuration space.
+fn check_config(offset: u32, bytes: &[u8], flags: u32) -> Result<()> {
+    let end = bytes.len().saturating_add(offset as usize);
+    if bytes.is_empty() || end > MAX_CONFIG || flags & !CONFIG_FLAGS != 0 {
+        return Err(SessionError::Invalid("no part of a configuration space"));
+    }
+    Ok(())
+}
+
+// Memory.
+impl Session {
+    fn set_mem_table(&mut self, message: &mut Message) -> Result<()> {
+        let regions = message.regions()?;
+        self.memory.replace(regions).map_err(SessionError::Memory)?;
+        self.device.replace_memory(self.memory.map());
+        Ok(())
+    }
+
+    fn add_mem_region(&mut self, message: &mut Message) -> Result<()> {
+        let (region, file) = message.region_to_add()?;
+        let added = self.memory.add(region, file);
+        added.map_err(SessionError::Refused)?;
+        self.device.replace_memory(self.memory.map());
+        Ok(())
+    }
+
+    /// Removes a region. A descriptor that comes along, as some VMMs send it, is closed.
+    fn remove_mem_region(&mut self, message: &mut Message) -> Result<()> {
+        let removed = self.memory.remove(message.region_to_remove()?);
+        removed.map_err(SessionError::Refused)?;
+        self.device.replace_memory(self.memory.map());
+        Ok(())
+    }
+}
+
+// Rings.
+impl Session {
     /// The index of a ring, if there is such a ring.
-    fn ring(&self, index: impl Into<u32>) -> Result<usize> {
-        let index = index.into() as usize;
+    fn ring(&self, index: u32) -> Result<usize> {
+        let index = index as usize;
         if index < self.device.num_queues() {
             Ok(index)
         } else {
-            Err(Error::InvalidParam)
+            Err(SessionError::Invalid("no such ring"))
         }
     }
 
@@ -89,112 +336,8 @@ impl Session {
         }
         Ok(())
     }
-}
 
-/// An error after which the VMM and we have different ideas of the device: it ends the session.
-fn fatal(error: MemoryError) -> Error {
-    log::warn!("the VMM asks for what can't be: {error}");
-    Error::InvalidParam
-}
-
-fn unsupported<T>() -> Result<T> {
-    Err(Error::InvalidOperation("not supported"))
-}
-
-impl VhostUserBackendReqHandlerMut for Session {
-    fn set_owner(&mut self) -> Result<()> {
-        if std::mem::replace(&mut self.owned, true) {
-            return Err(Error::InvalidOperation("already claimed"));
-        }
-        Ok(())
-    }
-
-    fn reset_owner(&mut self) -> Result<()> {
-        self.owned = false;
-        self.features = 0;
-        self.protocol_features = 0;
-        Ok(())
-    }
-
-    fn reset_device(&mut self) -> Result<()> {
-        self.features = 0;
-        self.device.reset_device();
-        Ok(())
-    }
-
-    fn get_features(&mut self) -> Result<u64> {
-        Ok(self.device.features())
-    }
-
-    fn set_features(&mut self, features: u64) -> Result<()> {
-        if features & !self.device.features() != 0 {
-            return Err(Error::InvalidParam);
-        }
-        self.features = features;
-        // Without protocol features there is no SET_VRING_ENABLE, and rings are enabled from the start.
-        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            let worker = self.device.worker();
-            for vring in self.device.vrings() {
-                vring.set_enabled(true);
-            }
-            worker.wake();
-        }
-        self.device
-            .set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-        self.device.acked_features(features);
-        Ok(())
-    }
-
-    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(self.device.protocol_features())
-    }
-
-    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        self.protocol_features = features;
-        Ok(())
-    }
-
-    fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(self.device.num_queues() as u64)
-    }
-
-    fn set_mem_table(
-        &mut self,
-        regions: &[VhostUserMemoryRegion],
-        files: Vec<File>,
-        _postcopy_listening: Option<bool>,
-    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        self.memory.replace(regions, files).map_err(fatal)?;
-        self.device.replace_memory(self.memory.map());
-        Ok(None)
-    }
-
-    fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Ok(MAX_SLOTS)
-    }
-
-    fn add_mem_region(
-        &mut self,
-        region: &VhostUserSingleMemoryRegion,
-        file: File,
-        _postcopy_listening: Option<bool>,
-    ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        self.memory
-            .add(region, file)
-            .map_err(MemoryError::into_refusal)?;
-        self.device.replace_memory(self.memory.map());
-        Ok(None)
-    }
-
-    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        self.memory
-            .remove(region)
-            .map_err(MemoryError::into_refusal)?;
-        self.device.replace_memory(self.memory.map());
-        Ok(())
-    }
-
-    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+    fn set_vring_num(&self, (index, num): (u32, u32)) -> Result<()> {
         let max = self.device.max_queue_size();
         let index = self.ring(index)?;
         // A split ring has a power of two of entries (virtio 1.2, 2.7).
@@ -206,33 +349,37 @@ impl VhostUserBackendReqHandlerMut for Session {
                 })
             }
             _ => {
-                log::error!("ring {index}: the VMM wants {num} entries, at most {max} are offered");
-                Err(Error::InvalidParam)
+                error!("ring {index}: the VMM wants {num} entries, at most {max} are offered");
+                Err(SessionError::Invalid("a ring of that size"))
             }
         }
     }
 
-    fn set_vring_addr(
-        &mut self,
-        index: u32,
-        _flags: VhostUserVringAddrFlags,
-        descriptor: u64,
-        used: u64,
-        available: u64,
-        _log: u64,
-    ) -> Result<()> {
-        let index = self.ring(index)?;
-        let descriptor = self.memory.translate(descriptor).map_err(fatal)?;
-        let available = self.memory.translate(available).map_err(fatal)?;
-        let used = self.memory.translate(used).map_err(fatal)?;
+    fn set_vring_addr(&self, addresses: RingAddresses) -> Result<()> {
+        let RingAddresses {
+            descriptors,
+            available,
+            used,
+            ..
+        } = addresses;
+        // Virtio 1.2, 2.7.
+        let is_aligned = descriptors % 16 == 0 && available % 2 == 0 && used % 4 == 0;
+        if !is_aligned || addresses.flags & !VRING_LOG != 0 {
+            return Err(SessionError::Invalid("a ring at an address that none has"));
+        }
+        let index = self.ring(addresses.ring)?;
+        let translate = |address| self.memory.translate(address).map_err(SessionError::Memory);
+        let descriptors = translate(descriptors)?;
+        let available = translate(available)?;
+        let used = translate(used)?;
         self.set_up_ring(index, |vring| {
             vring
-                .set_queue_info(descriptor.0, available.0, used.0)
-                .map_err(|_| Error::InvalidParam)
+                .set_queue_info(descriptors.0, available.0, used.0)
+                .map_err(|_| SessionError::Invalid("a ring at an address that none has"))
         })
     }
 
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+    fn set_vring_base(&self, (index, base): (u32, u32)) -> Result<()> {
         // It starts at its used index, whatever the VMM says, but is asked for this until it does.
         let index = self.ring(index)?;
         self.set_up_ring(index, |vring| {
@@ -241,104 +388,83 @@ impl VhostUserBackendReqHandlerMut for Session {
         })
     }
 
-    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+    /// Stops a ring, and says where it stands.
+    fn stop_ring(&self, message: &Message) -> Result<Vec<u8>> {
+        let (index, _) = message.ring_state()?;
         let ring = self.ring(index)?;
-        self.device
-            .stop_vring(index)
-            .map_err(|_| Error::BackendInternalError)?;
-        let _worker = self.device.worker();
-        let base = self.device.vrings()[ring].queue_next_avail();
-        Ok(VhostUserVringState::new(index, base.into()))
-    }
-
-    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let index = self.ring(index)?;
         let mut worker = self.device.worker();
-        let has_kick = file.is_some();
-        worker.set_kick(index, file);
-        if has_kick {
-            let mut vring = self.device.vrings()[index].get_mut();
-            worker.start_ring(index, vring.get_queue_mut());
+        worker.stop_ring(ring);
+        let base = self.device.vrings()[ring].queue_next_avail();
+        let answer = [index, base.into()].map(u32::to_ne_bytes);
+        Ok(answer.as_flattened().into())
+    }
+
+    fn set_vring_event(&self, message: &mut Message) -> Result<()> {
+        let (index, file) = message.ring_event()?;
+        let index = self.ring(index)?;
+        let file = file.map(File::from);
+        let mut worker = self.device.worker();
+        match message.request {
+            Request::SetVringCall => worker.set_call(index, file),
+            Request::SetVringErr => worker.set_err(index, file),
+            _ => {
+                let has_kick = file.is_some();
+                worker.set_kick(index, file);
+                if has_kick {
+                    let mut vring = self.device.vrings()[index].get_mut();
+                    worker.start_ring(index, vring.get_queue_mut());
+                }
+            }
         }
         Ok(())
     }
 
-    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let index = self.ring(index)?;
-        self.device.worker().set_call(index, file);
-        Ok(())
-    }
-
-    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let index = self.ring(index)?;
-        self.device.worker().set_err(index, file);
-        Ok(())
-    }
-
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
-        if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            return Err(Error::InactiveFeature(
-                VhostUserVirtioFeatures::PROTOCOL_FEATURES,
-            ));
-        }
+    fn set_vring_enable(&self, (index, enable): (u32, u32)) -> Result<()> {
+        let enable = match enable {
+            0 => false,
+            1 => true,
+            _ => return Err(SessionError::Invalid("a ring is enabled or not")),
+        };
         let index = self.ring(index)?;
         let worker = self.device.worker();
         self.device.vrings()[index].set_enabled(enable);
         worker.wake();
         Ok(())
     }
+}
 
-    fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        Ok(self.device.get_config(offset, size))
+// Snapshots.
+impl Session {
+    /// Begins to transfer the device's state. The daemon has no descriptor of its own for that.
+    fn begin_transfer(&mut self, message: &mut Message) -> Result<Vec<u8>> {
+        const NO_FD: u64 = 1 << 8;
+        let ((direction, phase), file) = message.transfer()?;
+        self.transfer = match (direction, phase) {
+            (0, 0) => Transfer::save(self.device.guest_cid, file.into()),
+            (1, 0) => Transfer::Loading(file.into()),
+            _ => {
+                return Err(SessionError::Invalid(
+                    "no such transfer of the device's state",
+                ));
+            }
+        };
+        Ok(NO_FD.to_ne_bytes().into())
     }
 
-    fn set_config(&mut self, offset: u32, bytes: &[u8], _: VhostUserConfigFlags) -> Result<()> {
-        let set = self.device.set_config(offset, bytes);
-        set.map_err(|_| Error::BackendInternalError)
-    }
-
-    fn set_backend_req_fd(&mut self, requests: Backend) {
-        let has = |feature: VhostUserProtocolFeatures| self.protocol_features & feature.bits() != 0;
-        requests.set_reply_ack_flag(has(VhostUserProtocolFeatures::REPLY_ACK));
-        self.device.set_backend_req_fd(requests);
-    }
-
-    // Nothing of the following was offered.
-
-    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
-        unsupported()
-    }
-
-    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
-        unsupported()
-    }
-
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        unsupported()
-    }
-
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        unsupported()
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _: VhostTransferStateDirection,
-        _: VhostTransferStatePhase,
-        _: File,
-    ) -> Result<Option<File>> {
-        unsupported()
-    }
-
-    fn check_device_state(&mut self) -> Result<()> {
-        unsupported()
-    }
-
-    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
-        unsupported()
-    }
-
-    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
-        unsupported()
+    /// Whether the transfer has failed.
+    fn end_transfer(&mut self) -> bool {
+        match std::mem::take(&mut self.transfer).finish() {
+            Ok(Some(cid)) => {
+                info!("the state of CID {cid} was loaded: its connections are gone");
+                self.device.worker().reset_transport();
+                false
+            }
+            Ok(None) => false,
+            Err(error) => {
+                // The answer that the VMM gets is just a number.
+                warn!("the device's state {error}");
+                true
+            }
+        }
     }
 }

@@ -66,14 +66,16 @@ pub(super) enum Filled {
 #[derive(Debug)]
 pub(super) enum Mover {
     Stream(StreamMover),
-    Seqpacket(SeqpacketMover),
+    Seqpacket(Box<SeqpacketMover>),
 }
 
 impl Mover {
     /// For a connection of this type, through a buffer of `buf_alloc` bytes.
     pub(super) fn new(packet_type: PacketType, socket: HostSocket, buf_alloc: u32) -> Self {
         match packet_type {
-            PacketType::Seqpacket => Self::Seqpacket(SeqpacketMover::new(socket, buf_alloc)),
+            PacketType::Seqpacket => {
+                Self::Seqpacket(Box::new(SeqpacketMover::new(socket, buf_alloc)))
+            }
             PacketType::Stream | PacketType::Unknown(_) => {
                 Self::Stream(StreamMover::new(socket, buf_alloc))
             }
@@ -102,11 +104,19 @@ impl Mover {
         }
     }
 
+    /// How many whole messages wait for the socket.
+    pub(super) fn messages(&self) -> usize {
+        match self {
+            Self::Stream(_) => 0,
+            Self::Seqpacket(mover) => mover.messages(),
+        }
+    }
+
     /// Whether payload waits for the socket: more than a message that the guest has not finished.
     pub(super) fn waits_for_host(&self) -> bool {
         match self {
             Self::Stream(mover) => mover.buffered() > 0,
-            Self::Seqpacket(mover) => mover.waits_for_host(),
+            Self::Seqpacket(mover) => mover.messages() > 0,
         }
     }
 
@@ -183,7 +193,7 @@ impl Mover {
     pub(super) fn receive_size(&self, window: usize, credit: usize) -> usize {
         match self {
             Self::Stream(mover) => mover.receive_size(window, credit),
-            Self::Seqpacket(mover) => mover.receive_size(),
+            Self::Seqpacket(mover) => mover.receive_size(credit),
         }
     }
 

@@ -3,12 +3,13 @@
 //! A message is delivered whole or not at all, and never together with another. On the rings it is one or more RW packets, the
 //! last of which has the flag EOM; at the socket it is one send or receive.
 //!
-//! *From the guest*, a whole message that lies in one batch of the TX ring is sent straight from guest memory. One that comes in
-//! pieces, or that the socket does not take, is copied to the [`LocalTxBuf`], with its length beside it.
+//! *From the guest*, a whole message that lies in the TX ring is sent straight from guest memory: a batch that would end within
+//! it leaves it to the next. One that comes in pieces, or that the socket does not take, is copied to the [`LocalTxBuf`], with its
+//! length beside it.
 //!
-//! *To the guest*, a message is measured before it is received: the guest must have credit for all of it, for it gives credit
-//! back only for whole messages. It is received straight into the guest's buffers where these hold it. Otherwise it is kept
-//! here, and leaves in as many packets as it takes.
+//! *To the guest*, a message is measured before it is received: the guest gives credit back only for whole messages, so one that is
+//! longer than its buffer can't arrive. It is received straight into the guest's buffers where these, and the credit, hold it.
+//! Otherwise it is kept here, and leaves in as many packets as it takes.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -90,14 +91,14 @@ impl SeqpacketMover {
         self.tx_buf.len()
     }
 
-    /// Whether whole messages wait for the socket.
-    pub(super) fn waits_for_host(&self) -> bool {
-        !self.lengths.is_empty()
+    /// How many whole messages wait for the socket.
+    pub(super) fn messages(&self) -> usize {
+        self.lengths.len()
     }
 
     /// Whether messages wait although the socket may have room: there will be no event.
     pub(super) fn can_flush(&self) -> bool {
-        self.writable && self.waits_for_host()
+        self.writable && !self.lengths.is_empty()
     }
 
     pub(super) fn set_readable(&mut self) {
@@ -166,9 +167,10 @@ impl SeqpacketMover {
             }
         }
         // The guest's credit is the room in this buffer: it fails only where the system has no memory.
-        if !self
-            .tx_buf
-            .push(len, |offset, place| pieces.copy_to(offset, place))
+        if self.lengths.try_reserve(1).is_err()
+            || !self
+                .tx_buf
+                .push(len, |offset, place| pieces.copy_to(offset, place))
         {
             return Delivered::Failed;
         }
@@ -243,12 +245,13 @@ impl SeqpacketMover {
                 Err(error) => return self.no_message(&error),
             }
         }
-        match &self.next {
-            // It can't arrive, and is refused when its turn comes.
-            Next::Measured(len) if *len > window => Wants::Buffers,
-            Next::Measured(len) if *len > credit => Wants::Credit,
-            Next::Kept { bytes, sent: 0 } if bytes.len() > credit => Wants::Credit,
-            _ => Wants::Buffers,
+        // One that can't arrive is refused when its turn comes. A guest may report credit only when less than half of its buffer is
+        // left to us, so a longer message is not held back for more than that.
+        let enough = self.left().min((window / 2).max(1));
+        if self.too_long(window).is_some() || credit >= enough {
+            Wants::Buffers
+        } else {
+            Wants::Credit
         }
     }
 
@@ -261,24 +264,25 @@ impl SeqpacketMover {
         }
     }
 
-    /// Takes the next message, of at most `max` bytes, out of the socket. There is none at the end.
-    fn keep(&mut self, max: usize) -> Result<(), ReceiveError> {
-        let (bytes, len) = self.socket.take_message(max)?;
-        self.next = match len {
-            0 => Next::Unknown,
-            _ => Next::Kept { bytes, sent: 0 },
-        };
+    /// Takes the next message, which has `len` bytes, out of the socket.
+    fn keep(&mut self, len: usize) -> Result<(), ReceiveError> {
+        let (bytes, _) = self.socket.take_message(len)?;
+        self.next = Next::Kept { bytes, sent: 0 };
         Ok(())
     }
 
-    /// How many bytes the guest's next buffers are to hold.
-    pub(super) fn receive_size(&self) -> usize {
-        let len = match &self.next {
+    /// How many bytes of the next message the guest has not got.
+    fn left(&self) -> usize {
+        match &self.next {
             Next::Unknown => 0,
             Next::Measured(len) => *len,
             Next::Kept { bytes, sent } => bytes.len() - sent,
-        };
-        len.min(RECEIVE_SIZE)
+        }
+    }
+
+    /// How many bytes the next buffers of a guest with `credit` left are to hold.
+    pub(super) fn receive_size(&self, credit: usize) -> usize {
+        self.left().min(RECEIVE_SIZE).min(credit)
     }
 
     /// The length of a next message that a guest with a buffer of `window` bytes can't receive.
@@ -291,11 +295,11 @@ impl SeqpacketMover {
 
     /// Whether the next message is a large one.
     pub(super) fn receives_much(&self) -> bool {
-        self.receive_size() > LARGE
+        self.left() > LARGE
     }
 
     /// Puts the next message into the guest's buffers, or as much of it as they hold. The guest has a buffer of `window` bytes, and
-    /// credit for the message if that holds it.
+    /// credit for what these hold.
     pub(super) fn receive(
         &mut self,
         batch: &RxBatch<'_>,

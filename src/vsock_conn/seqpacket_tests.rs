@@ -258,6 +258,50 @@ fn a_message_waits_for_all_of_its_credit_and_asks_once() {
 }
 
 #[test]
+fn a_guest_that_takes_credit_back_gets_the_rest_of_a_message_later() {
+    let mut ends = Ends::new(WINDOW);
+    ends.write(&[&[1; 4000]]);
+    assert_eq!(ends.readable(), Verdict::Open);
+    let memory = memory();
+    let mut batch = rx_batch(&memory, 1000);
+    assert_eq!(ends.conn.recv_pkt(&mut batch), Verdict::Open);
+    let first = received(&memory, &batch);
+    assert_eq!((first[0].1.len(), first[0].0.ends_message()), (1000, false));
+    let shrink = |header: &mut VsockHeader| header.buf_alloc = 2000;
+    assert_eq!(ends.guest(Op::CreditUpdate, shrink), Verdict::Open);
+    let ops: Vec<_> = ends
+        .packets(1000)
+        .iter()
+        .map(|(header, _)| header.op)
+        .collect();
+    assert_eq!(ops, [Op::Rw, Op::CreditRequest]);
+    assert_eq!(ends.guest(Op::CreditUpdate, |_| {}), Verdict::Open);
+    assert_eq!(ends.messages(1000), [[1; 2000]]);
+}
+
+#[test]
+fn a_message_is_not_held_back_for_more_than_half_of_the_guests_buffer() {
+    let mut ends = Ends::new(WINDOW);
+    ends.write(&[&[1; 1000], &[2; 4000]]);
+    assert_eq!(ends.readable(), Verdict::Open);
+    let packets = ends.packets(WINDOW as usize);
+    let sent: Vec<_> = packets
+        .iter()
+        .map(|(header, bytes)| (header.op, bytes.len()))
+        .collect();
+    let rest = WINDOW as usize - 1000;
+    assert_eq!(
+        sent,
+        [(Op::Rw, 1000), (Op::Rw, rest), (Op::CreditRequest, 0)]
+    );
+    assert!(!packets[1].0.ends_message());
+    // The guest's program has read the first message.
+    let read = |header: &mut VsockHeader| header.fwd_cnt = 1000;
+    assert_eq!(ends.guest(Op::CreditUpdate, read), Verdict::Open);
+    assert_eq!(ends.messages(WINDOW as usize), [vec![2; 4000 - rest]]);
+}
+
+#[test]
 fn a_message_longer_than_the_guests_buffer_resets() {
     let mut ends = Ends::new(WINDOW);
     ends.write(&[&[1; 4096], &[2; 4097]]);

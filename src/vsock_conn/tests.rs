@@ -3,7 +3,7 @@ use std::os::unix::net::UnixStream;
 
 use super::*;
 use crate::host::connect_line::Line;
-use crate::packet::header::{GuestPort, PacketType, PeerAddr};
+use crate::packet::header::{GuestPort, PeerAddr};
 use crate::testing::{memory, received, rx_batch, tx_batch};
 
 const KEY: ConnKey = ConnKey {
@@ -672,3 +672,30 @@ fn a_request_for_a_living_connection_resets_it() {
 }
 
 // Whatever else both sides may do is for the fuzz target `connection`, which has a model of it.
+
+#[test]
+fn a_client_that_leaves_early_is_noticed_without_a_hang_up() {
+    let mut ends = Ends::requested();
+    ends.program.shutdown(Direction::Write).unwrap();
+    assert_eq!(ends.ended(), Verdict::Open);
+    assert!(!ends.conn.is_deserted(), "it has only stopped sending");
+    let mut ends = Ends::requested();
+    drop(ends.program);
+    let end = Readiness {
+        readable: true,
+        until_empty: true,
+        ..Readiness::default()
+    };
+    assert_eq!(ends.conn.socket_ready(end), Verdict::Open);
+    assert!(ends.conn.is_deserted());
+}
+
+#[test]
+fn the_wait_for_an_answer_only_gets_shorter() {
+    let mut ends = Ends::requested();
+    let usual = ends.conn.deadline().unwrap();
+    ends.conn.answer_by(usual + Duration::from_secs(1));
+    assert_eq!(ends.conn.deadline(), Some(usual));
+    ends.conn.answer_by(usual - Duration::from_secs(1));
+    assert_eq!(ends.conn.deadline(), Some(usual - Duration::from_secs(1)));
+}

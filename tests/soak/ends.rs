@@ -14,7 +14,7 @@ use super::common::host::Pattern;
 use super::common::sim::GuestStream;
 use super::common::sim::packet::NO_SEND;
 use super::course::{Course, Fault, Tally};
-use super::plan::{Ending, Plan, Side, any_size};
+use super::plan::{Ending, MAX_WRITE, Plan, Side, any_size};
 
 /// What an end may send before it learns that its peer has left, in bytes.
 const ENDLESS: usize = 256 << 20;
@@ -67,6 +67,49 @@ impl End for GuestStream {
 
     fn reset(self) {
         GuestStream::reset(&self);
+    }
+}
+
+/// A connection of messages: a write is one, and so is a read.
+pub struct Messages(pub GuestStream);
+
+impl Read for Messages {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let message = self.0.recv_message()?;
+        let Some(place) = into.get_mut(..message.len()) else {
+            return Err(io::Error::other("a message longer than any that was sent"));
+        };
+        place.copy_from_slice(&message);
+        Ok(message.len())
+    }
+}
+
+impl Write for Messages {
+    fn write(&mut self, message: &[u8]) -> io::Result<usize> {
+        self.0.send_message(message)?;
+        Ok(message.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl End for Messages {
+    fn again(&self) -> Self {
+        Self(self.0.handle())
+    }
+
+    fn finish_writing(&self) {
+        End::finish_writing(&self.0);
+    }
+
+    fn close(self) -> bool {
+        End::close(self.0)
+    }
+
+    fn reset(self) {
+        End::reset(self.0);
     }
 }
 
@@ -155,16 +198,30 @@ impl Actor<'_> {
         let part = self.plan.part(self.side);
         let theirs = self.plan.part(self.side.other());
         let mut rng = SmallRng::seed_from_u64(self.plan.number.into());
-        let mut buffer = vec![0; 1 << 17];
+        let mut buffer = vec![0; MAX_WRITE];
         let mut received = 0;
         let mut stall = Some(part.stall);
         loop {
             if received >= part.stall_at {
                 stall.take().into_iter().for_each(sleep);
             }
-            let wanted = any_size(&mut rng, buffer.len());
-            match stream.read(&mut buffer[..wanted]) {
+            // Of messages, the other end's draws.
+            let (most, limit) = match self.plan.messages {
+                true => (theirs.write, theirs.bytes.saturating_sub(received)),
+                false => (1 << 17, usize::MAX),
+            };
+            let wanted = any_size(&mut rng, most).min(limit);
+            let room = if self.plan.messages {
+                MAX_WRITE
+            } else {
+                wanted
+            };
+            match stream.read(&mut buffer[..room]) {
                 Ok(0) => break,
+                Ok(size) if self.plan.messages && size != wanted => {
+                    let what = format!("behind {received} bytes, {size} in place of {wanted}");
+                    return Err(Fault::Wrong(what));
+                }
                 Ok(size) => {
                     self.check(received, &buffer[..size], theirs.bytes)?;
                     received += size;

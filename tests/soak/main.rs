@@ -1,6 +1,7 @@
 //! Two guests, a simulated and a real one, each with a daemon of its own, do all that guests do, for a long time and at
-//! random: connections of every kind in both directions, stalls, kills of the VMM. Every byte is compared, and in the end the
-//! daemon must have given everything back.
+//! random: connections of every kind in both directions, stalls, kills of the VMM. Three more are siblings and reach each
+//! other, two of them in one process, with streams and with messages. Every byte and every message is compared, and in the end
+//! the daemons must have given everything back.
 //!
 //! `SOAK_SECONDS` says how long (`make soak`: 600; otherwise 15), `SOAK_SEED` repeats what a seed has drawn. The times at
 //! which things happen are drawn as well, but kept only as well as the machine keeps them.
@@ -13,6 +14,7 @@ mod course;
 mod ends;
 mod host;
 mod plan;
+mod siblings;
 mod sim;
 mod uml;
 
@@ -110,6 +112,9 @@ fn soak() -> ExitCode {
     let guests = [
         Player::start::<sim::Sim>(seed, &clock),
         Player::start::<uml::RealGuest>(seed, &clock),
+        Player::start_with("siblings", &clock, move |clock, tally| {
+            siblings::soak(Dice::new(seed, siblings::ABILITIES), clock, tally)
+        }),
     ];
     show_progress(&guests, &clock);
     let mut failed = false;
@@ -136,7 +141,7 @@ fn number(variable: &str) -> Option<u64> {
     Some(number.unwrap_or_else(|_| panic!("{variable}={text} is no number")))
 }
 
-/// One of the guests, with a thread of its own.
+/// One of the guests, or several that belong together, with a thread of its own.
 struct Player {
     name: &'static str,
     tally: Arc<Tally>,
@@ -145,18 +150,28 @@ struct Player {
 
 impl Player {
     fn start<G: SoakGuest>(seed: u64, clock: &Clock) -> Self {
+        Self::start_with(G::NAME, clock, move |clock, tally| {
+            soak_guest::<G>(Dice::new(seed, G::ABILITIES), clock, tally)
+        })
+    }
+
+    fn start_with(
+        name: &'static str,
+        clock: &Clock,
+        play: impl FnOnce(&Clock, &Arc<Tally>) -> Result<String, String> + Send + 'static,
+    ) -> Self {
         let tally = Arc::new(Tally::default());
         let (own, clock) = (Arc::clone(&tally), clock.clone());
         let thread = thread::spawn(move || {
             let stop = StopOthers(Arc::clone(&clock.stopped));
-            let result = soak_guest::<G>(Dice::new(seed, G::ABILITIES), &clock, &own);
+            let result = play(&clock, &own);
             if result.is_ok() {
                 std::mem::forget(stop);
             }
             result
         });
         Self {
-            name: G::NAME,
+            name,
             tally,
             thread,
         }

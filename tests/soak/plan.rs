@@ -10,8 +10,8 @@ use rand::{RngExt, SeedableRng};
 /// The most bytes that one end sends.
 const MAX_BYTES: usize = 16 << 20;
 
-/// The most bytes of one write. Some are larger than any packet.
-const MAX_WRITE: usize = 1 << 18;
+/// The most bytes of one write, or of a message. Some are larger than any packet.
+pub const MAX_WRITE: usize = 1 << 18;
 
 /// The longest time for which an end does not read, or a guest does nothing. Linux forgets a connection that its peer has
 /// closed 8 s later, with what was not read by then.
@@ -23,7 +23,7 @@ const MAX_FLOOD: usize = 500;
 /// In milliseconds, within which all connections of a round begin, and all that befalls the guest.
 const ROUND: u64 = 1500;
 
-/// One of the two ends of a connection.
+/// One of the two ends of a connection. Between siblings, one of the two guests is the host.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Side {
     Guest,
@@ -113,6 +113,8 @@ pub struct Plan {
     pub number: u32,
     pub kind: Kind,
     pub opener: Side,
+    /// It carries messages: each write is one.
+    pub messages: bool,
     /// When it begins, from the beginning of the round.
     pub delay: Duration,
     pub guest: Part,
@@ -146,9 +148,14 @@ impl Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { number, kind, .. } = self;
+        let what = if self.messages {
+            "messages"
+        } else {
+            "connection"
+        };
         write!(
             f,
-            "connection {number}, opened by the {:?}, {kind}",
+            "{what} {number}, opened by the {:?}, {kind}",
             self.opener
         )
     }
@@ -195,6 +202,10 @@ pub struct Abilities {
     pub connections: usize,
     /// Its programs can reset a connection.
     pub resets: bool,
+    /// They connect for messages too.
+    pub messages: bool,
+    /// The other end is a program that writes CONNECT lines.
+    pub lines: bool,
     /// What may befall it for a time, or with so many connections, besides its end.
     pub blows: fn(Duration, usize) -> Vec<Blow>,
 }
@@ -273,6 +284,8 @@ impl Dice {
         self.connections += 1;
         let kind = match *self.one_of(&KINDS) {
             GuestResets if !self.abilities.resets => GuestCloses,
+            HostRushes if !self.abilities.lines => HostCloses,
+            LineCut if !self.abilities.lines => Refused,
             kind => kind,
         };
         let (guest, host) = match kind {
@@ -291,6 +304,7 @@ impl Dice {
             number: self.connections,
             kind,
             opener,
+            messages: self.abilities.messages && self.rng.random_bool(0.5),
             delay: self.moment(),
             guest: self.part(guest),
             host: self.part(host),

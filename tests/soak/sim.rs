@@ -22,6 +22,8 @@ impl SoakGuest for Sim {
     const ABILITIES: Abilities = Abilities {
         connections: 60,
         resets: true,
+        messages: false,
+        lines: true,
         blows: |time, count| {
             vec![
                 Blow::NoBuffers(time),
@@ -107,7 +109,7 @@ impl Sim {
 }
 
 /// How the guest's driver may have set its device up.
-fn drivers() -> [Setup; 4] {
+pub fn drivers() -> [Setup; 4] {
     let linux = Setup::default();
     let newer = Setup {
         queues: 3,

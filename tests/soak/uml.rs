@@ -26,6 +26,8 @@ impl SoakGuest for RealGuest {
     const ABILITIES: Abilities = Abilities {
         connections: 30,
         resets: false,
+        messages: false,
+        lines: true,
         blows: |time, count| vec![Blow::Paused(time), Blow::Deserted(count)],
     };
     type Parts = GuestProcess;

@@ -1,10 +1,9 @@
 //! The model of a connection: what its two ends have done, and what the connection must do.
 
 mod checks;
+mod program;
 
 use std::cell::RefCell;
-use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -13,29 +12,30 @@ use vhost_user_vsock::host::connect_line::{Line, Progress};
 use vhost_user_vsock::host::socket::HostSocket;
 use vhost_user_vsock::metrics::counters::CloseReason;
 use vhost_user_vsock::packet::header::{
-    Cid, GuestPort, Op, PacketType, PeerAddr, ShutdownFlags, VsockHeader,
+    Cid, GuestPort, MessageFlags, Op, PacketType, PeerAddr, ShutdownFlags, VsockHeader,
 };
 use vhost_user_vsock::vsock_conn::{
     ConnKey, Dialing, Greeting, Readiness, Verdict, VsockConnection,
 };
 
+use super::super::borders::Borders;
 use super::super::connect_line::{Role, parse};
 use super::super::guest::{self, Guest, MAX_BATCH, MAX_PAYLOAD};
 use super::super::memory::Memory;
 use super::super::ring::Layout;
-use super::super::stream::Stream;
-use super::{Input, Opening, Side};
+use super::super::stream::{Stream, pair};
+use super::{Input, Opening};
 
 const CID: Cid = Cid::from_raw(4);
-const KEY: ConnKey = ConnKey {
-    packet_type: PacketType::Stream,
-    guest: GuestPort(1234),
-    peer: PeerAddr::host(40000),
-};
+const GUEST: GuestPort = GuestPort(1234);
+const PEER: PeerAddr = PeerAddr::host(40000);
 const OK: &[u8] = b"OK 40000\n";
 
 /// The most that one call sends of what is buffered, in bytes.
 const MAX_FLUSH: usize = 256 * 1024;
+
+/// What a message can't use of its socket's send buffer, in bytes.
+const MESSAGE_OVERHEAD: usize = 32;
 
 /// The most that a socket holds, in bytes.
 const MAX_SOCKET: usize = 1 << 19;
@@ -48,6 +48,7 @@ thread_local! {
 /// A connection between its guest and its host program.
 pub(super) struct Ends<'m> {
     opening: Opening,
+    key: ConnKey,
     guest: Guest<'m>,
     conn: Option<VsockConnection>,
     epoll: Epoll,
@@ -58,6 +59,12 @@ pub(super) struct Ends<'m> {
     ok: &'static [u8],
     to_host: Stream,
     to_guest: Stream,
+    /// Where their messages end, if it carries messages.
+    host_borders: Borders,
+    guest_borders: Borders,
+    /// How many messages the program has written, and how many of them have no bytes.
+    written: usize,
+    empty: usize,
     /// The connection's buffer, and how many of the guest's bytes have left it as far as the guest knows.
     window: u32,
     forwarded: u32,
@@ -78,23 +85,39 @@ pub(super) struct Ends<'m> {
 
 impl<'m> Ends<'m> {
     pub(super) fn new(input: &Input, memory: &'m Memory) -> Self {
-        let (stream, program) = UnixStream::pair().unwrap();
-        stream.set_nonblocking(true).unwrap();
-        program.set_nonblocking(true).unwrap();
+        let key = ConnKey {
+            packet_type: if input.has_messages() {
+                PacketType::Seqpacket
+            } else {
+                PacketType::Stream
+            },
+            guest: GUEST,
+            peer: PEER,
+        };
+        let (socket, program) = pair(key.packet_type);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
         let flags = EpollFlags::EPOLLIN
             | EpollFlags::EPOLLOUT
             | EpollFlags::EPOLLRDHUP
             | EpollFlags::EPOLLPRI
             | EpollFlags::EPOLLET;
-        epoll.add(&stream, EpollEvent::new(flags, 0)).unwrap();
+        epoll.add(&socket, EpollEvent::new(flags, 0)).unwrap();
         let opening = input.opening();
-        let conn = open(opening, input, stream.into());
+        let socket = HostSocket::new(key.packet_type, socket);
+        // The system may not grant room for messages that are as long as the buffer.
+        let window = socket.reserve(input.window());
+        let conn = open(opening, key, input.guest_window.into(), socket, window);
         if input.is_narrow() {
-            setsockopt(&conn.socket(), sockopt::SndBuf, &1).unwrap();
+            // The kernel doubles it. A message may be as long as the buffer.
+            let size = match key.packet_type {
+                PacketType::Seqpacket => (window as usize + MESSAGE_OVERHEAD).div_ceil(2),
+                _ => 1,
+            };
+            setsockopt(&conn.socket(), sockopt::SndBuf, &size).unwrap();
         }
         Self {
             opening,
+            key,
             guest: Guest::new(memory),
             conn: Some(conn),
             epoll,
@@ -107,7 +130,11 @@ impl<'m> Ends<'m> {
             },
             to_host: Stream::new(1),
             to_guest: Stream::new(2),
-            window: input.window(),
+            host_borders: Borders::default(),
+            guest_borders: Borders::default(),
+            written: 0,
+            empty: 0,
+            window,
             forwarded: 0,
             guest_window: input.guest_window.into(),
             taken: 0,
@@ -124,6 +151,10 @@ impl<'m> Ends<'m> {
 
     pub(super) fn is_over(&self) -> bool {
         self.is_over
+    }
+
+    fn has_messages(&self) -> bool {
+        self.key.packet_type == PacketType::Seqpacket
     }
 
     fn is_dialing(&self) -> bool {
@@ -175,15 +206,21 @@ impl<'m> Ends<'m> {
     }
 }
 
-fn open(opening: Opening, input: &Input, socket: HostSocket) -> VsockConnection {
+fn open(
+    opening: Opening,
+    key: ConnKey,
+    guest_window: u32,
+    socket: HostSocket,
+    window: u32,
+) -> VsockConnection {
     let request = VsockHeader {
-        buf_alloc: input.guest_window.into(),
-        ..VsockHeader::new(CID, KEY.guest, KEY.peer, Op::Request)
+        packet_type: key.packet_type,
+        buf_alloc: guest_window,
+        ..VsockHeader::new(CID, key.guest, key.peer, Op::Request)
     };
-    let window = input.window();
     let dialing = match opening {
         Opening::Requested => {
-            return VsockConnection::requested(CID, KEY, socket, Greeting::Ok, window);
+            return VsockConnection::requested(CID, key, socket, Greeting::Ok, window);
         }
         Opening::Accepted => return VsockConnection::accepted(&request, socket, window),
         Opening::Connecting => Dialing::Connect,
@@ -198,7 +235,17 @@ impl Ends<'_> {
         VsockHeader {
             buf_alloc: self.guest_window,
             fwd_cnt: self.taken,
-            ..VsockHeader::new(CID, KEY.guest, KEY.peer, op)
+            packet_type: self.key.packet_type,
+            ..VsockHeader::new(CID, self.key.guest, self.key.peer, op)
+        }
+    }
+
+    /// How many bytes the guest has sent of a message that it has not finished.
+    fn unfinished(&self) -> u32 {
+        if self.has_messages() {
+            self.host_borders.unfinished(self.to_host.sent)
+        } else {
+            0
         }
     }
 
@@ -213,11 +260,13 @@ impl Ends<'_> {
         if !may_send && !pieces.is_multiple_of(16) {
             return;
         }
+        // Bit by bit from the fourth on: the packet ends no message.
+        let goes_on = pieces >> 3;
         let pieces = 1 + usize::from(pieces) % MAX_BATCH;
         let mut left = if may_send { len.min(self.credit()) } else { 0 };
         loop {
             let batch = left.min(pieces * MAX_PAYLOAD);
-            self.guest_sends_payload(batch, pieces, layout);
+            self.guest_sends_payload(batch, pieces, goes_on, layout);
             left -= batch;
             if left == 0 {
                 return;
@@ -228,12 +277,12 @@ impl Ends<'_> {
     pub(super) fn guest_overruns(&mut self, more: usize) {
         let len = self.credit() + 1 + more;
         if len <= MAX_BATCH * MAX_PAYLOAD {
-            self.guest_sends_payload(len, MAX_BATCH, Layout::PLAIN);
+            self.guest_sends_payload(len, MAX_BATCH, 0, Layout::PLAIN);
         }
     }
 
-    /// The guest sends `len` bytes in so many packets.
-    fn guest_sends_payload(&mut self, len: usize, pieces: usize, layout: Layout) {
+    /// The guest sends `len` bytes in so many packets. `goes_on` says bit by bit which of them end no message.
+    fn guest_sends_payload(&mut self, len: usize, pieces: usize, goes_on: u8, layout: Layout) {
         if self.is_lingering {
             return;
         }
@@ -245,25 +294,36 @@ impl Ends<'_> {
         };
         let mut credit = self.guest_may_send().then(|| self.credit());
         let mut packets = Vec::new();
-        for chunk in chunks {
-            let header = VsockHeader {
+        for (index, chunk) in chunks.into_iter().enumerate() {
+            let ends = goes_on >> index & 1 == 0;
+            let mut header = VsockHeader {
                 len: chunk.len() as u32,
                 ..self.header(Op::Rw)
             };
+            if ends {
+                header.flags = MessageFlags::EOM.bits();
+            }
             packets.push(guest::bytes(&header, chunk));
             credit = credit.and_then(|credit| credit.checked_sub(chunk.len()));
             if credit.is_some() {
                 self.to_host.sent += chunk.len() as u32;
+                if ends {
+                    self.host_borders.end(self.to_host.sent);
+                }
             }
         }
+        let is_too_long = self.has_messages() && self.unfinished() >= self.window;
         let Some(conn) = &mut self.conn else { return };
         let verdict = self.guest.send(&packets, layout, |batch| {
             conn.send_payload(batch, batch.packets())
         });
-        let expected = if credit.is_some() {
-            Verdict::Open
-        } else {
+        let is_wrong = credit.is_none() || is_too_long;
+        // Nobody counts what is dropped.
+        let may_be_open = credit.is_some() && !self.program_receives();
+        let expected = if is_wrong && !(may_be_open && verdict == Verdict::Open) {
             Verdict::Reset(CloseReason::Protocol)
+        } else {
+            Verdict::Open
         };
         assert_eq!(verdict, expected, "{len} bytes");
         self.settle_verdict(verdict);
@@ -318,7 +378,7 @@ impl Ends<'_> {
             Op::Response if self.has_request && !self.is_established => {
                 self.is_established = true;
                 // A program that is gone is of use only for the bytes that it has left.
-                if self.program_receives() || self.to_guest.sent > 0 {
+                if self.program_receives() || self.has_written() {
                     Verdict::Open
                 } else {
                     Verdict::Reset(CloseReason::HostGone)
@@ -355,10 +415,15 @@ impl Ends<'_> {
     fn call(&mut self, call: impl FnOnce(&mut VsockConnection) -> Verdict) -> Option<Called> {
         let conn = self.conn.as_mut()?;
         let (was_flushing, before) = (conn.is_flushing(), conn.stats().buffered);
+        // A message is sent at once, and one that is not finished is dropped at once.
+        let whole = match self.key.packet_type {
+            PacketType::Seqpacket => self.window as usize,
+            _ => 0,
+        };
         let verdict = call(conn);
         let (is_flushing, after) = (conn.is_flushing(), conn.stats().buffered);
         assert!(
-            before - after <= MAX_FLUSH || !self.program_receives(),
+            before - after <= MAX_FLUSH + whole || !self.program_receives(),
             "a flush without a bound"
         );
         Some(Called {
@@ -391,7 +456,7 @@ impl Ends<'_> {
         let is_requested = self.opening == Opening::Requested && !self.is_established;
         let expected = if self.is_dialing() {
             self.dialed()
-        } else if is_requested && ready.hung_up && !self.has_request && self.to_guest.sent == 0 {
+        } else if is_requested && ready.hung_up && !self.has_request && !self.has_written() {
             // The guest knows nothing of it, and there is nothing for it.
             Verdict::Close(CloseReason::HostGone)
         } else {
@@ -413,6 +478,10 @@ impl Ends<'_> {
         let has_ended = self.program_shutdown.contains(ShutdownFlags::SEND);
         match answer {
             Progress::Complete { .. } => self.is_established = true,
+            // An answer that is a message has all its bytes.
+            Progress::Incomplete if self.has_messages() && self.answered > 0 => {
+                return Verdict::Reset(CloseReason::Refused);
+            }
             Progress::Incomplete if !has_ended => {}
             _ => return Verdict::Reset(CloseReason::Refused),
         }
@@ -429,91 +498,5 @@ impl Ends<'_> {
             self.settle_verdict(called.verdict);
         }
         true
-    }
-}
-
-// What the host program does.
-impl Ends<'_> {
-    /// What the program has to write before its bytes.
-    fn unwritten_answer(&self) -> &'static [u8] {
-        match self.opening {
-            Opening::Answering(answer) => &answer[self.answered..],
-            _ => b"",
-        }
-    }
-
-    /// The program writes as much of this as its socket takes. False when that is nothing.
-    pub(super) fn program_writes(&mut self, len: usize) -> bool {
-        let Some(mut program) = self.program.as_ref() else {
-            return false;
-        };
-        let mut bytes = self.unwritten_answer().to_vec();
-        let before = bytes.len();
-        bytes.extend(self.to_guest.next(len.saturating_sub(before)));
-        bytes.truncate(len);
-        let written = program.write(&bytes).unwrap_or(0);
-        self.answered += written.min(before);
-        self.to_guest.sent += written.saturating_sub(before) as u32;
-        written > 0
-    }
-
-    /// The program reads up to `len` bytes. False when there are none.
-    pub(super) fn program_reads(&mut self, len: usize) -> bool {
-        SCRATCH.with_borrow_mut(|scratch| self.program_reads_into(&mut scratch[..len]))
-    }
-
-    fn program_reads_into(&mut self, scratch: &mut [u8]) -> bool {
-        let Some(mut program) = self.program.as_ref() else {
-            return false;
-        };
-        match program.read(scratch) {
-            Ok(0) => {
-                let has_ended = self.is_over
-                    || self.guest_shutdown.contains(ShutdownFlags::SEND)
-                    || !self.program_receives();
-                assert!(
-                    scratch.is_empty() || has_ended,
-                    "an end that nobody has made"
-                );
-                false
-            }
-            Ok(count) => {
-                let (ok, rest) = self.ok.split_at(self.ok.len().min(count));
-                assert_eq!(scratch[..ok.len()], *ok);
-                assert!(self.is_established);
-                self.to_host.check(&scratch[ok.len()..count]);
-                self.ok = rest;
-                true
-            }
-            Err(error) => {
-                let is_reset = self.is_over && error.kind() == ErrorKind::ConnectionReset;
-                assert!(is_reset || error.kind() == ErrorKind::WouldBlock, "{error}");
-                false
-            }
-        }
-    }
-
-    pub(super) fn program_shuts(&mut self, side: Side) {
-        let (how, flag) = match side {
-            Side::Read => (Shutdown::Read, ShutdownFlags::RECEIVE),
-            Side::Write => (Shutdown::Write, ShutdownFlags::SEND),
-        };
-        if let Some(program) = &self.program {
-            let _ = program.shutdown(how);
-            self.program_shutdown |= flag;
-        }
-    }
-
-    pub(super) fn program_closes(&mut self) {
-        self.program = None;
-        self.program_shutdown = ShutdownFlags::all();
-    }
-
-    fn program_sees_end(&self) -> bool {
-        let read = self
-            .program
-            .as_ref()
-            .map(|mut program| program.read(&mut [0]));
-        !matches!(read, Some(Err(error)) if error.kind() == ErrorKind::WouldBlock)
     }
 }

@@ -1,13 +1,14 @@
 //! The model of one connection of the worker's: what its two ends have done, and what they were promised.
 
 use std::cell::RefCell;
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{Error, ErrorKind, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-use vhost_user_vsock::packet::header::{Op, ShutdownFlags, VsockHeader};
+use vhost_user_vsock::packet::header::{MessageFlags, Op, PacketType, ShutdownFlags, VsockHeader};
 use vhost_user_vsock::vsock_conn::ConnKey;
 
+use super::super::borders::Borders;
 use super::super::shutdown::Ended;
 use super::super::stream::Stream;
 
@@ -67,11 +68,18 @@ pub(super) struct Conn {
     ok: Vec<u8>,
     pub to_host: Stream,
     pub to_guest: Stream,
+    /// Where their messages end, if it carries messages.
+    pub host_borders: Borders,
+    guest_borders: Borders,
     /// The daemon's buffer, and how many of the guest's bytes have left it as far as the guest knows.
     window: u32,
     forwarded: u32,
     /// The guest's buffer, and how many of the program's bytes have left it.
     pub guest_window: u32,
+    /// It was over for the guest when an RST came for a message that is too long.
+    is_reset_late: bool,
+    /// The smallest that the guest's buffer has been.
+    least_window: u32,
     pub taken: u32,
     limits: Limits,
     pub guest_shutdown: ShutdownFlags,
@@ -81,7 +89,7 @@ pub(super) struct Conn {
     /// The guest has gone past its credit: it must be reset.
     pub overran: bool,
     /// The guest has sent for it what is out of place, perhaps an RST.
-    pub is_garbled: bool,
+    is_garbled: bool,
     /// The program may have seen the end before the guest: the guest had no buffer for an RST.
     pub ends_early: bool,
 }
@@ -99,9 +107,13 @@ impl Conn {
             ok: Vec::new(),
             to_host: Stream::new(2 * number),
             to_guest: Stream::new(2 * number + 1),
+            host_borders: Borders::default(),
+            guest_borders: Borders::default(),
             window,
             forwarded: 0,
             guest_window: 8192,
+            least_window: 8192,
+            is_reset_late: false,
             taken: 0,
             limits: Limits::default(),
             guest_shutdown: ShutdownFlags::empty(),
@@ -111,6 +123,50 @@ impl Conn {
             is_garbled: false,
             ends_early: false,
         }
+    }
+
+    pub(super) fn has_messages(&self) -> bool {
+        self.key.packet_type == PacketType::Seqpacket
+    }
+
+    /// How many bytes the guest has sent of a message that it has not finished.
+    fn unfinished(&self) -> u32 {
+        if self.has_messages() {
+            self.host_borders.unfinished(self.to_host.sent)
+        } else {
+            0
+        }
+    }
+
+    /// The guest has sent so many bytes more. Where they end no message, they must leave room for its end. Returns whether they
+    /// end one.
+    pub(super) fn count_sent(&mut self, len: usize, ends: bool) -> bool {
+        self.to_host.sent += len as u32;
+        let ends = ends || self.unfinished() >= self.window;
+        if ends {
+            self.host_borders.end(self.to_host.sent);
+        }
+        ends
+    }
+
+    /// Whether the program's next message is longer than the guest's buffer was.
+    pub(super) fn is_next_too_long(&self) -> bool {
+        let len = self.guest_borders.next_message();
+        self.has_messages() && len.is_some_and(|len| len > self.least_window)
+    }
+
+    /// Whether this is the first RST that comes after its end.
+    pub(super) fn may_be_reset_late(&mut self) -> bool {
+        // What the guest had sent since was for nobody.
+        self.promise = Promise::Prefix;
+        !std::mem::replace(&mut self.is_reset_late, true)
+    }
+
+    /// The guest sends what is out of place. It says that there is no buffer, too.
+    pub(super) fn garble(&mut self) {
+        self.is_garbled = true;
+        self.least_window = 0;
+        self.abort();
     }
 
     /// How much the guest may send.
@@ -143,6 +199,7 @@ impl Conn {
     pub(super) fn give_credit(&mut self, header: &mut VsockHeader) {
         header.buf_alloc = self.guest_window;
         header.fwd_cnt = self.taken;
+        self.least_window = self.least_window.min(self.guest_window);
         self.limits.pending = self.limits.pending.max(self.limit());
     }
 
@@ -180,6 +237,15 @@ impl Conn {
             "{forwarded} bytes have left the buffer of {self:?}"
         );
         self.forwarded = forwarded;
+        let has_end = self.guest_shutdown.contains(ShutdownFlags::SEND);
+        assert!(
+            !self.has_messages()
+                || !self.program_receives()
+                || self
+                    .host_borders
+                    .may_have_left(forwarded, self.to_host.sent, has_end),
+            "{forwarded} bytes are no whole messages: {self:?}"
+        );
         assert!(!self.sent_shutdown.is_all() || header.op == Op::CreditUpdate);
         match header.op {
             Op::Request => {
@@ -191,7 +257,7 @@ impl Conn {
                 assert_eq!(self.state, State::Asking);
                 self.state = State::Open;
             }
-            Op::Rw => self.receive_payload(payload),
+            Op::Rw => self.receive_payload(header, payload),
             Op::Shutdown => self.receive_shutdown(header),
             Op::CreditUpdate => assert!(matches!(self.state, State::Asked | State::Open)),
             Op::CreditRequest => assert_eq!(self.state, State::Open),
@@ -199,7 +265,7 @@ impl Conn {
         }
     }
 
-    fn receive_payload(&mut self, payload: &[u8]) {
+    fn receive_payload(&mut self, header: &VsockHeader, payload: &[u8]) {
         assert!(
             self.state == State::Open && !payload.is_empty(),
             "{} bytes for {self:?}",
@@ -215,6 +281,13 @@ impl Conn {
             self.to_guest.received <= limit,
             "past the guest's credit: {self:?}"
         );
+        if !self.has_messages() {
+            return assert_eq!(header.flags, 0);
+        }
+        let is_last = header.flags == MessageFlags::EOM.bits();
+        assert!(is_last || header.flags == 0);
+        self.guest_borders
+            .check_part(self.to_guest.received, is_last);
     }
 
     fn receive_shutdown(&mut self, header: &VsockHeader) {
@@ -235,10 +308,15 @@ impl Conn {
             .as_ref()
             .and_then(|mut program| program.write(&bytes).ok());
         self.to_guest.sent += written.unwrap_or(0) as u32;
+        if written.is_some() {
+            self.guest_borders.end(self.to_guest.sent);
+        }
     }
 
     /// The program reads, and returns how much there was.
     pub(super) fn program_reads(&mut self, len: usize) -> usize {
+        // What is not read of a message is lost.
+        let len = if self.has_messages() { MAX_READ } else { len };
         SCRATCH.with_borrow_mut(|scratch| self.program_reads_into(&mut scratch[..len]))
     }
 
@@ -246,7 +324,13 @@ impl Conn {
         let Some(mut program) = self.program.as_ref().filter(|_| !self.program_saw_end) else {
             return 0;
         };
-        match program.read(scratch) {
+        let mut read = program.read(scratch);
+        let is_reset = |error: &Error| error.kind() == ErrorKind::ConnectionReset;
+        if self.has_messages() && read.as_ref().is_err_and(is_reset) {
+            // Messages may follow.
+            read = program.read(scratch);
+        }
+        match read {
             Ok(0) => {
                 self.program_saw_end |= !scratch.is_empty();
                 0
@@ -260,6 +344,11 @@ impl Conn {
                 );
                 self.ok.drain(..ok);
                 self.to_host.check(&scratch[ok..count]);
+                if self.has_messages() && ok == 0 {
+                    self.host_borders.check_whole(self.to_host.received);
+                } else if self.has_messages() {
+                    assert!(self.ok.is_empty() && count == ok, "OK is a message");
+                }
                 count
             }
             Err(error) => {
@@ -300,15 +389,17 @@ impl Conn {
         }
         assert_ne!(self.state, State::Asking, "no answer: {self:?}");
         assert!(
-            self.state != State::Unknown || self.program.is_none(),
+            self.state != State::Unknown || self.program_shutdown.is_all(),
             "no answer: {self:?}"
         );
         let is_open = self.state == State::Open;
         if self.program_receives() && (is_open || self.guest_is_done()) {
-            assert!(
-                self.to_host.is_complete(),
+            assert_eq!(
+                self.to_host.received,
+                self.to_host.sent - self.unfinished(),
                 "bytes of the guest's are lost: {self:?}"
             );
+            assert!(!self.has_messages() || self.host_borders.is_complete());
             let has_ended = !is_open || self.guest_shutdown.contains(ShutdownFlags::SEND);
             assert_eq!(self.program_saw_end, has_ended, "{self:?}");
         }
@@ -332,7 +423,9 @@ impl Conn {
         let window = self.window.min(self.guest_window);
         let left = window.saturating_sub(self.to_host.sent - self.forwarded);
         assert!(
-            left >= (window / 2).max(1) || self.forwarded == self.to_host.sent || !program_receives,
+            left >= (window / 2).max(1)
+                || self.forwarded >= self.to_host.sent - self.unfinished()
+                || !program_receives,
             "the guest does not know what it may send: {self:?}"
         );
         assert!(

@@ -1,9 +1,10 @@
 //! A worker with its guest, its VMM and its host programs.
 
 mod guest_side;
+mod programs;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -12,16 +13,14 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user_backend::VringT;
 use vhost_user_vsock::config::VmConfig;
-use vhost_user_vsock::host::connect_line::Progress;
-use vhost_user_vsock::host::entry::{Entry, EntrySocket};
-use vhost_user_vsock::packet::header::{Cid, GuestPort, Op, PacketType, PeerAddr, VsockHeader};
+use vhost_user_vsock::packet::header::{Cid, Op, VsockHeader};
+use vhost_user_vsock::thread_backend::Types;
 use vhost_user_vsock::vhost_user_vsock_thread::{
     Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, RX_RING, TX_RING, VhostUserVsockThread,
     VsockVring, Wait,
 };
 use vhost_user_vsock::vsock_conn::ConnKey;
 
-use super::super::connect_line::{Role, parse};
 use super::super::memory::Memory;
 use super::super::ring::{Layout, MAX_PACKET, Ring};
 use super::conn::{Conn, MAX_READ, Promise, State};
@@ -36,9 +35,10 @@ const FIRST_CLIENT: u32 = 10_000;
 /// The first guest port that host programs ask for which leave at once. Each asks for one of its own.
 const FIRST_DEPARTED: u32 = 20_000;
 
-/// The first guest port of a flood of requests, and the host port that they are for. Each is from a port of its own.
+/// The first guest port of a flood of requests, and the host port that they are for, which is none that the daemon gives out.
+/// Each is from a port of its own.
 const FIRST_FLOOD: u32 = 50_000;
-const NOBODY: u32 = 3000;
+const NOBODY: u32 = 1000;
 
 /// How many requests of floods may be unanswered at a time. So many resets wait for the guest as long as it takes.
 const MAX_REFUSED: usize = 512;
@@ -86,6 +86,12 @@ pub(super) struct World<'m> {
     departures: u32,
     /// Host programs that must be closed.
     unwelcome: Vec<UnixStream>,
+    /// How many host programs have connected, whether some do so for messages, and whether others do so for streams.
+    clients: u32,
+    for_messages: bool,
+    for_both: bool,
+    /// Which host ports have listeners for messages, bit by bit.
+    message_ports: u8,
     restarts: usize,
     is_eager: bool,
 }
@@ -100,11 +106,11 @@ impl<'m> World<'m> {
             busy_poll: Duration::ZERO,
             ..VmConfig::new(CID, "", host.uds_path())
         };
-        let mut worker = VhostUserVsockThread::new(
-            &config,
-            vec![EntrySocket::new(Entry::Host, host.listener())],
-        )
-        .unwrap();
+        let mut worker = VhostUserVsockThread::new(&config, host.entries()).unwrap();
+        worker.set_types(Types {
+            stream: true,
+            seqpacket: true,
+        });
         let handle = GuestMemoryHandle::new(memory.map().clone());
         worker.set_memory(handle.clone());
         worker.set_notify_on_empty(setup.notify_on_empty);
@@ -139,11 +145,16 @@ impl<'m> World<'m> {
             departed: HashSet::new(),
             departures: 0,
             unwelcome: Vec::new(),
+            clients: 0,
+            for_messages: setup.factor & 0x80 != 0,
+            for_both: setup.factor & 0x40 != 0,
+            message_ports: setup.listening >> 4,
             restarts: 0,
             is_eager: setup.is_eager,
         };
         for port in 1..=PORTS {
-            host.listen(port, setup.listening >> (port - 1) & 1 != 0);
+            let is_open = setup.listening >> (port - 1) & 1 != 0;
+            host.listen(port, is_open.then(|| world.type_of(port)));
         }
         world.start();
         world
@@ -286,7 +297,8 @@ impl World<'_> {
         self.departed.clear();
         for conn in &mut self.conns {
             conn.abort();
-            if !has_all_packets {
+            // An RST for a message that is too long may have been in the ring.
+            if !has_all_packets || conn.is_next_too_long() {
                 conn.promise = Promise::Prefix;
             }
             if conn.state != State::Unknown {
@@ -353,11 +365,11 @@ impl World<'_> {
     fn accept(&mut self, index: usize) {
         let conn = &mut self.conns[index];
         let port = conn.key.peer.port.0 as u8;
-        conn.program = self.host.accept(port);
+        conn.program = self.host.accept(port, conn.key.packet_type);
         conn.is_accepted = conn.program.is_some();
         assert_eq!(
             conn.is_accepted,
-            self.host.listens(port),
+            self.host.listens(port, conn.key.packet_type),
             "who listens gets connections"
         );
     }
@@ -383,90 +395,6 @@ impl World<'_> {
             } else {
                 conn.ends_early = true;
             }
-        }
-    }
-}
-
-// The host programs.
-impl World<'_> {
-    fn with(&mut self, conn: u8, act: impl FnOnce(&mut Conn)) {
-        if let Some(index) = usize::from(conn).checked_rem(self.conns.len()) {
-            act(&mut self.conns[index]);
-        }
-    }
-
-    fn connect(&mut self, pieces: u8) {
-        if self.conns.len() == MAX_CONNS {
-            return;
-        }
-        let Ok(mut program) = self.host.connect() else {
-            return;
-        };
-        let number = self.conns.len() as u32;
-        let port = FIRST_CLIENT + number;
-        let line = match pieces >> 6 {
-            0 => format!("CONNECT {port}\n"),
-            1 => format!("connect {port}\n"),
-            2 => format!("CONNECT  {port} \r\n"),
-            _ => format!("Connect   {port}\r\n"),
-        };
-        let (first, second) = line.split_at(usize::from(pieces) % line.len());
-        program.write_all(first.as_bytes()).unwrap();
-        if !first.is_empty() {
-            self.run();
-        }
-        program.write_all(second.as_bytes()).unwrap();
-        let key = ConnKey {
-            packet_type: PacketType::Stream,
-            guest: GuestPort(port),
-            peer: PeerAddr::host(0),
-        };
-        let mut conn = Conn::new(number, key, State::Unknown, self.window);
-        conn.program = Some(program);
-        self.conns.push(conn);
-    }
-
-    fn connect_with_garbage(&mut self, mut text: [u8; 12]) {
-        // At the latest here it is no CONNECT line.
-        text[11] = b'!';
-        let is_line = matches!(parse(Role::Client, &text), Progress::Complete { .. });
-        if is_line || self.unwelcome.len() == MAX_UNWELCOME {
-            return;
-        }
-        let Ok(mut program) = self.host.connect() else {
-            return;
-        };
-        program.write_all(&text).unwrap();
-        self.unwelcome.push(program);
-    }
-
-    /// Host programs leave without an answer. The worker may have seen them before.
-    fn clients_leave(&mut self, clients: u8, is_known: bool) {
-        let mut programs = Vec::new();
-        for _ in 0..clients {
-            if self.departures == MAX_DEPARTED {
-                break;
-            }
-            let Ok(mut program) = self.host.connect() else {
-                break;
-            };
-            let port = FIRST_DEPARTED + self.departures;
-            program
-                .write_all(format!("CONNECT {port}\n").as_bytes())
-                .unwrap();
-            self.departures += 1;
-            programs.push(program);
-        }
-        if is_known {
-            self.run();
-        }
-    }
-
-    fn listen(&mut self, port: u8, wanted: bool) {
-        self.run();
-        // Requests on the way would find one or the other.
-        if self.asking.is_empty() {
-            self.host.listen(1 + port % PORTS, wanted);
         }
     }
 }

@@ -418,7 +418,8 @@ fn negotiate(frontend: &mut Frontend, setup: &Setup) -> (u64, u64) {
             | protocol::REPLY_ACK
             | protocol::CONFIG
             | protocol::RESET_DEVICE
-            | protocol::CONFIGURE_MEM_SLOTS;
+            | protocol::CONFIGURE_MEM_SLOTS
+            | protocol::DEVICE_STATE;
         accepted_protocol = frontend.protocol_features() & known;
         frontend.set_protocol_features(accepted_protocol);
     }

@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::guest::{RX, SimGuest, TX};
-use super::packet::{Flow, HOST_CID, NO_RECEIVE, NO_SEND, Op, Packet};
+use super::packet::{EOM, Flow, HOST_CID, NO_RECEIVE, NO_SEND, Op, Packet, SEQPACKET, STREAM};
 use crate::common::daemon::PATIENCE;
 
 /// The guest's port, the peer's CID and its port.
@@ -36,6 +36,9 @@ struct Conn {
     flow: Flow,
     phase: Phase,
     received: VecDeque<u8>,
+    /// Whole messages, and the beginning of one.
+    messages: VecDeque<Vec<u8>>,
+    partial: Vec<u8>,
     rx_cnt: u32,
     last_sent_fwd_cnt: u32,
     peer_alloc: u32,
@@ -51,6 +54,8 @@ impl Conn {
             flow,
             phase,
             received: VecDeque::new(),
+            messages: VecDeque::new(),
+            partial: Vec::new(),
             rx_cnt: 0,
             last_sent_fwd_cnt: 0,
             peer_alloc: 0,
@@ -59,6 +64,10 @@ impl Conn {
             peer_shutdown: 0,
             aborted: false,
         }
+    }
+
+    fn has_unread(&self) -> bool {
+        !self.received.is_empty() || !self.messages.is_empty()
     }
 
     /// The credit left: the peer's, capped by our own buffer if configured.
@@ -166,6 +175,15 @@ impl GuestStack {
         })
     }
 
+    /// The next connection made to `port`, if one waits.
+    pub fn poll_accept(&self, port: u32) -> Option<GuestStream> {
+        let key = self.shared.lock().listeners.get_mut(&port)?.pop_front()?;
+        Some(GuestStream {
+            shared: self.shared.clone(),
+            key,
+        })
+    }
+
     /// Connects to a host port.
     pub fn connect(&self, port: u32) -> io::Result<GuestStream> {
         self.connect_to(HOST_CID, port)
@@ -173,7 +191,16 @@ impl GuestStack {
 
     /// Connects to a port of any CID.
     pub fn connect_to(&self, cid: u64, port: u32) -> io::Result<GuestStream> {
-        let stream = self.request(cid, port)?;
+        self.connect_for(STREAM, cid, port)
+    }
+
+    /// Connects to a port of any CID, for messages.
+    pub fn connect_for_messages_to(&self, cid: u64, port: u32) -> io::Result<GuestStream> {
+        self.connect_for(SEQPACKET, cid, port)
+    }
+
+    fn connect_for(&self, kind: u16, cid: u64, port: u32) -> io::Result<GuestStream> {
+        let stream = self.request(kind, cid, port)?;
         self.shared.wake();
         self.answered(stream)
     }
@@ -190,7 +217,7 @@ impl GuestStack {
         port: u32,
         count: usize,
     ) -> io::Result<Vec<GuestStream>> {
-        let requests = (0..count).map(|_| self.request(cid, port));
+        let requests = (0..count).map(|_| self.request(STREAM, cid, port));
         let requests = requests.collect::<io::Result<Vec<_>>>()?;
         self.shared.wake();
         let answers = requests.into_iter().map(|stream| self.answered(stream));
@@ -200,7 +227,7 @@ impl GuestStack {
         accepted.collect()
     }
 
-    fn request(&self, cid: u64, port: u32) -> io::Result<GuestStream> {
+    fn request(&self, kind: u16, cid: u64, port: u32) -> io::Result<GuestStream> {
         let mut state = self.shared.lock();
         if state.stop {
             return Err(ErrorKind::NotConnected.into());
@@ -209,6 +236,7 @@ impl GuestStack {
         let flow = Flow {
             guest_cid: state.guest.setup.cid,
             peer_cid: cid,
+            kind,
             buf_alloc: state.guest.setup.buf_alloc,
             ..Flow::new(state.next_port, port)
         };
@@ -264,16 +292,25 @@ impl GuestStack {
         self.shared.wake();
     }
 
+    /// Boots again: the rings start afresh, and no stream goes on. Who listened listens.
+    pub fn reboot(&self) {
+        let mut state = self.shared.lock();
+        state.forget_streams();
+        state.control.clear();
+        state.guest.stop_rings();
+        state.guest.restart_fresh();
+        drop(state);
+        self.shared.wake();
+        self.shared.changed.notify_all();
+    }
+
     /// Kills the VMM: its connection to the daemon is cut, and every stream with it.
     pub fn kill(&self) {
         let mut state = self.shared.lock();
         state.stop = true;
         // An error means that the daemon closed first.
         let _ = state.guest.frontend.stream().shutdown(Shutdown::Both);
-        for conn in state.conns.values_mut() {
-            conn.aborted |= conn.phase == Phase::Open;
-            conn.phase = Phase::Gone;
-        }
+        state.forget_streams();
         drop(state);
         self.shared.wake();
         self.shared.changed.notify_all();
@@ -388,6 +425,14 @@ impl State {
         rx | self.guest.rings[TX].arm()
     }
 
+    fn forget_streams(&mut self) {
+        for conn in self.conns.values_mut() {
+            conn.aborted |= conn.phase == Phase::Open;
+            conn.phase = Phase::Gone;
+        }
+        self.listeners.values_mut().for_each(VecDeque::clear);
+    }
+
     fn flush_control(&mut self) {
         let (layout, indirect) = (self.guest.setup.tx, self.guest.setup.indirect);
         while let Some(packet) = self.control.front() {
@@ -474,7 +519,14 @@ impl State {
         if conn.rx_cnt.wrapping_sub(conn.last_sent_fwd_cnt) > conn.flow.buf_alloc {
             self.failure = Some(format!("more than the credit given: {packet:?}"));
         }
-        if conn.phase == Phase::Open {
+        if packet.flags & !(if packet.kind == SEQPACKET { EOM } else { 0 }) != 0 {
+            self.failure = Some(format!("flags: {packet:?}"));
+        } else if conn.phase == Phase::Open && packet.kind == SEQPACKET {
+            conn.partial.extend(&packet.payload);
+            if packet.flags == EOM {
+                conn.messages.push_back(std::mem::take(&mut conn.partial));
+            }
+        } else if conn.phase == Phase::Open {
             conn.received.extend(&packet.payload);
         }
     }
@@ -485,7 +537,7 @@ impl State {
             return;
         };
         let over = conn.peer_shutdown == NO_RECEIVE | NO_SEND;
-        if over && conn.received.is_empty() && matches!(conn.phase, Phase::Open | Phase::Closing) {
+        if over && !conn.has_unread() && matches!(conn.phase, Phase::Open | Phase::Closing) {
             conn.phase = Phase::Gone;
             self.control.push_back(conn.flow.packet(Op::Rst));
         }
@@ -513,7 +565,10 @@ impl State {
         if len == 0 || !self.control.is_empty() {
             return None;
         }
-        let packet = conn.flow.rw(&bytes[..len]);
+        let mut packet = conn.flow.rw(&bytes[..len]);
+        if conn.flow.kind == SEQPACKET && len == bytes.len() {
+            packet.flags = EOM;
+        }
         if !self.guest.try_send(&packet, layout, indirect) {
             return None;
         }
@@ -521,6 +576,27 @@ impl State {
         conn.last_sent_fwd_cnt = conn.flow.fwd_cnt;
         self.guest.rings[TX].kick_if_needed();
         Some(Ok(len))
+    }
+
+    /// The next whole message; one of no bytes at the end.
+    fn take_message(&mut self, key: Key) -> Option<io::Result<Vec<u8>>> {
+        let conn = self.conns.get_mut(&key)?;
+        let Some(message) = conn.messages.pop_front() else {
+            if conn.aborted {
+                return Some(Err(ErrorKind::ConnectionReset.into()));
+            }
+            let over = conn.peer_shutdown & NO_SEND != 0 || conn.phase != Phase::Open;
+            return over.then_some(Ok(Vec::new()));
+        };
+        let taken = message.len() as u32;
+        conn.flow.fwd_cnt = conn.flow.fwd_cnt.wrapping_add(taken);
+        // The next message may need all of the buffer. Linux tells of each.
+        if conn.phase == Phase::Open {
+            self.send_credit_update(key);
+        }
+        self.confirm_end(key);
+        self.flush_control();
+        Some(Ok(message))
     }
 
     fn take_received(&mut self, key: Key, into: &mut [u8]) -> Option<io::Result<usize>> {
@@ -560,6 +636,23 @@ impl GuestStream {
             shared: self.shared.clone(),
             key: self.key,
         }
+    }
+
+    /// Sends a message, in as many packets as credit and the guest's limit of a packet make of it.
+    pub fn send_message(&self, message: &[u8]) -> io::Result<()> {
+        let mut rest = message;
+        while !rest.is_empty() {
+            let sent = self.shared.wait(|state| state.send_some(self.key, rest));
+            let sent = sent.unwrap_or_else(|| Err(ErrorKind::TimedOut.into()))?;
+            rest = &rest[sent..];
+        }
+        Ok(())
+    }
+
+    /// Receives a message; one of no bytes at the end.
+    pub fn recv_message(&self) -> io::Result<Vec<u8>> {
+        let done = self.shared.wait(|state| state.take_message(self.key));
+        done.unwrap_or_else(|| Err(ErrorKind::TimedOut.into()))
     }
 
     fn control(&self, make: impl FnOnce(&mut Conn) -> Option<Packet>) {

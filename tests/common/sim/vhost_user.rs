@@ -29,6 +29,8 @@ pub mod protocol {
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// GET_MAX_MEM_SLOTS, ADD_MEM_REG and REM_MEM_REG.
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    /// SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE.
+    pub const DEVICE_STATE: u64 = 1 << 19;
 }
 
 /// Message types, the ones a vsock frontend uses.
@@ -57,11 +59,16 @@ pub enum Request {
     GetMaxMemSlots = 36,
     AddMemReg = 37,
     RemMemReg = 38,
+    SetDeviceStateFd = 42,
+    CheckDeviceState = 43,
 }
 
 const VERSION: u32 = 1;
 const REPLY: u32 = 4;
 const NEED_REPLY: u32 = 8;
+
+/// The daemon has no descriptor of its own to transfer the state through.
+const NO_FD: u64 = 1 << 8;
 
 /// Where the three parts of a ring lie, as the frontend's addresses.
 #[derive(Clone, Copy, Debug)]
@@ -214,6 +221,40 @@ impl Frontend {
             .for_each(|region| payload.extend(region.describe()));
         let fds: Vec<_> = regions.iter().map(|region| region.fd.as_fd()).collect();
         self.set(Request::SetMemTable, &payload, &fds);
+    }
+
+    /// SET_DEVICE_STATE_FD: saves the state to a pipe, and returns what was written.
+    pub fn save_state(&self) -> Vec<u8> {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        assert_eq!(self.transfer_state(0, writer.as_fd()), NO_FD);
+        drop(writer);
+        let mut state = Vec::new();
+        reader.read_to_end(&mut state).unwrap();
+        assert_eq!(self.check_state(), 0);
+        state
+    }
+
+    /// SET_DEVICE_STATE_FD: loads the state from a pipe, and returns what the daemon says of it.
+    pub fn load_state(&self, state: &[u8]) -> u64 {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        assert_eq!(self.transfer_state(1, reader.as_fd()), NO_FD);
+        drop(reader);
+        writer.write_all(state).unwrap();
+        drop(writer);
+        self.check_state()
+    }
+
+    /// SET_DEVICE_STATE_FD, with the rings stopped.
+    pub fn transfer_state(&self, direction: u32, fd: BorrowedFd) -> u64 {
+        let request = Request::SetDeviceStateFd;
+        let payload = [direction, 0].map(u32::to_le_bytes).concat();
+        self.send_message(request as u32, 0, &payload, &[fd]);
+        u64_of(&self.reply(request))
+    }
+
+    /// CHECK_DEVICE_STATE: 0 for a transfer that has succeeded.
+    pub fn check_state(&self) -> u64 {
+        u64_of(&self.get(Request::CheckDeviceState, &[]))
     }
 
     /// GET_MAX_MEM_SLOTS.

@@ -3,14 +3,15 @@
 use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{MsgFlags, recv};
-use vhost_user_vsock::packet::header::{Op, PacketType, ShutdownFlags, VsockHeader};
+use vhost_user_vsock::metrics::counters::CloseReason;
+use vhost_user_vsock::packet::header::{MessageFlags, Op, ShutdownFlags, VsockHeader};
 use vhost_user_vsock::vsock_conn::{ConnKey, Verdict};
 
 use super::super::super::guest::MAX_BATCH;
 use super::super::super::ring::Layout;
 use super::super::super::shutdown::Ended;
 use super::super::Opening;
-use super::{CID, Ends, KEY, MAX_SOCKET, SCRATCH};
+use super::{CID, Ends, MAX_SOCKET, SCRATCH};
 
 // What the guest receives.
 impl Ends<'_> {
@@ -26,10 +27,15 @@ impl Ends<'_> {
             let (verdict, packets) = self
                 .guest
                 .receive(size, buffers, layout, |batch| conn.recv_pkt(batch));
-            assert_eq!(verdict, Verdict::Open);
             let has_payload = packets.iter().any(|(header, _)| header.len > 0);
             without_payload = if has_payload { 0 } else { without_payload + 1 };
-            assert!(without_payload < 10, "packets without end");
+            assert!(without_payload < 10 + self.empty, "packets without end");
+            if verdict != Verdict::Open {
+                assert_eq!(verdict, Verdict::Reset(CloseReason::MessageTooLong));
+                assert!(self.is_next_too_long() && packets.is_empty());
+                self.settle_verdict(verdict);
+                break;
+            }
             assert!(size <= self.guest_credit(), "no credit for {size} bytes");
             for (header, payload) in packets {
                 received = true;
@@ -39,9 +45,14 @@ impl Ends<'_> {
         received
     }
 
+    /// Whether the program's next message, or one that the guest has got a part of, can't fit its buffer.
+    fn is_next_too_long(&self) -> bool {
+        let len = self.guest_borders.next_message();
+        self.has_messages() && len.is_some_and(|len| len > self.guest_window)
+    }
+
     fn check_packet(&mut self, header: &VsockHeader, payload: &[u8]) {
-        assert_eq!((header.guest_cid, ConnKey::of(header)), (CID, KEY));
-        assert_eq!(header.packet_type, PacketType::Stream);
+        assert_eq!((header.guest_cid, ConnKey::of(header)), (CID, self.key));
         assert_eq!(header.buf_alloc, self.window);
         self.check_forwarded(header.fwd_cnt);
         assert!(!self.sent_shutdown.is_all() || header.op == Op::CreditUpdate);
@@ -54,7 +65,7 @@ impl Ends<'_> {
                 assert!(self.opening != Opening::Requested && self.is_established);
                 assert!(!std::mem::replace(&mut self.has_response, true));
             }
-            Op::Rw => self.check_payload(payload),
+            Op::Rw => self.check_payload(header, payload),
             Op::Shutdown => self.check_shutdown(header),
             Op::CreditRequest => assert!(self.is_established),
             Op::CreditUpdate => assert!(self.is_established || self.has_request),
@@ -71,6 +82,9 @@ impl Ends<'_> {
             self.to_host.sent
         );
         self.forwarded = forwarded;
+        if self.has_messages() {
+            return self.check_forwarded_messages();
+        }
         let Some(program) = self.program.as_ref().filter(|_| self.program_receives()) else {
             return;
         };
@@ -81,12 +95,40 @@ impl Ends<'_> {
         assert_eq!(forwarded as usize, self.to_host.received as usize + unread);
     }
 
-    fn check_payload(&mut self, payload: &[u8]) {
+    /// What has left the buffer is whole messages, and one that will have no end.
+    fn check_forwarded_messages(&self) {
+        if !self.program_receives() {
+            return;
+        }
+        assert!(
+            self.to_host.received <= self.forwarded,
+            "{:?}",
+            self.to_host
+        );
+        let has_end = self.guest_shutdown.contains(ShutdownFlags::SEND);
+        assert!(
+            self.host_borders
+                .may_have_left(self.forwarded, self.to_host.sent, has_end),
+            "{} bytes are no whole messages: {:?}",
+            self.forwarded,
+            self.host_borders
+        );
+    }
+
+    fn check_payload(&mut self, header: &VsockHeader, payload: &[u8]) {
         assert!(self.is_established && !payload.is_empty());
         assert!(payload.len() <= self.guest_credit());
         assert!(!self.guest_shutdown.contains(ShutdownFlags::RECEIVE));
         assert!(!self.sent_shutdown.contains(ShutdownFlags::SEND));
+        if !self.has_messages() {
+            assert_eq!(header.flags, 0);
+            return self.to_guest.check(payload);
+        }
         self.to_guest.check(payload);
+        let is_last = header.flags == MessageFlags::EOM.bits();
+        assert!(is_last || header.flags == 0);
+        self.guest_borders
+            .check_part(self.to_guest.received, is_last);
     }
 
     fn check_shutdown(&mut self, header: &VsockHeader) {
@@ -111,8 +153,11 @@ impl Ends<'_> {
         loop {
             let mut progress = self.events() | self.flush();
             progress |= self.guest_receives(MAX_BATCH - 1, Layout::PLAIN);
-            progress |= self.program_reads(MAX_SOCKET);
-            progress |= self.program_writes(self.unwritten_answer().len());
+            while self.program_reads(MAX_SOCKET) {
+                progress = true;
+            }
+            let answer = self.unwritten_answer().len();
+            progress |= answer > 0 && self.program_writes(answer);
             let window = 1 << 16;
             if !self.is_over && (self.taken, self.guest_window) != (self.to_guest.received, window)
             {
@@ -136,11 +181,12 @@ impl Ends<'_> {
         if !self.program_receives() || (self.is_over && !is_done) {
             return;
         }
-        assert!(
-            self.to_host.is_complete(),
-            "bytes of the guest's are lost: {:?}",
-            self.to_host
+        assert_eq!(
+            self.to_host.received,
+            self.to_host.sent - self.unfinished(),
+            "bytes of the guest's are lost"
         );
+        assert!(!self.has_messages() || self.host_borders.is_complete());
         let has_ended = self.is_over || self.guest_shutdown.contains(ShutdownFlags::SEND);
         assert_eq!(self.program_sees_end(), has_ended);
     }
@@ -158,7 +204,7 @@ impl Ends<'_> {
         let left = window.saturating_sub(self.to_host.sent - self.forwarded);
         assert!(
             left >= (window / 2).max(1)
-                || self.forwarded == self.to_host.sent
+                || self.forwarded >= self.to_host.sent - self.unfinished()
                 || !self.program_receives(),
             "the guest does not know what it may send"
         );

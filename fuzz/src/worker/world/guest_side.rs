@@ -1,7 +1,7 @@
 //! The guest's side: the packets that it sends and receives.
 
 use vhost_user_vsock::packet::header::{
-    Cid, GuestPort, HEADER_LEN, Op, PacketType, PeerAddr, ShutdownFlags, VsockHeader,
+    Cid, GuestPort, HEADER_LEN, MessageFlags, Op, PacketType, PeerAddr, ShutdownFlags, VsockHeader,
 };
 use vhost_user_vsock::vhost_user_vsock_thread::{RX_RING, TX_RING};
 use vhost_user_vsock::vsock_conn::ConnKey;
@@ -46,7 +46,7 @@ impl World<'_> {
     /// Sends a packet of this connection, which `change` completes.
     pub(super) fn send_for(&mut self, index: usize, op: Op, change: impl FnOnce(&mut VsockHeader)) {
         let conn = &mut self.conns[index];
-        let mut header = VsockHeader::new(CID, conn.key.guest, conn.key.peer, op);
+        let mut header = header(conn.key, op);
         conn.give_credit(&mut header);
         change(&mut header);
         self.send(header, &[], Layout::PLAIN);
@@ -77,10 +77,16 @@ impl World<'_> {
     }
 
     pub(super) fn request(&mut self, port: u8, guest_port: u8) {
+        let port = 1 + port % PORTS;
+        let packet_type = match self.type_of(port) {
+            accepted if self.message_ports == 0 || guest_port < 0xc0 => accepted,
+            PacketType::Seqpacket => PacketType::Stream,
+            _ => PacketType::Seqpacket,
+        };
         let key = ConnKey {
-            packet_type: PacketType::Stream,
+            packet_type,
             guest: GuestPort(1 + u32::from(guest_port % 8)),
-            peer: PeerAddr::host(1 + u32::from(port % PORTS)),
+            peer: PeerAddr::host(port.into()),
         };
         if self.conns.len() == MAX_CONNS {
             return;
@@ -91,7 +97,7 @@ impl World<'_> {
         }
         // What is on the way for an earlier connection would be taken for this one's.
         let was_used = self.conns.iter().any(|conn| conn.key == key)
-            || self.resets.contains_key(&(key, PacketType::Stream.into()));
+            || self.resets.contains_key(&(key, packet_type.into()));
         if was_used && !self.sync() {
             return;
         }
@@ -128,22 +134,27 @@ impl World<'_> {
             return;
         }
         let len = u32::from(len).min(self.conns[index].credit()) as usize;
+        let (all_end, goes_on) = (part & 0x4000 != 0, part & 0x8000 != 0);
         let part = (usize::from(part) % MAX_PAYLOAD).max(len / 64) + 1;
         let mut left = len;
         while left > 0 && self.make_room() {
             let conn = &mut self.conns[index];
             let payload = conn.to_host.next(part.min(left).min(MAX_PAYLOAD));
-            conn.to_host.sent += payload.len() as u32;
             left -= payload.len();
-            self.send_payload(index, &payload, layout);
+            let ends = all_end || left == 0 && !goes_on;
+            let ends = conn.count_sent(payload.len(), ends);
+            self.send_payload(index, &payload, ends, layout);
         }
     }
 
-    fn send_payload(&mut self, index: usize, payload: &[u8], layout: Layout) {
+    fn send_payload(&mut self, index: usize, payload: &[u8], ends: bool, layout: Layout) {
         let conn = &mut self.conns[index];
-        let mut header = VsockHeader::new(CID, conn.key.guest, conn.key.peer, Op::Rw);
+        let mut header = header(conn.key, Op::Rw);
         conn.give_credit(&mut header);
         header.len = payload.len() as u32;
+        if ends {
+            header.flags = MessageFlags::EOM.bits();
+        }
         self.send(header, payload, layout);
     }
 
@@ -161,7 +172,7 @@ impl World<'_> {
             conn.overran = true;
             conn.abort();
             let payload = conn.to_host.next(len);
-            self.send_payload(index, &payload, Layout::PLAIN);
+            self.send_payload(index, &payload, true, Layout::PLAIN);
         }
     }
 
@@ -208,7 +219,7 @@ impl World<'_> {
                 key = conn.key;
             }
         }
-        let mut header = VsockHeader::new(CID, key.guest, key.peer, Op::from(u16::from(op) % 10));
+        let mut header = header(key, Op::from(u16::from(op) % 10));
         header.len = len.into();
         match cid % 4 {
             0 => header.guest_cid = Cid::from_raw(77),
@@ -218,7 +229,11 @@ impl World<'_> {
         if kind.is_multiple_of(4) {
             header.packet_type = PacketType::from(u16::from(kind) / 4 + 2);
         }
-        if cid % 4 > 1 && header.packet_type == PacketType::Stream {
+        let is_known = matches!(
+            header.packet_type,
+            PacketType::Stream | PacketType::Seqpacket
+        );
+        if cid % 4 > 1 && is_known {
             // Other steps send requests and payload that are in order.
             match header.op {
                 Op::Request => header.op = Op::Unknown(0),
@@ -226,11 +241,10 @@ impl World<'_> {
                 _ => {}
             }
         }
-        if header.guest_cid == CID && header.packet_type == PacketType::Stream {
+        if header.guest_cid == CID && is_known {
             let key = ConnKey::of(&header);
             for conn in self.conns.iter_mut().filter(|conn| conn.key == key) {
-                conn.is_garbled = true;
-                conn.abort();
+                conn.garble();
             }
         }
         self.send(header, &vec![0xee; header.len as usize], Layout::PLAIN);
@@ -313,17 +327,17 @@ impl World<'_> {
         if header.op == Op::Rst {
             return self.receive_reset(header, key);
         }
-        assert_eq!(
-            (key.peer.cid, header.packet_type),
-            (Cid::HOST, PacketType::Stream)
-        );
+        assert_eq!(key.peer.cid, Cid::HOST);
         let is_request = header.op == Op::Request;
         if is_departed(key) {
             return self.receive_departed(header, key);
         }
         let is_it = |conn: &Conn| match conn.state {
             State::Over => false,
-            State::Unknown => is_request && conn.key.guest == key.guest,
+            State::Unknown => {
+                let theirs = (conn.key.guest, conn.key.packet_type);
+                is_request && theirs == (key.guest, key.packet_type)
+            }
             _ => conn.key == key,
         };
         let Some(index) = self.conns.iter().position(is_it) else {
@@ -337,7 +351,7 @@ impl World<'_> {
         conn.key = key;
         conn.receive(header, payload);
         assert!(conn.is_accepted, "nobody listens there: {conn:?}");
-        let mut reply = VsockHeader::new(CID, key.guest, key.peer, Op::CreditUpdate);
+        let mut reply = self::header(key, Op::CreditUpdate);
         if header.op == Op::CreditRequest {
             conn.give_credit(&mut reply);
             self.replies.push_back(reply);
@@ -351,7 +365,7 @@ impl World<'_> {
 
     /// Takes a packet of a connection whose host program was gone before it was known. The guest refuses every other one.
     fn receive_departed(&mut self, header: &VsockHeader, key: ConnKey) {
-        let mut reply = VsockHeader::new(CID, key.guest, key.peer, Op::Rst);
+        let mut reply = self::header(key, Op::Rst);
         match header.op {
             Op::Request => {
                 assert!(self.departed.insert(key), "requested twice: {header:?}");
@@ -359,12 +373,13 @@ impl World<'_> {
                     self.departed.remove(&key);
                 } else {
                     reply.op = Op::Response;
+                    reply.buf_alloc = 8192;
                 }
             }
             Op::Shutdown if ShutdownFlags::from_bits_truncate(header.flags).is_all() => {
                 self.departed.remove(&key);
             }
-            Op::Shutdown | Op::CreditUpdate => return,
+            Op::Shutdown | Op::CreditUpdate | Op::CreditRequest => return,
             _ => panic!("from nobody: {header:?}"),
         }
         self.replies.push_back(reply);
@@ -380,23 +395,39 @@ impl World<'_> {
         }
         // One that answers a packet of another type is not about the connection.
         let is_it = |conn: &&mut Conn| {
-            header.packet_type == PacketType::Stream
-                && conn.key == key
-                && !matches!(conn.state, State::Over | State::Unknown)
+            conn.key == key && !matches!(conn.state, State::Over | State::Unknown)
         };
         if let Some(conn) = self.conns.iter_mut().find(is_it) {
             let is_refused = conn.state == State::Asking && !conn.is_accepted;
             // A program that has gone before the answer, and has left no byte.
             let is_idle = conn.by_host && !conn.program_receives() && conn.to_guest.sent == 0;
+            let is_too_long = conn.is_next_too_long();
+            if is_too_long {
+                // Perhaps before the guest has closed it.
+                conn.promise = Promise::Prefix;
+            }
             let is_due =
                 is_refused || is_idle || conn.promise == Promise::Prefix || conn.guest_is_done();
             assert!(is_due, "reset without a reason: {conn:?}");
             conn.end();
         } else {
+            // One for a message that is too long may have been on the way when the guest has ended it.
+            let mut earlier = self.conns.iter_mut().filter(|conn| conn.key == key);
+            if earlier.any(|conn| conn.is_next_too_long() && conn.may_be_reset_late()) {
+                return;
+            }
             let key = (key, header.packet_type.into());
             let allowed = self.resets.get_mut(&key).filter(|count| **count > 0);
             *allowed.unwrap_or_else(|| panic!("nothing is to be reset: {header:?}")) -= 1;
         }
+    }
+}
+
+/// A packet of the guest's for the connection that this names.
+fn header(key: ConnKey, op: Op) -> VsockHeader {
+    VsockHeader {
+        packet_type: key.packet_type,
+        ..VsockHeader::new(CID, key.guest, key.peer, op)
     }
 }
 
