@@ -265,7 +265,9 @@ mod tests {
         let flags = SockFlag::SOCK_CLOEXEC;
         let kind = socket_type(PacketType::Seqpacket);
         let (vsock, program) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
-        let ours = relays.accepted(HostSocket::vsock(PacketType::Seqpacket, vsock)).unwrap();
+        let ours = relays
+            .accepted(HostSocket::vsock(PacketType::Seqpacket, vsock))
+            .unwrap();
         let ours = UnixStream::from(OwnedFd::from(ours));
         ours.set_nonblocking(false).unwrap();
         for end in [&ours, &UnixStream::from(program.try_clone().unwrap())] {
@@ -297,9 +299,16 @@ mod tests {
             worker.write_all(b"there").unwrap();
             worker.write_all(b"again").unwrap();
             program.write_all(b"back").unwrap();
-            assert_eq!((read(&program), read(&program)), (b"there".to_vec(), b"again".to_vec()));
+            assert_eq!(
+                (read(&program), read(&program)),
+                (b"there".to_vec(), b"again".to_vec())
+            );
             assert_eq!(read(&worker), b"back");
-            let (first, other) = if program_first { (program, worker) } else { (worker, program) };
+            let (first, other) = if program_first {
+                (program, worker)
+            } else {
+                (worker, program)
+            };
             drop(first);
             assert_eq!(read(&other), b"");
             drop(other);
