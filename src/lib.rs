@@ -79,6 +79,7 @@ internal! {
     packet
     rxops
     rxqueue
+    saved
     syscalls
     thread_backend
     txbuf
