@@ -4,14 +4,17 @@
 //! is in the VMM's own address space (user address), where in the file behind the descriptor it begins, and how long it is.
 //! Ring addresses come as user addresses, everything in the rings as guest physical addresses.
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 
+use serde::{Deserialize, Serialize};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
-    MmapRegion, mmap::MmapRegionError,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionCollectionError, GuestRegionMmap, MmapRegion, mmap::MmapRegionError,
 };
 
 use super::message::RegionMessage;
+use crate::saved::{LoadError, Loader, SavedFd, Saver};
 
 /// Most regions that a VMM may add: as many as the kernel's vhost takes.
 pub(super) const MAX_SLOTS: u64 = 509;
@@ -40,6 +43,16 @@ struct Region {
     user_addr: u64,
     size: u64,
     file_offset: u64,
+}
+
+/// A region in a document: its addresses and size in bytes, and its file.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct RegionState {
+    guest_addr: u64,
+    size: u64,
+    user_addr: u64,
+    file_offset: u64,
+    file: SavedFd,
 }
 
 /// The regions that the VMM shares now. Their descriptors stay open in the mapping.
@@ -93,6 +106,46 @@ impl MemoryTable {
         self.map = map;
         self.regions.remove(index);
         Ok(())
+    }
+
+    /// The regions, for a successor to map them again.
+    pub(super) fn save<'a>(&'a self, saver: &mut Saver<'a>) -> io::Result<Vec<RegionState>> {
+        let save = |region: &Region| {
+            let mapped = self.map.find_region(GuestAddress(region.guest_addr));
+            let file = mapped.and_then(|mapped| mapped.file_offset());
+            let file = file.ok_or_else(|| io::Error::other("a region without a file"))?;
+            Ok(RegionState {
+                guest_addr: region.guest_addr,
+                size: region.size,
+                user_addr: region.user_addr,
+                file_offset: region.file_offset,
+                file: saver.fd(file.file().as_fd()),
+            })
+        };
+        self.regions.iter().map(save).collect()
+    }
+
+    /// Maps the regions that were saved.
+    pub(super) fn load(
+        regions: Vec<RegionState>,
+        loader: &mut Loader,
+    ) -> Result<Self, LoadError> {
+        let mut table = Self::default();
+        for region in regions {
+            let file = loader.take_fd(region.file)?;
+            let region = RegionMessage {
+                guest_addr: region.guest_addr,
+                size: region.size,
+                user_addr: region.user_addr,
+                file_offset: region.file_offset,
+            };
+            table.add(region, file).map_err(io::Error::other)?;
+        }
+        Ok(table)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.regions.is_empty()
     }
 
     /// The memory as it is mapped now.
