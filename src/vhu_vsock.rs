@@ -45,6 +45,7 @@ use crate::vhost_user_vsock_thread::{
 /// For the guest's memory, and to end a session.
 const SYSCALLS: &[Syscall] = &[
     Syscall::any(libc::SYS_close),
+    Syscall::any(libc::SYS_statx),
     Syscall::only(libc::SYS_mmap, NOT_EXECUTABLE),
     Syscall::any(libc::SYS_munmap),
 ];

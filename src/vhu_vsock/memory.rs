@@ -4,6 +4,7 @@
 //! is in the VMM's own address space (user address), where in the file behind the descriptor it begins, and how long it is.
 //! Ring addresses come as user addresses, everything in the rings as guest physical addresses.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -125,21 +126,26 @@ impl MemoryTable {
         self.regions.iter().map(save).collect()
     }
 
-    /// Maps the regions that were saved.
+    /// Maps the regions that were saved. What lies past the end of a file is not mapped: access to it would end the daemon.
     pub(super) fn load(
         regions: Vec<RegionState>,
         loader: &mut Loader,
     ) -> Result<Self, LoadError> {
         let mut table = Self::default();
         for region in regions {
-            let file = loader.take_fd(region.file)?;
+            let file = File::from(loader.take_fd(region.file)?);
+            let metadata = file.metadata()?;
+            let end = region.file_offset.saturating_add(region.size);
+            if metadata.is_file() && metadata.len() < end {
+                return Err(LoadError::Invalid("a region past the end of its file"));
+            }
             let region = RegionMessage {
                 guest_addr: region.guest_addr,
                 size: region.size,
                 user_addr: region.user_addr,
                 file_offset: region.file_offset,
             };
-            table.add(region, file).map_err(io::Error::other)?;
+            table.add(region, file.into()).map_err(io::Error::other)?;
         }
         Ok(table)
     }
