@@ -3,6 +3,8 @@
 //! The *session* thread accepts a VMM and handles its messages, one VMM after the other. The *worker* thread moves the
 //! packets. The first may wait for a VMM that has sent half a message, so it is ended by shutting that VMM's socket down.
 
+mod placeholder;
+
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -17,12 +19,13 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use thiserror::Error;
 
+pub(super) use self::placeholder::*;
 use super::threads::{Naming, Threads, VmThreads, wait_readable};
 use crate::config::{
     ConfigError, HostSide, ProcessConfig, Sandbox, Socket, VmConfig, VsockPort, sibling_path,
 };
 use crate::host::entry::{Entry, EntrySocket};
-use crate::host::listener::{Inherited, ListenerError, SocketFile};
+use crate::host::listener::{Inherited, ListenerError, LoadedListeners, SocketFile};
 use crate::host::siblings::Siblings;
 use crate::host::vsock;
 use crate::packet::header::{Cid, GuestPort, PacketType};
@@ -81,15 +84,17 @@ enum VmmSocket {
 }
 
 impl BoundVm {
-    /// Makes the sockets of a VM, which joins `siblings`. `observer` gets its activity.
+    /// Makes the sockets of a VM, which joins `siblings`, or adopts those that a predecessor had. `observer` gets its activity.
     pub(super) fn new(
         config: &VmConfig,
         siblings: &Arc<Siblings>,
+        loaded: &mut LoadedListeners,
         observer: impl Fn(Activity) + Send + Sync + 'static,
     ) -> Result<Self, VmError> {
         let vmm = match &config.socket {
             Socket::Path(path) => {
-                let socket = SocketFile::bind(path, PacketType::Stream, config.access)?;
+                let socket =
+                    SocketFile::bind_or_adopt(path, PacketType::Stream, config.access, loaded)?;
                 VmmSocket::Listener(socket)
             }
             Socket::Inherited(fd) => match Inherited::take(*fd)? {
@@ -99,7 +104,7 @@ impl BoundVm {
         };
         let mut files = Vec::new();
         let mut entries = listen_on_vsock(config)?;
-        for (entry, file) in bind_entries(config)? {
+        for (entry, file) in bind_entries(config, loaded)? {
             entries.push(EntrySocket::new(entry, file.listener()?));
             files.push(file);
         }
@@ -111,6 +116,11 @@ impl BoundVm {
             device: Arc::new(device),
             stop: Arc::new(Stop::new()?),
         })
+    }
+
+    /// The guest's CID.
+    pub(super) fn cid(&self) -> Cid {
+        self.cid
     }
 
     /// Starts to serve.
@@ -144,6 +154,7 @@ impl BoundVm {
             }
         };
         Ok(Vm {
+            cid: self.cid,
             sockets: Some((socket, self.files)),
             device: self.device,
             stop: self.stop,
@@ -166,9 +177,14 @@ fn listen_on_vsock(config: &VmConfig) -> Result<Vec<EntrySocket>, ListenerError>
 }
 
 /// Makes the listening Unix sockets through which a guest is reached.
-fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
+fn bind_entries(
+    config: &VmConfig,
+    loaded: &mut LoadedListeners,
+) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
     let mut entries = Vec::new();
-    let bind = |path: &Path, packet_type| SocketFile::bind(path, packet_type, config.access);
+    let mut bind = |path: &Path, packet_type| {
+        SocketFile::bind_or_adopt(path, packet_type, config.access, loaded)
+    };
     if let HostSide::Unix { path, fd } = &config.host {
         let file = match fd {
             Some(fd) => SocketFile::foreign(Inherited::take_listener(*fd)?),
@@ -194,6 +210,7 @@ fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerE
 
 /// A VM that is served. When this is dropped, it no longer is.
 pub struct Vm {
+    cid: Cid,
     /// Held for their files.
     sockets: Option<(Option<SocketFile>, Vec<SocketFile>)>,
     device: Arc<VhostUserVsockBackend>,
@@ -210,13 +227,18 @@ impl Vm {
     /// The configuration can't work, a socket can't be made, or the system has no threads or descriptors left.
     pub fn start(config: &VmConfig) -> Result<Self, VmError> {
         let process = ProcessConfig {
-            vms: vec![config.clone()],
-            stats_path: None,
             access: config.access,
             sandbox: Sandbox::Off,
+            ..ProcessConfig::new(vec![config.clone()])
         };
         process.check()?;
-        BoundVm::new(config, &Arc::default(), |_| {})?.start(Threads::new(Naming::Off)?)
+        BoundVm::new(
+            config,
+            &Arc::default(),
+            &mut LoadedListeners::default(),
+            |_| {},
+        )?
+        .start(Threads::new(Naming::Off)?)
     }
 
     /// Its device, for statistics for as long as the process runs.
@@ -224,9 +246,32 @@ impl Vm {
         self.device.clone()
     }
 
+    /// The guest's CID.
+    pub(super) fn cid(&self) -> Cid {
+        self.cid
+    }
+
+    /// Whether nobody serves it any more.
+    pub(super) fn has_ended(&self) -> bool {
+        self.has_panicked() || self.have_ended()
+    }
+
+    /// Whether its threads have ended.
+    pub(super) fn have_ended(&self) -> bool {
+        self.threads.have_ended()
+    }
+
+    /// Leaves the sockets to a successor. Its threads are parked, and end with the process.
+    pub(super) fn leave(&mut self) {
+        if let Some((vmm, others)) = self.sockets.take() {
+            let files = vmm.into_iter().chain(others);
+            files.for_each(SocketFile::leave);
+        }
+    }
+
     /// Removes the sockets of a VM whose threads have ended, or one of whose threads has panicked: nobody serves them.
     pub(super) fn remove_if_ended(&mut self) {
-        if self.sockets.is_some() && (self.threads.has_panicked() || self.threads.have_ended()) {
+        if self.sockets.is_some() && self.has_ended() {
             self.begin_stop(Instant::now() + LOCK_TIMEOUT);
         }
     }
