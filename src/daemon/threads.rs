@@ -51,7 +51,7 @@ impl Threads {
         while self.running.load(Ordering::SeqCst) > 0 {
             let all = others.into_iter().chain([self.ended.as_fd()]);
             let mut fds: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-            wait_for(&mut fds, PollTimeout::NONE)?;
+            poll_until(&mut fds, PollTimeout::NONE)?;
             let ready = fds[..N].iter().position(|fd| fd.any() != Some(false));
             if ready.is_some() {
                 return Ok(ready);
@@ -170,17 +170,25 @@ impl Drop for Running {
     }
 }
 
-/// Waits until something happens to one of the descriptors, or the time is over. Returns what.
+/// Waits until one of the descriptors can be read from, or the time is over. Returns what has happened to each.
 pub(super) fn wait_readable<const N: usize>(
     fds: &[BorrowedFd<'_>; N],
     timeout: PollTimeout,
 ) -> io::Result<[PollFlags; N]> {
-    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-    wait_for(&mut fds, timeout)?;
+    wait_for(&fds.map(|fd| (fd, PollFlags::POLLIN)), timeout)
+}
+
+/// Waits until what is wanted of one of the descriptors happens to it, or the time is over. Returns what has happened to each.
+pub(super) fn wait_for<const N: usize>(
+    wanted: &[(BorrowedFd<'_>, PollFlags); N],
+    timeout: PollTimeout,
+) -> io::Result<[PollFlags; N]> {
+    let mut fds = wanted.map(|(fd, events)| PollFd::new(fd, events));
+    poll_until(&mut fds, timeout)?;
     Ok(fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty())))
 }
 
-fn wait_for(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> io::Result<()> {
+fn poll_until(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> io::Result<()> {
     loop {
         match poll(fds, timeout) {
             Ok(_) => return Ok(()),

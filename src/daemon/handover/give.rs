@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process;
 use std::sync::Arc;
@@ -199,8 +198,7 @@ impl HandOver {
             warn!("{missing} connections are lost, with sockets in their sockets");
         }
         let gone = parked.into_iter().filter(|(place, _)| given.has(*place));
-        // Their threads find them locked until the process ends.
-        gone.for_each(|(_, vm)| mem::forget(vm));
+        gone.for_each(|(_, vm)| vm.leave());
         Ok((given, what))
     }
 

@@ -5,7 +5,6 @@
 use std::mem;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use log::{info, warn};
 
@@ -142,14 +141,13 @@ impl Predecessor {
     /// # Errors
     /// The state of one can't be loaded, and the predecessor can still serve it.
     pub(in crate::daemon) fn load(&mut self, vms: &mut [BoundVm]) -> Result<(), HandoverError> {
-        let now = Instant::now();
         for state in mem::take(&mut self.state.vms) {
             let cid = state.guest_cid;
             let Some(vm) = vms.iter_mut().find(|vm| vm.cid() == cid) else {
                 warn!("CID {cid}: no longer configured, its VMM and its connections are dropped");
                 continue;
             };
-            match (vm.load(state, &mut self.loader, now), &self.way) {
+            match (vm.load(state, &mut self.loader), &self.way) {
                 (Ok(()), _) => {}
                 (Err(error), Way::Path { .. }) => return Err(HandoverError::Vm(cid, error)),
                 (Err(error), Way::Store { .. }) => {
