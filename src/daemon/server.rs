@@ -197,7 +197,7 @@ impl Server {
         let calls = syscalls(config, bound.hand_over.is_some());
         sandbox::enter(config, &loaded.directories(), &calls)?;
         if let Some(predecessor) = predecessor {
-            predecessor.load(&mut bound.vms)?;
+            predecessor.load(&mut bound.vms, &bound.siblings)?;
         }
         if let Some(predecessor) = predecessor.take() {
             predecessor.commit()?;

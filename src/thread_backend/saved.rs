@@ -54,6 +54,13 @@ struct EntryState {
     connection: ConnectionState,
 }
 
+impl TableState {
+    /// How many connections take a place.
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+}
+
 /// A connection whose other end is with threads of the process that has saved it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct RelayedState {

@@ -12,6 +12,7 @@ use super::store::{Stored, store};
 use crate::config::{ProcessConfig, SocketAccess, VmConfig};
 use crate::daemon::service::ServiceManager;
 use crate::host::listener::SocketFile;
+use crate::host::siblings::Siblings;
 use crate::packet::header::PacketType;
 use crate::saved::Saver;
 use serde_json::{Value, json};
@@ -103,7 +104,7 @@ fn what_is_stored_is_there_until_it_is_taken_over() {
         let found = Predecessor::find(&config, &passed, &manager.client).unwrap();
         let mut found = found.unwrap();
         if takes_over {
-            found.load(&mut []).unwrap();
+            found.load(&mut [], &Siblings::default()).unwrap();
             found.commit().unwrap();
         }
     }

@@ -56,6 +56,13 @@ pub(in crate::daemon) struct VmState {
     pub(in crate::daemon) table: Option<TableState>,
 }
 
+impl VmState {
+    /// How many connections it has.
+    pub(in crate::daemon) fn connections(&self) -> usize {
+        self.table.as_ref().map_or(0, TableState::connections)
+    }
+}
+
 /// What there is of a VM to save, between two turns and two messages.
 #[derive(Clone, Copy)]
 pub(in crate::daemon) struct Parts<'vm> {
