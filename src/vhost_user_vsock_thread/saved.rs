@@ -13,6 +13,7 @@ use vm_memory::GuestAddressSpace;
 use super::ring::{self, GuestMemoryHandle};
 use super::{VhostUserVsockThread, VsockVring};
 use crate::saved::{LoadError, Loader, SavedFd, Saver};
+pub use crate::thread_backend::saved::TableState;
 
 /// A ring in a document.
 #[derive(Debug, Serialize, Deserialize)]
@@ -129,29 +130,25 @@ impl VhostUserVsockThread {
     }
 }
 
-// PLACEHOLDER until thread_backend/saved.rs is merged: `pub use crate::thread_backend::saved::TableState`, and the two functions
-// call `self.backend.save` and `load`.
-/// The table of connections in a document.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct TableState {}
-
 impl VhostUserVsockThread {
     /// Saves the table of connections, between two turns.
-    pub fn save_table<'a>(
-        &'a self,
-        _saver: &mut Saver<'a>,
-        _now: Instant,
-    ) -> io::Result<TableState> {
-        Ok(TableState {})
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn save_table<'a>(&'a self, saver: &mut Saver<'a>, now: Instant) -> io::Result<TableState> {
+        self.backend.save(saver, now)
     }
 
     /// Goes on with the connections of a table.
+    ///
+    /// # Errors
+    /// It is not complete, it can't be, or the system refuses. There are no connections then.
     pub fn load_table(
         &mut self,
-        _state: TableState,
-        _loader: &mut Loader,
-        _now: Instant,
+        state: TableState,
+        loader: &mut Loader,
+        now: Instant,
     ) -> Result<(), LoadError> {
-        Ok(())
+        self.backend.load(state, loader, now)
     }
 }

@@ -7,13 +7,14 @@
 //! Locks are taken in this order: the session's, the worker's, that of the sockets.
 
 use std::io;
+use std::mem;
 use std::time::Instant;
 
 use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::host::listener::SocketFile;
+use crate::host::listener::{ListenerState, SocketFile};
 use crate::packet::header::Cid;
 use crate::saved::Saver;
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
@@ -55,10 +56,12 @@ pub(in crate::daemon) struct VmState {
     pub(in crate::daemon) table: Option<TableState>,
 }
 
-// PLACEHOLDER until host/listener.rs has `ListenerState` and `SocketFile::save`.
-/// A listening socket in a document.
-#[derive(Debug, Serialize, Deserialize)]
-pub(in crate::daemon) struct ListenerState {}
+impl VmState {
+    /// How many connections it has.
+    pub(in crate::daemon) fn connections(&self) -> usize {
+        self.table.as_ref().map_or(0, TableState::connections)
+    }
+}
 
 /// What there is of a VM to save, between two turns and two messages.
 #[derive(Clone, Copy)]
@@ -66,7 +69,6 @@ pub(in crate::daemon) struct Parts<'vm> {
     pub(super) guest_cid: Cid,
     pub(super) session: Option<&'vm Session>,
     pub(super) worker: &'vm VhostUserVsockThread,
-    #[allow(dead_code)] // PLACEHOLDER: see `listeners`.
     pub(super) sockets: &'vm Sockets,
 }
 
@@ -81,7 +83,6 @@ impl<'vm> Parts<'vm> {
     ///
     /// # Errors
     /// The system refuses.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(in crate::daemon) fn save(self, saver: &mut Saver<'vm>) -> io::Result<VmState> {
         let session = self.session.map(|session| session.save(self.worker, saver));
         Ok(VmState {
@@ -92,9 +93,9 @@ impl<'vm> Parts<'vm> {
         })
     }
 
-    // PLACEHOLDER: `self.sockets.0.iter().flatten().map(|file| file.save(saver)).collect()`.
-    fn listeners(self, _saver: &mut Saver<'vm>) -> Vec<ListenerState> {
-        Vec::new()
+    fn listeners(self, saver: &mut Saver<'vm>) -> Vec<ListenerState> {
+        let sockets = self.sockets.0.iter().flatten();
+        sockets.filter_map(|socket| socket.save(saver)).collect()
     }
 }
 
@@ -117,7 +118,6 @@ impl Parked<'_> {
     ///
     /// # Errors
     /// The system refuses.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(in crate::daemon) fn save<'a>(&'a self, saver: &mut Saver<'a>) -> io::Result<VmState> {
         let parts = Parts {
             guest_cid: self.guest_cid,
@@ -128,6 +128,14 @@ impl Parked<'_> {
         let mut state = parts.save(saver)?;
         state.table = Some(self.worker.save_table(saver, Instant::now())?);
         Ok(state)
+    }
+
+    /// Leaves the VM to a successor, and its sockets' files. Its threads wait until the process ends, and so does whoever drops the
+    /// [`Vm`](super::Vm).
+    pub(in crate::daemon) fn leave(mut self) {
+        let sockets = self.sockets.0.take();
+        sockets.into_iter().flatten().for_each(SocketFile::leave);
+        mem::forget(self);
     }
 }
 
