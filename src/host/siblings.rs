@@ -218,7 +218,11 @@ impl Siblings {
     /// A socket is not there.
     pub fn load_calls(&self, calls: Vec<CallState>, loader: &mut Loader) -> Result<(), LoadError> {
         for call in calls {
-            let socket = HostSocket::load(&call.socket, loader)?;
+            let socket = match HostSocket::load(&call.socket, loader) {
+                // The caller finds that it is refused.
+                Err(LoadError::Lost) => continue,
+                socket => socket?,
+            };
             let mut members = self.0.lock();
             let Some(caller) = members.get(&call.caller.cid) else {
                 continue;

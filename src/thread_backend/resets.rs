@@ -96,8 +96,11 @@ impl Resets {
         let reserved = waiting.try_reserve(state.waiting.len());
         reserved.map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         for reset in state.waiting {
-            let socket = reset.socket.map(|socket| HostSocket::load(&socket, loader));
-            waiting.push_back((header(guest_cid, reset.key), socket.transpose()?));
+            let socket = match reset.socket.map(|socket| HostSocket::load(&socket, loader)) {
+                None | Some(Err(LoadError::Lost)) => None,
+                Some(socket) => Some(socket?),
+            };
+            waiting.push_back((header(guest_cid, reset.key), socket));
         }
         let gives_up_at = state.gives_up_at.map(|left| deadline(left, now));
         Ok(Self {

@@ -283,7 +283,9 @@ impl VsockThreadBackend {
         let mut loaded = Vec::new();
         // First, while no other has their ports.
         for entry in state.lingering {
-            let token = self.load_entry(entry, loader, now)?;
+            let Some(token) = self.load_entry(entry, loader, now)? else {
+                continue;
+            };
             if !(self.connections.get(token)).is_some_and(|entry| entry.conn.is_flushing()) {
                 return Err(LoadError::Invalid("a connection that lingers for nothing"));
             }
@@ -291,12 +293,13 @@ impl VsockThreadBackend {
             loaded.push(token);
         }
         for entry in state.connections {
-            loaded.push(self.load_entry(entry, loader, now)?);
+            loaded.extend(self.load_entry(entry, loader, now)?);
         }
         for entry in state.deserted {
-            let token = self.load_entry(entry, loader, now)?;
-            self.connections.desert(token);
-            loaded.push(token);
+            if let Some(token) = self.load_entry(entry, loader, now)? {
+                self.connections.desert(token);
+                loaded.push(token);
+            }
         }
         for client in state.clients {
             self.load_client(client, loader, now)?;
@@ -311,13 +314,24 @@ impl VsockThreadBackend {
         Ok(())
     }
 
+    /// Loads a connection. One whose socket got lost is reset.
     fn load_entry(
         &mut self,
         state: EntryState,
         loader: &mut Loader,
         now: Instant,
-    ) -> Result<Token, LoadError> {
-        let conn = VsockConnection::load(state.connection, self.guest_cid, loader, now)?;
+    ) -> Result<Option<Token>, LoadError> {
+        let key = state.connection.key();
+        let conn = match VsockConnection::load(state.connection, self.guest_cid, loader, now) {
+            Err(LoadError::Lost) => {
+                let opened = &mut self.counters.opened[state.opened_by as usize];
+                *opened += u64::from(!state.is_counted);
+                self.counters.ended[CloseReason::HostGone as usize] += 1;
+                self.push_reset(resets::header(self.guest_cid, key), None);
+                return Ok(None);
+            }
+            conn => conn?,
+        };
         if self.connections.contains(&conn.key()) {
             return Err(LoadError::Invalid("two connections of the same ports"));
         }
@@ -330,7 +344,7 @@ impl VsockThreadBackend {
                 self.clients.begin_request();
             }
         }
-        Ok(token)
+        Ok(Some(token))
     }
 
     fn load_client(
@@ -339,7 +353,13 @@ impl VsockThreadBackend {
         loader: &mut Loader,
         now: Instant,
     ) -> Result<(), LoadError> {
-        let client = state.load(loader, now)?;
+        let client = match state.load(loader, now) {
+            Err(LoadError::Lost) => {
+                self.drop_client("its socket got lost at a hand-over");
+                return Ok(());
+            }
+            client => client?,
+        };
         let directory = client.sibling_dir;
         if directory.is_some_and(|directory| !self.routes.has_sibling_dir(directory)) {
             self.drop_client("its directory of siblings is there no more");

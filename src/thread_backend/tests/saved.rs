@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::metrics::counters::CloseReason;
 use crate::packet::header::ShutdownFlags;
-use crate::saved::{LoadError, Loader};
+use crate::saved::{LoadError, Loader, Saver};
 use crate::testing::{mutate, mutation, rx_batch};
 
 const WINDOW: u32 = 4096;
@@ -333,6 +333,30 @@ fn a_table_that_can_not_be_is_refused_and_leaves_nothing() {
         assert!(next.has_nothing_pending() && !next.backend.can_flush());
         assert_eq!(next.backend.next_deadline(), None);
     }
+}
+
+#[test]
+fn connections_whose_sockets_got_lost_are_reset() {
+    let mut table = Table::with(waits);
+    let _programs = [1000, 1001].map(|port| table.open(port));
+    let _client = table.client("CONNECT ");
+    let file = tempfile::tempfile().unwrap();
+    let now = Instant::now();
+    let mut saver = Saver::new(&file).unwrap();
+    let state = table.backend.save(&mut saver, now).unwrap();
+    let fds = saver.finish(&state).unwrap();
+    let fds = fds.iter().map(|_| None).collect();
+    let mut loader = Loader::open(file.try_clone().unwrap(), fds).unwrap();
+    let mut next = Table::with(waits);
+    next.backend.load(state, &mut loader, now).unwrap();
+    assert_eq!(next.backend.connections(), 0);
+    for port in [1000, 1001] {
+        let reset = next.backend.pending.resets.pop().unwrap();
+        assert_eq!((reset.op, reset.guest_port.0), (Op::Rst, port));
+    }
+    assert!(next.backend.pending.resets.is_empty());
+    assert_eq!(next.backend.counters().clients_dropped, 1);
+    assert_eq!(next.document(now)["clients"], json!([]));
 }
 
 #[test]
