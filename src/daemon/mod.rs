@@ -11,6 +11,7 @@
 //! ```
 
 mod descriptors;
+mod handover;
 pub mod log_writer;
 pub mod sandbox;
 pub mod server;
