@@ -60,10 +60,10 @@ const HALF: u64 = 16 << 20;
 pub(in crate::daemon) trait Store {
     /// Keeps a descriptor under a name. With `poll`, it is not kept any longer than its other end is open. An open file that is
     /// kept already is not kept a second time.
-    fn store(&self, name: &str, fd: BorrowedFd<'_>, poll: bool);
+    fn store(&self, name: &str, fd: BorrowedFd<'_>, poll: bool) -> io::Result<()>;
 
     /// Keeps no more what has this name.
-    fn forget(&self, name: &str);
+    fn forget(&self, name: &str) -> io::Result<()>;
 }
 
 /// What tells an open file from others.
@@ -119,6 +119,22 @@ struct KeptVm<S: Store> {
     /// The numbers of what is kept.
     numbers: BTreeMap<Identity, u32>,
     next_number: u32,
+    /// The numbers of what is to be kept no more.
+    old: BTreeSet<u32>,
+}
+
+/// A state that is to be kept. It holds nothing of the VM's.
+#[derive(Debug)]
+pub(in crate::daemon) struct NextState {
+    state: Vec<u8>,
+    /// What the state names, in its order. Those that are kept already are not here.
+    fds: Vec<(Identity, Option<NewFd>)>,
+}
+
+#[derive(Debug)]
+struct NewFd {
+    fd: OwnedFd,
+    is_socket: bool,
 }
 
 fn memfd(name: &str) -> io::Result<File> {
@@ -129,10 +145,10 @@ impl<S: Store> Keeper<S> {
     /// Begins to keep the VM with this CID, of which nothing is kept.
     ///
     /// # Errors
-    /// The system has no memory or descriptors for it.
+    /// The system has no memory or descriptors for it, or the manager does not take them.
     pub(in crate::daemon) fn new(store: S, cid: Cid) -> io::Result<Self> {
         let file = memfd("vsock-kept")?;
-        store.store(&Part::State.name(cid), file.as_fd(), false);
+        store.store(&Part::State.name(cid), file.as_fd(), false)?;
         Ok(Self {
             scratch: memfd("vsock-state")?,
             kept: KeptVm {
@@ -143,34 +159,57 @@ impl<S: Store> Keeper<S> {
                 current: Vec::new(),
                 numbers: BTreeMap::new(),
                 next_number: 0,
+                old: BTreeSet::new(),
             },
         })
     }
 
     /// Keeps the journal.
-    pub(in crate::daemon) fn keep_connections(&self, journal: BorrowedFd<'_>) {
-        let name = Part::Connections.name(self.kept.cid);
-        self.kept.store.store(&name, journal, false);
-    }
-
-    /// Replaces what is kept with the state that `save` makes, and its descriptors. That costs the manager nothing where nothing has
-    /// changed.
     ///
     /// # Errors
-    /// The system has no memory, or the state is too long. Then nothing is kept until the next time.
-    pub(in crate::daemon) fn keep<'fd, D: Serialize>(
-        &'fd mut self,
-        save: impl FnOnce(&mut Saver<'fd>) -> io::Result<D>,
-    ) -> io::Result<()> {
-        let Self { scratch, kept } = self;
-        let kept_all = state_of(scratch, save).and_then(|(fds, state)| kept.update(&fds, &state));
-        if kept_all.is_err() {
-            kept.invalidate();
-        }
-        kept_all
+    /// The manager does not take it.
+    pub(in crate::daemon) fn keep_connections(&self, journal: BorrowedFd<'_>) -> io::Result<()> {
+        let name = Part::Connections.name(self.kept.cid);
+        self.kept.store.store(&name, journal, false)
     }
 
-    /// Keeps no more of what `keep` has kept, but goes on with the file.
+    /// Takes the state that `save` makes. Only this takes the VM to stand still.
+    ///
+    /// # Errors
+    /// The system has no memory or descriptors, or the state is too long. [`Keeper::invalidate`] must follow.
+    pub(in crate::daemon) fn save<'fd, D: Serialize>(
+        &'fd self,
+        save: impl FnOnce(&mut Saver<'fd>) -> io::Result<D>,
+    ) -> io::Result<NextState> {
+        let Self { scratch, kept } = self;
+        let mut saver = Saver::new(scratch)?;
+        let document = save(&mut saver)?;
+        let fds = saver.finish(&document)?;
+        let fds = fds.into_iter().map(|fd| kept.identify(fd));
+        let fds = fds.collect::<io::Result<_>>()?;
+        let len = scratch.metadata()?.len();
+        if len > HALF {
+            return Err(too_long());
+        }
+        let mut state = vec![0; len as usize];
+        scratch.read_exact_at(&mut state, 0)?;
+        scratch.set_len(0)?;
+        Ok(NextState { state, fds })
+    }
+
+    /// Replaces what is kept with this state, and its descriptors. That costs the manager nothing where nothing has changed.
+    ///
+    /// # Errors
+    /// The system has no memory, or the manager does not take what it is given. Then nothing is kept until the next time.
+    pub(in crate::daemon) fn keep(&mut self, next: NextState) -> io::Result<()> {
+        let result = self.kept.update(&next);
+        if result.is_err() {
+            self.kept.invalidate();
+        }
+        result
+    }
+
+    /// Keeps none of the states any more, but goes on with the next.
     pub(in crate::daemon) fn invalidate(&mut self) {
         self.kept.invalidate();
     }
@@ -179,27 +218,10 @@ impl<S: Store> Keeper<S> {
     pub(in crate::daemon) fn forget(mut self) {
         self.kept.invalidate();
         for part in [Part::State, Part::Connections] {
-            self.kept.store.forget(&part.name(self.kept.cid));
+            // The manager has closed its socket, or is too busy: it keeps a state that says nothing.
+            let _ = self.kept.store.forget(&part.name(self.kept.cid));
         }
     }
-}
-
-/// Makes a state in `scratch`, and returns its descriptors and its bytes.
-fn state_of<'fd, D: Serialize>(
-    scratch: &'fd File,
-    save: impl FnOnce(&mut Saver<'fd>) -> io::Result<D>,
-) -> io::Result<(Vec<BorrowedFd<'fd>>, Vec<u8>)> {
-    let mut saver = Saver::new(scratch)?;
-    let document = save(&mut saver)?;
-    let fds = saver.finish(&document)?;
-    let len = scratch.metadata()?.len();
-    if len > HALF {
-        return Err(too_long());
-    }
-    let mut state = vec![0; len as usize];
-    scratch.read_exact_at(&mut state, 0)?;
-    scratch.set_len(0)?;
-    Ok((fds, state))
 }
 
 fn too_long() -> io::Error {
@@ -207,62 +229,78 @@ fn too_long() -> io::Error {
 }
 
 impl<S: Store> KeptVm<S> {
-    fn update(&mut self, fds: &[BorrowedFd<'_>], state: &[u8]) -> io::Result<()> {
-        let mut new = Vec::new();
+    fn identify(&self, fd: BorrowedFd<'_>) -> io::Result<(Identity, Option<NewFd>)> {
+        let (identity, file_type) = Identity::of(fd)?;
+        if self.numbers.contains_key(&identity) {
+            return Ok((identity, None));
+        }
+        let new = NewFd {
+            fd: fd.try_clone_to_owned()?,
+            is_socket: file_type == SFlag::S_IFSOCK,
+        };
+        Ok((identity, Some(new)))
+    }
+
+    fn update(&mut self, next: &NextState) -> io::Result<()> {
+        // What is still there under an old name would not be kept under its new one.
+        self.forget_old()?;
         let mut numbers = BTreeMap::new();
         let mut head = Head {
             version: VERSION,
             fds: Vec::new(),
         };
-        for fd in fds {
-            let (identity, file_type) = Identity::of(*fd)?;
-            let number = match self.numbers.get(&identity) {
-                Some(number) => *number,
-                None => {
+        for (identity, new) in &next.fds {
+            let number = match (self.numbers.get(identity), new) {
+                (Some(number), _) => *number,
+                (None, Some(new)) => {
                     let number = self.next_number;
                     self.next_number = number.wrapping_add(1);
-                    self.numbers.insert(identity, number);
-                    self.store(number, *fd, file_type == SFlag::S_IFSOCK);
-                    new.push((identity, *fd));
+                    self.numbers.insert(*identity, number);
+                    self.store(number, new)?;
                     number
                 }
+                // It was kept when the state was made, and is not now.
+                (None, None) => return Err(io::ErrorKind::NotFound.into()),
             };
-            numbers.insert(identity, number);
+            numbers.insert(*identity, number);
             head.fds.push(number);
         }
-        self.write(&head, state)?;
-        let old = std::mem::replace(&mut self.numbers, numbers);
-        self.forget_all_but_current(&old, &new);
+        self.write(&head, &next.state)?;
+        let before = std::mem::replace(&mut self.numbers, numbers);
+        let is_old = |(identity, _): &(Identity, u32)| !self.numbers.contains_key(identity);
+        let old: Vec<_> = before.into_iter().filter(is_old).collect();
+        self.old.extend(old.iter().map(|(_, number)| number));
+        self.forget_old()?;
+        if old.iter().any(|(old, _)| matches!(old, Identity::Fd(_))) {
+            self.store_again(next)?;
+        }
         Ok(())
     }
 
-    /// Removes what is not named any more. `old` has all that was kept, `new` what is since now.
-    fn forget_all_but_current(
-        &self,
-        old: &BTreeMap<Identity, u32>,
-        new: &[(Identity, BorrowedFd<'_>)],
-    ) {
-        let mut has_doubles = false;
-        for (identity, number) in old {
-            if !self.numbers.contains_key(identity) {
-                self.store.forget(&Part::Fd(*number).name(self.cid));
-                has_doubles |= matches!(identity, Identity::Fd(_));
+    /// Stores once more what is new and has no inode of its own. It may be the same open file as one that was forgotten just now,
+    /// which the VMM has sent a second time: then the manager did not take it before.
+    fn store_again(&self, next: &NextState) -> io::Result<()> {
+        for (identity, new) in &next.fds {
+            if let Identity::Fd(_) = identity
+                && let (Some(number), Some(new)) = (self.numbers.get(identity), new)
+            {
+                self.store(*number, new)?;
             }
         }
-        if !has_doubles {
-            return;
-        }
-        // One of the new may be the same open file as one of those, that the VMM has sent once more. Then it was not kept
-        // under its new name before.
-        for (identity, fd) in new {
-            if let (Identity::Fd(_), Some(number)) = (identity, self.numbers.get(identity)) {
-                self.store(*number, *fd, false);
-            }
-        }
+        Ok(())
     }
 
-    fn store(&self, number: u32, fd: BorrowedFd<'_>, poll: bool) {
-        self.store.store(&Part::Fd(number).name(self.cid), fd, poll);
+    fn store(&self, number: u32, new: &NewFd) -> io::Result<()> {
+        let name = Part::Fd(number).name(self.cid);
+        self.store.store(&name, new.fd.as_fd(), new.is_socket)
+    }
+
+    fn forget_old(&mut self) -> io::Result<()> {
+        while let Some(number) = self.old.first() {
+            self.store.forget(&Part::Fd(*number).name(self.cid))?;
+            self.old.pop_first();
+        }
+        Ok(())
     }
 
     /// Writes a state into the half that is not valid, and then the index.
@@ -290,9 +328,10 @@ impl<S: Store> KeptVm<S> {
         // Where this fails, the state names descriptors that are not there, and is refused for that.
         let _ = self.file.write_all_at(&[0; INDEX_LEN], 0);
         self.current.clear();
-        for number in std::mem::take(&mut self.numbers).into_values() {
-            self.store.forget(&Part::Fd(number).name(self.cid));
-        }
+        self.old
+            .extend(std::mem::take(&mut self.numbers).into_values());
+        // What the manager does not hear of now, it hears of the next time.
+        let _ = self.forget_old();
     }
 }
 
@@ -381,12 +420,10 @@ impl Remains {
             current: current.bytes,
             numbers,
             next_number,
+            // Those that the state was to name next, or has named before.
+            old: std::mem::take(&mut self.fds).into_keys().collect(),
         };
         let loader = Loader::open(copy, fds)?;
-        // Those that the state was to name next, or has named before.
-        for number in std::mem::take(&mut self.fds).into_keys() {
-            kept.store.forget(&Part::Fd(number).name(cid));
-        }
         Ok((loader, Keeper { scratch, kept }))
     }
 
@@ -420,7 +457,7 @@ impl Remains {
     pub(in crate::daemon) fn forget(self, store: &impl Store, cid: Cid) {
         let parts = self.numbers.into_iter().map(Part::Fd);
         for part in parts.chain([Part::State, Part::Connections]) {
-            store.forget(&part.name(cid));
+            let _ = store.forget(&part.name(cid));
         }
     }
 }
@@ -490,6 +527,18 @@ mod tests {
         fds: Vec<(String, OwnedFd)>,
         /// How many messages it got.
         messages: usize,
+        /// How many it gets before it reads no more.
+        left: Option<usize>,
+    }
+
+    impl Stored {
+        fn count(&mut self) -> io::Result<()> {
+            if let Some(left) = &mut self.left {
+                *left = left.checked_sub(1).ok_or(io::ErrorKind::WouldBlock)?;
+            }
+            self.messages += 1;
+            Ok(())
+        }
     }
 
     fn is_event(fd: BorrowedFd<'_>) -> bool {
@@ -507,9 +556,9 @@ mod tests {
     }
 
     impl Store for Manager {
-        fn store(&self, name: &str, fd: BorrowedFd<'_>, poll: bool) {
+        fn store(&self, name: &str, fd: BorrowedFd<'_>, poll: bool) -> io::Result<()> {
             let mut stored = self.0.borrow_mut();
-            stored.messages += 1;
+            stored.count()?;
             let is_socket = Identity::of(fd).unwrap().1 == SFlag::S_IFSOCK;
             assert_eq!(poll, is_socket);
             let mut others = stored.fds.iter();
@@ -517,12 +566,14 @@ mod tests {
                 let fd = fd.try_clone_to_owned().unwrap();
                 stored.fds.push((name.to_owned(), fd));
             }
+            Ok(())
         }
 
-        fn forget(&self, name: &str) {
+        fn forget(&self, name: &str) -> io::Result<()> {
             let mut stored = self.0.borrow_mut();
-            stored.messages += 1;
+            stored.count()?;
             stored.fds.retain(|(stored, _)| stored != name);
+            Ok(())
         }
     }
 
@@ -570,17 +621,20 @@ mod tests {
     }
 
     fn keep(keeper: &mut Keeper<Manager>, text: &str, fds: &[&OwnedFd]) {
+        try_keep(keeper, text, fds).unwrap();
+    }
+
+    fn try_keep(keeper: &mut Keeper<Manager>, text: &str, fds: &[&OwnedFd]) -> io::Result<()> {
         let document = |saver: &mut Saver<'_>, fds| {
             saver.bytes(&[b"bytes"])?;
             let text = text.to_owned();
             Ok(Document { text, fds })
         };
-        keeper
-            .keep(|saver| {
-                let fds = fds.iter().map(|fd| saver.fd(fd.as_fd())).collect();
-                document(saver, fds)
-            })
-            .unwrap();
+        let next = keeper.save(|saver| {
+            let fds = fds.iter().map(|fd| saver.fd(fd.as_fd())).collect();
+            document(saver, fds)
+        });
+        keeper.keep(next.unwrap())
     }
 
     /// What the next daemon finds.
@@ -638,7 +692,7 @@ mod tests {
         assert_same(&load(&manager).1, &[&other, &socket]);
         keep(&mut keeper, "the VMM has left", &[]);
         assert_eq!(manager.names(), ["handover-7-state"]);
-        keeper.keep_connections(memory().as_fd());
+        keeper.keep_connections(memory().as_fd()).unwrap();
         assert_eq!(
             manager.names(),
             ["handover-7-connections", "handover-7-state"]
@@ -680,13 +734,14 @@ mod tests {
         let fds: Vec<&OwnedFd> = fds.iter().collect();
         keep(&mut keeper, "before", &fds);
         // The daemon dies before the state names what it has stored.
-        manager.store("handover-7-99", event().as_fd(), false);
+        manager
+            .store("handover-7-99", event().as_fd(), false)
+            .unwrap();
         let (_, loaded, mut next) = load(&manager);
-        assert_eq!(manager.names().len(), 4);
         manager.messages();
         let loaded: Vec<&OwnedFd> = loaded.iter().flatten().collect();
         keep(&mut next, "after", &loaded);
-        assert_eq!(manager.messages(), 0);
+        assert_eq!((manager.messages(), manager.names().len()), (1, 4));
         let more = event();
         keep(&mut next, "more", &[loaded[0], loaded[1], &more]);
         let names = [
@@ -723,7 +778,7 @@ mod tests {
         let (manager, mut keeper) = keeper();
         let (socket, file) = (OwnedFd::from(UnixStream::pair().unwrap().0), memory());
         keep(&mut keeper, "first", &[&socket, &file, &file]);
-        manager.forget("handover-7-0");
+        manager.forget("handover-7-0").unwrap();
         let (_, loaded, _) = load(&manager);
         assert!(loaded[0].is_none());
         assert_same(&loaded[1..], &[&file, &file]);
@@ -734,12 +789,13 @@ mod tests {
         let (manager, mut keeper) = keeper();
         let kick = event();
         keep(&mut keeper, "first", &[&kick]);
-        let failed = keeper.keep(|saver| {
+        let failed = keeper.save(|saver| {
             saver.fd(kick.as_fd());
             saver.bytes(&[&vec![0; HALF as usize]])?;
             Ok(())
         });
         failed.unwrap_err();
+        keeper.invalidate();
         assert_eq!(manager.names(), ["handover-7-state"]);
         let mut remains = manager.remains();
         assert!(remains.load(manager.clone(), CID).is_err());
@@ -748,10 +804,34 @@ mod tests {
     }
 
     #[test]
+    fn a_manager_that_does_not_read_gets_all_of_it_later() {
+        for left in 0..7 {
+            let (manager, mut keeper) = keeper();
+            let fds = [event(), event(), memory()];
+            let other = event();
+            let before: Vec<&OwnedFd> = fds.iter().collect();
+            let after = [&other, &fds[2], &fds[1].try_clone().unwrap()];
+            keep(&mut keeper, "before", &before);
+            // Stores two, forgets two, stores two again.
+            manager.0.borrow_mut().left = Some(left);
+            let kept = try_keep(&mut keeper, "after", &after);
+            assert_eq!(kept.is_ok(), left == 6);
+            let loaded = manager.remains().load(manager.clone(), CID);
+            assert_eq!(loaded.is_ok(), left == 6);
+            manager.0.borrow_mut().left = None;
+            keep(&mut keeper, "later", &after);
+            assert_eq!(manager.names().len(), 4, "{:?}", manager.names());
+            let (text, loaded, _) = load(&manager);
+            assert_eq!(text, "later");
+            assert_same(&loaded, &after);
+        }
+    }
+
+    #[test]
     fn what_can_t_be_loaded_is_forgotten() {
         let (manager, mut keeper) = keeper();
         keep(&mut keeper, "first", &[&event(), &memory()]);
-        keeper.keep_connections(memory().as_fd());
+        keeper.keep_connections(memory().as_fd()).unwrap();
         keeper.kept.file.write_all_at(b"{{", HALVES[0]).unwrap();
         let mut remains = manager.remains();
         let loaded = remains.load(manager.clone(), CID);
