@@ -12,7 +12,7 @@
 //! deadlines     when connections are reset                    slots, slot_list   the tables and queues that these are made of
 //! pending       packets for the guest, by kind                event_source       what an epoll event belongs to
 //! resets        RSTs for the guest                             siblings           how other guests come into the table
-//! journal       the ports, for the daemon after a crash
+//! journal       the ports, for the daemon after a crash        saved              how all of it goes to another process
 //! ```
 
 mod clients;
@@ -24,6 +24,9 @@ pub mod journal;
 mod opening;
 mod pending;
 mod resets;
+pub mod saved;
+#[cfg(test)]
+mod saved_tests;
 mod siblings;
 mod slot_list;
 mod slots;
@@ -145,6 +148,10 @@ impl VsockThreadBackend {
     /// Lists the ports of the connections in `journal`, from now on and those that there are.
     pub fn set_journal(&mut self, journal: Journal) {
         self.connections.set_journal(journal);
+        self.list_resets();
+    }
+
+    fn list_resets(&mut self) {
         let connections = &self.connections;
         self.pending.resets.list_all(|key| connections.list(key));
     }

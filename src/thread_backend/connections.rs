@@ -199,7 +199,8 @@ impl Connections {
     pub(super) fn linger(&mut self, token: Token) {
         self.give_place_back(token);
         self.deserted.remove(token.slot);
-        if let Some(entry) = self.slots.get(token) {
+        if let Some(entry) = self.slots.get_mut(token) {
+            entry.listed = Listed::default();
             self.by_key.remove(&entry.conn.key());
             self.lingering.push(token.slot);
         }
@@ -243,6 +244,33 @@ impl Connections {
             self.deserted.give_back();
         }
         Some(entry)
+    }
+
+    /// Those that take a place.
+    pub(super) fn placed(&self) -> impl Iterator<Item = &Entry> {
+        let all = self.slots.iter();
+        all.filter_map(|(token, entry)| self.has_taken(token).then_some(entry))
+    }
+
+    /// Those whose client has left, oldest first.
+    pub(super) fn deserted(&self) -> impl Iterator<Item = &Entry> {
+        self.deserted.iter().filter_map(|slot| self.entry(slot))
+    }
+
+    /// Those that linger, oldest first.
+    pub(super) fn lingering(&self) -> impl Iterator<Item = &Entry> {
+        self.lingering.iter().filter_map(|slot| self.entry(slot))
+    }
+
+    fn entry(&self, slot: u32) -> Option<&Entry> {
+        self.slots.get(self.slots.token(slot)?)
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self {
+            journal: std::mem::take(&mut self.journal),
+            ..Self::new(self.places)
+        };
     }
 
     /// Those that have their ports.
