@@ -30,6 +30,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::stat::{SFlag, fstat};
 use serde::{Deserialize, Serialize};
 
@@ -118,7 +119,6 @@ struct KeptVm<S: Store> {
     current: Vec<u8>,
     /// The numbers of what is kept.
     numbers: BTreeMap<Identity, u32>,
-    next_number: u32,
     /// The numbers of what is to be kept no more.
     old: BTreeSet<u32>,
 }
@@ -158,7 +158,6 @@ impl<S: Store> Keeper<S> {
                 next_half: 0,
                 current: Vec::new(),
                 numbers: BTreeMap::new(),
-                next_number: 0,
                 old: BTreeSet::new(),
             },
         })
@@ -244,6 +243,8 @@ impl<S: Store> KeptVm<S> {
     fn update(&mut self, next: &NextState) -> io::Result<()> {
         // What is still there under an old name would not be kept under its new one.
         self.forget_old()?;
+        let taken: BTreeSet<u32> = self.numbers.values().copied().collect();
+        let mut vacant = (0..).filter(|number| !taken.contains(number));
         let mut numbers = BTreeMap::new();
         let mut head = Head {
             version: VERSION,
@@ -253,8 +254,7 @@ impl<S: Store> KeptVm<S> {
             let number = match (self.numbers.get(identity), new) {
                 (Some(number), _) => *number,
                 (None, Some(new)) => {
-                    let number = self.next_number;
-                    self.next_number = number.wrapping_add(1);
+                    let number = vacant.next().unwrap_or(u32::MAX);
                     self.numbers.insert(*identity, number);
                     self.store(number, new)?;
                     number
@@ -408,10 +408,9 @@ impl Remains {
         let copy = memfd("vsock-state")?;
         copy.write_all_at(&current.bytes[current.head_len..], 0)?;
         let file = file.try_clone()?;
+        // Before the descriptors are taken: what can't be loaded still has them.
+        Loader::open(copy.try_clone()?, Vec::new())?;
         let (fds, numbers) = self.take_fds(&current.head)?;
-        let named = current.head.fds.iter().max();
-        let last_number = named.max(self.numbers.last()).copied();
-        let next_number = last_number.map_or(0, |number| number.wrapping_add(1));
         let kept = KeptVm {
             store,
             cid,
@@ -419,7 +418,6 @@ impl Remains {
             next_half: 1 - current.half,
             current: current.bytes,
             numbers,
-            next_number,
             // Those that the state was to name next, or has named before.
             old: std::mem::take(&mut self.fds).into_keys().collect(),
         };
@@ -453,7 +451,18 @@ impl Remains {
         Ok((fds, numbers))
     }
 
-    /// Has the manager forget what is left: all of a VM that can't be loaded, or that there is no more.
+    /// Ends what is left of a VM that can't be loaded, and has the manager forget it. The sockets are shut down: nobody is to wait
+    /// for an answer, or for its turn with a listener, until the manager has heard of it.
+    pub(in crate::daemon) fn end(self, store: &impl Store, cid: Cid) {
+        for fd in self.fds.values() {
+            if let Ok((_, SFlag::S_IFSOCK)) = Identity::of(fd.as_fd()) {
+                let _ = shutdown(fd.as_raw_fd(), Shutdown::Both);
+            }
+        }
+        self.forget(store, cid);
+    }
+
+    /// Has the manager forget what is left.
     pub(in crate::daemon) fn forget(self, store: &impl Store, cid: Cid) {
         let parts = self.numbers.into_iter().map(Part::Fd);
         for part in parts.chain([Part::State, Part::Connections]) {
@@ -508,6 +517,7 @@ fn read_current(file: &File) -> Result<Current, LoadError> {
 mod tests {
     use super::*;
     use std::cell::RefCell;
+    use std::io::Read;
     use std::os::unix::net::UnixStream;
     use std::rc::Rc;
 
@@ -747,7 +757,7 @@ mod tests {
         let names = [
             "handover-7-0",
             "handover-7-1",
-            "handover-7-100",
+            "handover-7-3",
             "handover-7-state",
         ];
         assert_eq!(manager.names(), names);
@@ -830,14 +840,19 @@ mod tests {
     #[test]
     fn what_can_t_be_loaded_is_forgotten() {
         let (manager, mut keeper) = keeper();
-        keep(&mut keeper, "first", &[&event(), &memory()]);
+        let (vmm, daemon) = UnixStream::pair().unwrap();
+        keep(&mut keeper, "first", &[&event(), &memory(), &daemon.into()]);
         keeper.keep_connections(memory().as_fd()).unwrap();
         keeper.kept.file.write_all_at(b"{{", HALVES[0]).unwrap();
         let mut remains = manager.remains();
         let loaded = remains.load(manager.clone(), CID);
         assert!(matches!(loaded, Err(LoadError::Document(_))), "{loaded:?}");
-        remains.forget(&manager, CID);
+        // Whatever else has it.
+        let copies = manager.remains();
+        remains.end(&manager, CID);
         assert!(manager.names().is_empty());
+        assert_eq!((&vmm).read(&mut [0]).unwrap(), 0, "it waits");
+        drop(copies);
     }
 
     #[test]
