@@ -153,12 +153,20 @@ impl Drop for Running {
     }
 }
 
-/// Waits until something happens to one of the descriptors, or the time is over. Returns what.
+/// Waits until one of the descriptors can be read from, or the time is over. Returns what has happened to each.
 pub(super) fn wait_readable<const N: usize>(
     fds: &[BorrowedFd<'_>; N],
     timeout: PollTimeout,
 ) -> io::Result<[PollFlags; N]> {
-    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    wait_for(&fds.map(|fd| (fd, PollFlags::POLLIN)), timeout)
+}
+
+/// Waits until what is wanted of one of the descriptors happens to it, or the time is over. Returns what has happened to each.
+pub(super) fn wait_for<const N: usize>(
+    wanted: &[(BorrowedFd<'_>, PollFlags); N],
+    timeout: PollTimeout,
+) -> io::Result<[PollFlags; N]> {
+    let mut fds = wanted.map(|(fd, events)| PollFd::new(fd, events));
     loop {
         match poll(&mut fds, timeout) {
             Ok(_) => return Ok(fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty()))),
