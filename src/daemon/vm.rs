@@ -28,9 +28,11 @@ use crate::host::vsock;
 use crate::packet::header::{Cid, GuestPort, PacketType};
 use crate::saved::{LoadError, Loader};
 use crate::syscalls::Syscall;
+use crate::thread_backend::journal::Journal;
 use crate::vhost_user_vsock_thread::EVENT_RING;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
+use crate::vsock_conn::ConnKey;
 use parked::Sockets;
 #[allow(unused_imports)] // PLACEHOLDER until daemon/handover.rs uses them.
 pub(in crate::daemon) use parked::{Keep, ParkError, Parked, Parts, VmState};
@@ -163,6 +165,16 @@ impl BoundVm {
         self.keeper = Some(keeper);
     }
 
+    /// Lists the ports of its connections in `journal`.
+    pub(super) fn set_journal(&self, journal: Journal) {
+        self.device.worker().set_journal(journal);
+    }
+
+    /// Resets connections of the guest's that a daemon had which has died.
+    pub(super) fn reset_lost(&self, keys: Vec<ConnKey>) {
+        self.device.worker().reset_lost(keys);
+    }
+
     /// Starts to serve.
     pub(super) fn start(self, threads: Arc<Threads>) -> Result<Vm, VmError> {
         let (device, stop) = (self.device.clone(), self.stop.clone());
@@ -174,7 +186,7 @@ impl BoundVm {
         threads.spawn("worker", move || device.run())?;
         let session = Arc::new(Mutex::new(self.session));
         let sockets = Arc::new(Mutex::new(Sockets(None)));
-        let session_thread = SessionThread {
+        let mut session_thread = SessionThread {
             guest_cid: self.cid,
             device: self.device.clone(),
             session: session.clone(),
@@ -190,6 +202,7 @@ impl BoundVm {
                 listener.set_nonblocking(true)?;
                 files.insert(0, socket);
                 sockets.lock().0 = Some(files);
+                session_thread.keep_first();
                 threads.spawn("session", move || {
                     session_thread.serve_all(&listener);
                     device.stop();
@@ -197,6 +210,7 @@ impl BoundVm {
             }
             VmmSocket::Connected(vmm) => {
                 sockets.lock().0 = Some(files);
+                session_thread.keep_first();
                 threads.spawn("session", move || {
                     session_thread.serve_one(vmm);
                     device.stop();
