@@ -22,7 +22,7 @@ use crate::config::{
     ConfigError, HostSide, ProcessConfig, Sandbox, Socket, VmConfig, VsockPort, sibling_path,
 };
 use crate::host::entry::{Entry, EntrySocket};
-use crate::host::listener::{Inherited, ListenerError, SocketFile};
+use crate::host::listener::{Inherited, ListenerError, LoadedListeners, SocketFile};
 use crate::host::siblings::Siblings;
 use crate::host::vsock;
 use crate::packet::header::{Cid, GuestPort, PacketType};
@@ -33,9 +33,8 @@ use crate::vhost_user_vsock_thread::EVENT_RING;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
 use crate::vsock_conn::ConnKey;
-use parked::Sockets;
-#[allow(unused_imports)] // PLACEHOLDER until daemon/handover.rs uses them.
 pub(in crate::daemon) use parked::{Keep, ParkError, Parked, Parts, VmState};
+use parked::{ParkedWorker, Sockets};
 use session_thread::{SessionThread, Stop};
 
 /// To wait for a VMM, and for the end.
@@ -90,15 +89,17 @@ enum VmmSocket {
 }
 
 impl BoundVm {
-    /// Makes the sockets of a VM, which joins `siblings`. `observer` gets its activity.
+    /// Makes the sockets of a VM, which joins `siblings`, or adopts those that a predecessor had. `observer` gets its activity.
     pub(super) fn new(
         config: &VmConfig,
         siblings: &Arc<Siblings>,
+        loaded: &mut LoadedListeners,
         observer: impl Fn(Activity) + Send + Sync + 'static,
     ) -> Result<Self, VmError> {
         let vmm = match &config.socket {
             Socket::Path(path) => {
-                let socket = SocketFile::bind(path, PacketType::Stream, config.access)?;
+                let socket =
+                    SocketFile::bind_or_adopt(path, PacketType::Stream, config.access, loaded)?;
                 VmmSocket::Listener(socket)
             }
             Socket::Inherited(fd) => match Inherited::take(*fd)? {
@@ -108,7 +109,7 @@ impl BoundVm {
         };
         let mut files = Vec::new();
         let mut entries = listen_on_vsock(config)?;
-        for (entry, file) in bind_entries(config)? {
+        for (entry, file) in bind_entries(config, loaded)? {
             entries.push(EntrySocket::new(entry, file.listener()?));
             files.push(file);
         }
@@ -124,13 +125,17 @@ impl BoundVm {
         })
     }
 
+    /// The guest's CID.
+    pub(super) fn cid(&self) -> Cid {
+        self.cid
+    }
+
     /// Goes on with what was handed over, in the sandbox and before [`BoundVm::start`]: the session may need a thread. If
     /// there is no table of connections, the predecessor has died, and they are gone. Those that are to be reset in the guest
     /// are named later.
     ///
     /// # Errors
     /// What was handed over is not complete, is wrong or does not fit this VM. Then the VM starts afresh.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(super) fn load(&mut self, state: VmState, loader: &mut Loader) -> Result<(), LoadError> {
         let loaded = self.try_load(state, loader);
         if loaded.is_err() {
@@ -160,7 +165,6 @@ impl BoundVm {
     }
 
     /// Shows `keeper` the session whenever it has changed.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(super) fn set_keeper(&mut self, keeper: Box<dyn Keep>) {
         self.keeper = Some(keeper);
     }
@@ -242,9 +246,14 @@ fn listen_on_vsock(config: &VmConfig) -> Result<Vec<EntrySocket>, ListenerError>
 }
 
 /// Makes the listening Unix sockets through which a guest is reached.
-fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
+fn bind_entries(
+    config: &VmConfig,
+    loaded: &mut LoadedListeners,
+) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
     let mut entries = Vec::new();
-    let bind = |path: &Path, packet_type| SocketFile::bind(path, packet_type, config.access);
+    let mut bind = |path: &Path, packet_type| {
+        SocketFile::bind_or_adopt(path, packet_type, config.access, loaded)
+    };
     if let HostSide::Unix { path, fd } = &config.host {
         let file = match fd {
             Some(fd) => SocketFile::foreign(Inherited::take_listener(*fd)?),
@@ -288,13 +297,18 @@ impl Vm {
     /// The configuration can't work, a socket can't be made, or the system has no threads or descriptors left.
     pub fn start(config: &VmConfig) -> Result<Self, VmError> {
         let process = ProcessConfig {
-            vms: vec![config.clone()],
-            stats_path: None,
             access: config.access,
             sandbox: Sandbox::Off,
+            ..ProcessConfig::new(vec![config.clone()])
         };
         process.check()?;
-        BoundVm::new(config, &Arc::default(), |_| {})?.start(Threads::new(Naming::Off)?)
+        BoundVm::new(
+            config,
+            &Arc::default(),
+            &mut LoadedListeners::default(),
+            |_| {},
+        )?
+        .start(Threads::new(Naming::Off)?)
     }
 
     /// Its device, for statistics for as long as the process runs.
@@ -306,11 +320,11 @@ impl Vm {
     ///
     /// # Errors
     /// They are not done until then, or there is no VM to park any more.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(super) fn park(&self, until: Instant) -> Result<Parked<'_>, ParkError> {
         let session = self.session.try_lock_until(until);
         let session = session.ok_or(ParkError::Session)?;
         let worker = self.device.worker_until(until).ok_or(ParkError::Worker)?;
+        let worker = ParkedWorker(worker);
         let sockets = self.sockets.try_lock_until(until);
         let sockets = sockets.ok_or(ParkError::Sockets)?;
         if self.threads.has_panicked() {
@@ -324,9 +338,24 @@ impl Vm {
         })
     }
 
+    /// The guest's CID.
+    pub(super) fn cid(&self) -> Cid {
+        self.cid
+    }
+
+    /// Whether nobody serves it any more.
+    pub(super) fn has_ended(&self) -> bool {
+        self.has_panicked() || self.have_ended()
+    }
+
+    /// Whether its threads have ended.
+    pub(super) fn have_ended(&self) -> bool {
+        self.threads.have_ended()
+    }
+
     /// Removes the sockets of a VM whose threads have ended, or one of whose threads has panicked: nobody serves them.
     pub(super) fn remove_if_ended(&mut self) {
-        if self.has_sockets() && (self.threads.has_panicked() || self.threads.have_ended()) {
+        if self.has_sockets() && self.has_ended() {
             self.begin_stop(Instant::now() + LOCK_TIMEOUT);
         }
     }

@@ -45,6 +45,13 @@ pub struct TableState {
     has_guest: bool,
 }
 
+impl TableState {
+    /// How many connections have their ports, and go to another process.
+    pub fn connections(&self) -> usize {
+        self.connections.len() + self.deserted.len()
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct EntryState {
     opened_by: Side,

@@ -14,6 +14,7 @@ use super::ring::{self, GuestMemoryHandle};
 use super::{VhostUserVsockThread, VsockVring};
 use crate::saved::{LoadError, Loader, SavedFd, Saver};
 use crate::thread_backend::journal::Journal;
+use crate::thread_backend::saved::TableState;
 use crate::vsock_conn::ConnKey;
 
 /// A ring in a document.
@@ -141,29 +142,26 @@ impl VhostUserVsockThread {
     }
 }
 
-// PLACEHOLDER until thread_backend/saved.rs is merged: `pub use crate::thread_backend::saved::TableState`, and the two functions
-// call `self.backend.save` and `load`.
-/// The table of connections in a document.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct TableState {}
-
+// The table of connections.
 impl VhostUserVsockThread {
-    /// Saves the table of connections, between two turns.
-    pub fn save_table<'a>(
-        &'a self,
-        _saver: &mut Saver<'a>,
-        _now: Instant,
-    ) -> io::Result<TableState> {
-        Ok(TableState {})
+    /// Saves it, between two turns.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn save_table<'a>(&'a self, saver: &mut Saver<'a>, now: Instant) -> io::Result<TableState> {
+        self.backend.save(saver, now)
     }
 
-    /// Goes on with the connections of a table.
+    /// Goes on with one that was saved.
+    ///
+    /// # Errors
+    /// It is not complete, it can't be, or the system refuses. Then it is empty.
     pub fn load_table(
         &mut self,
-        _state: TableState,
-        _loader: &mut Loader,
-        _now: Instant,
+        state: TableState,
+        loader: &mut Loader,
+        now: Instant,
     ) -> Result<(), LoadError> {
-        Ok(())
+        self.backend.load(state, loader, now)
     }
 }

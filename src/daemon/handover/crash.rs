@@ -5,17 +5,18 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use log::{info, warn};
 use parking_lot::Mutex;
 
-use super::kept::{Keeper, NextState, Part, Remains};
+use super::kept::{Keeper, NextState, Part, Remains, Store};
 use crate::config::VmConfig;
 use crate::daemon::service::ServiceManager;
-use crate::daemon::vm::{BoundVm, Keep, ListenerState, Parts, VmState};
+use crate::daemon::vm::{BoundVm, Keep, Parts, VmState};
+use crate::host::listener::ListenerState;
 use crate::log_limit::LogLimit;
 use crate::packet::header::Cid;
 use crate::saved::{LoadError, Loader};
@@ -74,7 +75,9 @@ impl Survival {
             let cid = config.guest_cid;
             let remains = left.0.remove(&cid.get());
             let prepared = Self::prepare(config, manager, remains);
-            let warn = |error: &io::Error| warn!("CID {cid}: a crash of this daemon would cost the VM its device: {error}");
+            let warn = |error: &io::Error| {
+                warn!("CID {cid}: a crash of this daemon would cost the VM its device: {error}")
+            };
             prepared.inspect_err(warn).ok()
         };
         let prepared = vms.iter().map(prepare).collect();
@@ -230,5 +233,15 @@ impl Keep for VmKeeper {
                 .log
                 .log(|| warn!("a crash of this daemon would cost the VM its device: {error}"));
         }
+    }
+}
+
+impl Store for ServiceManager {
+    fn store(&self, name: &str, fd: BorrowedFd<'_>, poll: bool) -> io::Result<()> {
+        ServiceManager::store(self, name, fd, poll)
+    }
+
+    fn forget(&self, name: &str) -> io::Result<()> {
+        ServiceManager::forget(self, name)
     }
 }

@@ -34,6 +34,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::stat::{SFlag, fstat};
 use serde::{Deserialize, Serialize};
 
+use super::names::StoredName;
 use crate::packet::header::Cid;
 use crate::saved::{LoadError, Loader, Saver};
 use crate::syscalls::Syscall;
@@ -335,7 +336,7 @@ impl<S: Store> KeptVm<S> {
     }
 }
 
-/// What a name in the store is for.
+/// What of a VM is in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::daemon) enum Part {
     /// A descriptor that the state names by this number.
@@ -347,23 +348,14 @@ pub(in crate::daemon) enum Part {
 }
 
 impl Part {
-    /// What the name of a descriptor from the store says: of which VM it is, and what.
-    pub(in crate::daemon) fn parse(name: &str) -> Option<(Cid, Self)> {
-        let (cid, part) = name.strip_prefix("handover-")?.split_once('-')?;
-        let part = match part {
-            "state" => Self::State,
-            "connections" => Self::Connections,
-            number => Self::Fd(number.parse().ok()?),
-        };
-        Some((Cid::from_raw(cid.parse().ok()?), part))
-    }
-
     fn name(self, cid: Cid) -> String {
-        match self {
-            Self::Fd(number) => format!("handover-{cid}-{number}"),
-            Self::State => format!("handover-{cid}-state"),
-            Self::Connections => format!("handover-{cid}-connections"),
-        }
+        let cid = cid.get() as u32;
+        let name = match self {
+            Self::Fd(number) => StoredName::Kept { cid, number },
+            Self::State => StoredName::State(cid),
+            Self::Connections => StoredName::Connections(cid),
+        };
+        name.to_string()
     }
 }
 
@@ -598,8 +590,12 @@ mod tests {
         fn remains(&self) -> Remains {
             let mut remains = Remains::default();
             for (name, fd) in &self.0.borrow().fds {
-                let (cid, part) = Part::parse(name).unwrap();
-                assert_eq!(cid, CID);
+                let part = match name.parse() {
+                    Ok(StoredName::Kept { cid: 7, number }) => Part::Fd(number),
+                    Ok(StoredName::State(7)) => Part::State,
+                    Ok(StoredName::Connections(7)) => Part::Connections,
+                    _ => panic!("{name}"),
+                };
                 remains.add(part, fd.try_clone().unwrap());
             }
             remains
@@ -853,28 +849,6 @@ mod tests {
         assert!(manager.names().is_empty());
         assert_eq!((&vmm).read(&mut [0]).unwrap(), 0, "it waits");
         drop(copies);
-    }
-
-    #[test]
-    fn names_say_what_they_are_for() {
-        for part in [
-            Part::Fd(0),
-            Part::Fd(u32::MAX),
-            Part::State,
-            Part::Connections,
-        ] {
-            assert_eq!(Part::parse(&part.name(CID)), Some((CID, part)));
-        }
-        for name in [
-            "handover-3",
-            "handover-x-3",
-            "handover-3-x",
-            "host-3",
-            "",
-            "handover-3-",
-        ] {
-            assert_eq!(Part::parse(name), None, "{name}");
-        }
     }
 
     proptest! {

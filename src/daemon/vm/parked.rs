@@ -7,17 +7,18 @@
 //! Locks are taken in this order: the session's, the worker's, that of the sockets.
 
 use std::io;
+use std::mem;
 use std::time::Instant;
 
 use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::host::listener::SocketFile;
+use crate::host::listener::{ListenerState, SocketFile};
 use crate::packet::header::Cid;
 use crate::saved::Saver;
+use crate::thread_backend::saved::TableState;
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
-use crate::vhost_user_vsock_thread::saved::TableState;
 use crate::vhu_vsock::saved::SessionState;
 use crate::vhu_vsock::session::Session;
 
@@ -55,10 +56,12 @@ pub(in crate::daemon) struct VmState {
     pub(in crate::daemon) table: Option<TableState>,
 }
 
-// PLACEHOLDER until host/listener.rs has `ListenerState` and `SocketFile::save`.
-/// A listening socket in a document.
-#[derive(Debug, Serialize, Deserialize)]
-pub(in crate::daemon) struct ListenerState {}
+impl VmState {
+    /// How many connections there are.
+    pub(in crate::daemon) fn connections(&self) -> usize {
+        self.table.as_ref().map_or(0, TableState::connections)
+    }
+}
 
 /// What there is of a VM to save, between two turns and two messages.
 #[derive(Clone, Copy)]
@@ -66,13 +69,11 @@ pub(in crate::daemon) struct Parts<'vm> {
     pub(super) guest_cid: Cid,
     pub(super) session: Option<&'vm Session>,
     pub(super) worker: &'vm VhostUserVsockThread,
-    #[allow(dead_code)] // PLACEHOLDER: see `listeners`.
     pub(super) sockets: &'vm Sockets,
 }
 
 impl<'vm> Parts<'vm> {
     /// Whether a VMM is connected.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(in crate::daemon) fn has_session(&self) -> bool {
         self.session.is_some()
     }
@@ -81,7 +82,6 @@ impl<'vm> Parts<'vm> {
     ///
     /// # Errors
     /// The system refuses.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(in crate::daemon) fn save(self, saver: &mut Saver<'vm>) -> io::Result<VmState> {
         let session = self.session.map(|session| session.save(self.worker, saver));
         Ok(VmState {
@@ -92,9 +92,9 @@ impl<'vm> Parts<'vm> {
         })
     }
 
-    // PLACEHOLDER: `self.sockets.0.iter().flatten().map(|file| file.save(saver)).collect()`.
-    fn listeners(self, _saver: &mut Saver<'vm>) -> Vec<ListenerState> {
-        Vec::new()
+    fn listeners(self, saver: &mut Saver<'vm>) -> Vec<ListenerState> {
+        let files = self.sockets.0.iter().flatten();
+        files.filter_map(|file| file.save(saver)).collect()
     }
 }
 
@@ -112,31 +112,46 @@ pub(in crate::daemon) trait Keep: Send {
 pub(in crate::daemon) struct Parked<'vm> {
     pub(super) guest_cid: Cid,
     pub(super) session: MutexGuard<'vm, Option<Session>>,
-    pub(super) worker: MutexGuard<'vm, VhostUserVsockThread>,
+    pub(super) worker: ParkedWorker<'vm>,
     pub(super) sockets: MutexGuard<'vm, Sockets>,
 }
 
 impl Parked<'_> {
+    /// A successor has it: leaves its sockets alone. Its threads stay parked until the process ends.
+    pub(in crate::daemon) fn leave(self) {
+        let Self {
+            session,
+            worker,
+            mut sockets,
+            ..
+        } = self;
+        let files = sockets.0.take();
+        files.into_iter().flatten().for_each(SocketFile::leave);
+        mem::forget((session, worker));
+    }
+
     /// Saves everything. What is saved borrows the descriptors, which stay the VM's.
     ///
     /// # Errors
     /// The system refuses.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(in crate::daemon) fn save<'a>(&'a self, saver: &mut Saver<'a>) -> io::Result<VmState> {
         let parts = Parts {
             guest_cid: self.guest_cid,
             session: self.session.as_ref(),
-            worker: &self.worker,
+            worker: &self.worker.0,
             sockets: &self.sockets,
         };
         let mut state = parts.save(saver)?;
-        state.table = Some(self.worker.save_table(saver, Instant::now())?);
+        state.table = Some(self.worker.0.save_table(saver, Instant::now())?);
         Ok(state)
     }
 }
 
-impl Drop for Parked<'_> {
+/// The worker of a VM that is parked. It goes on when this is dropped.
+pub(super) struct ParkedWorker<'vm>(pub(super) MutexGuard<'vm, VhostUserVsockThread>);
+
+impl Drop for ParkedWorker<'_> {
     fn drop(&mut self) {
-        self.worker.wake();
+        self.0.wake();
     }
 }
