@@ -41,6 +41,7 @@ use crate::host::siblings::CallState;
 use crate::packet::header::Cid;
 use crate::saved::{self, LoadError, Loader};
 use crate::syscalls::Syscall;
+use crate::thread_backend::journal;
 
 /// The version of the state that is written, and the last one that is read.
 const VERSION: u32 = 1;
@@ -113,6 +114,8 @@ pub(super) fn syscalls() -> Vec<Syscall> {
         parcels::SYSCALLS,
         path::SYSCALLS,
         service::STORE_SYSCALLS,
+        kept::SYSCALLS,
+        journal::SYSCALLS,
     ]
     .concat()
 }

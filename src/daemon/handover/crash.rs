@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::mem;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,10 +14,11 @@ use log::{info, warn};
 use parking_lot::Mutex;
 
 use super::kept::{Keeper, NextState, Part, Remains, Store};
+use super::names::StoredName;
 use crate::config::VmConfig;
 use crate::daemon::service::ServiceManager;
 use crate::daemon::vm::{BoundVm, Keep, Parts, VmState};
-use crate::host::listener::ListenerState;
+use crate::host::listener::LoadedListeners;
 use crate::log_limit::LogLimit;
 use crate::packet::header::Cid;
 use crate::saved::{LoadError, Loader};
@@ -25,38 +27,112 @@ use crate::thread_backend::journal::{Journal, Lost};
 /// How long a stop waits for a keeper that is at work.
 const STOP_TIMEOUT: Duration = Duration::from_millis(200);
 
+/// How the log calls a VM that would not survive.
+const AT_RISK: &str = "a crash of this daemon would cost the VM its device";
+
+/// How it calls one that has not.
+const NOT_TAKEN_UP: &str = "not taken up after a crash, its VMM is dropped";
+
 /// What daemons that have died have left, by the CIDs of their VMs.
 #[derive(Debug, Default)]
 pub(in crate::daemon) struct Left(BTreeMap<u64, Remains>);
 
 impl Left {
     /// Takes what the service manager has passed.
-    pub(in crate::daemon) fn new(kept: impl IntoIterator<Item = (Cid, Part, OwnedFd)>) -> Self {
+    pub(super) fn new(kept: Vec<(StoredName, OwnedFd)>) -> Self {
         let mut left = Self::default();
-        for (cid, part, fd) in kept {
-            left.0.entry(cid.get()).or_default().add(part, fd);
+        for (name, fd) in kept {
+            let (cid, part) = match name {
+                StoredName::Kept { cid, number } => (cid, Part::Fd(number)),
+                StoredName::State(cid) => (cid, Part::State),
+                StoredName::Connections(cid) => (cid, Part::Connections),
+                StoredName::Parcel(_) => continue,
+            };
+            left.0.entry(cid.into()).or_default().add(part, fd);
         }
         left
     }
 
     /// Has the manager forget all of it: the VMs were handed over.
-    pub(in crate::daemon) fn forget(self, manager: &ServiceManager) {
+    pub(super) fn forget(self, manager: &ServiceManager) {
         for (cid, remains) in self.0 {
             remains.forget(manager, Cid::from_raw(cid));
         }
     }
+}
 
-    /// Ends VMs that are not configured any more.
-    fn end(self, manager: &ServiceManager) {
-        for (cid, remains) in self.0 {
-            warn!("CID {cid}: no longer configured, its VMM is dropped");
-            remains.end(manager, Cid::from_raw(cid));
+/// What the VMs of a process have to survive a crash, and what is left of one.
+#[derive(Default)]
+pub(in crate::daemon) struct Survival {
+    /// One for each VM of the process, in their order.
+    vms: Vec<Option<VmSurvival>>,
+    /// What is left of those that are not configured any more.
+    others: Vec<(Loader, VmState)>,
+}
+
+impl Survival {
+    /// Prepares the VMs, before the sandbox is entered, and finds what is left of each. What can't be used is ended.
+    pub(in crate::daemon) fn prepare(
+        vms: &[VmConfig],
+        manager: &ServiceManager,
+        mut left: Left,
+    ) -> Self {
+        if !manager.has_store() {
+            return Self::default();
         }
+        let prepare = |config: &VmConfig| {
+            let cid = config.guest_cid;
+            let prepared = VmSurvival::prepare(config, manager, left.0.remove(&cid.get()));
+            prepared
+                .inspect_err(|error| warn!("CID {cid}: {AT_RISK}: {error}"))
+                .ok()
+        };
+        let vms = vms.iter().map(prepare).collect();
+        let mut others = Vec::new();
+        for (cid, mut remains) in left.0 {
+            warn!("CID {cid}: no longer configured, its VMM is dropped");
+            let cid = Cid::from_raw(cid);
+            let loaded = remains.load(manager.clone(), cid);
+            match loaded.and_then(|(loader, keeper)| {
+                keeper.forget();
+                Ok((loader.document()?, loader))
+            }) {
+                Ok((state, loader)) => others.push((loader, state)),
+                Err(_) => remains.end(manager, cid),
+            }
+        }
+        Self { vms, others }
+    }
+
+    /// The listening sockets that are left, to be adopted. None if there was no crash.
+    pub(in crate::daemon) fn listeners(&mut self) -> Option<LoadedListeners> {
+        let vms = self.vms.iter_mut().flatten();
+        let left = vms.filter_map(|vm| vm.left.as_mut());
+        let mut loaded = None;
+        for (loader, state) in left.chain(&mut self.others) {
+            let loaded = loaded.get_or_insert_with(|| LoadedListeners::new(true));
+            for listener in mem::take(&mut state.listeners) {
+                if let Err(error) = loaded.load(listener, loader) {
+                    warn!(
+                        "CID {}: a listening socket is lost: {error}",
+                        state.guest_cid
+                    );
+                }
+            }
+        }
+        loaded
+    }
+
+    /// Lets the VMs go on with what is left of them, inside the sandbox, and survive from now on. Returns what keeps them.
+    pub(in crate::daemon) fn give_to(self, vms: &mut [BoundVm]) -> Vec<VmKeeper> {
+        let vms = self.vms.into_iter().zip(vms);
+        vms.filter_map(|(survival, vm)| Some(survival?.give_to(vm)))
+            .collect()
     }
 }
 
-/// What a VM has to survive a crash, and what is left of one.
-pub(in crate::daemon) struct Survival {
+/// What one VM has to survive a crash.
+struct VmSurvival {
     keeper: VmKeeper,
     journal: Journal,
     /// What is to be loaded.
@@ -64,27 +140,7 @@ pub(in crate::daemon) struct Survival {
     lost: Lost,
 }
 
-impl Survival {
-    /// Prepares all VMs, before the sandbox is entered, and finds what is left of each. What can't be used is ended.
-    pub(in crate::daemon) fn prepare_all(
-        vms: &[VmConfig],
-        manager: &ServiceManager,
-        mut left: Left,
-    ) -> Vec<Option<Self>> {
-        let prepare = |config: &VmConfig| {
-            let cid = config.guest_cid;
-            let remains = left.0.remove(&cid.get());
-            let prepared = Self::prepare(config, manager, remains);
-            let warn = |error: &io::Error| {
-                warn!("CID {cid}: a crash of this daemon would cost the VM its device: {error}")
-            };
-            prepared.inspect_err(warn).ok()
-        };
-        let prepared = vms.iter().map(prepare).collect();
-        left.end(manager);
-        prepared
-    }
-
+impl VmSurvival {
     fn prepare(
         config: &VmConfig,
         manager: &ServiceManager,
@@ -95,7 +151,7 @@ impl Survival {
             match Self::resume(config, manager, &mut remains) {
                 Ok(survival) => return Ok(survival),
                 Err(error) => {
-                    warn!("CID {cid}: not taken up after a crash, its VMM is dropped: {error}");
+                    warn!("CID {cid}: {NOT_TAKEN_UP}: {error}");
                     remains.end(manager, cid);
                 }
             }
@@ -106,7 +162,7 @@ impl Survival {
             keeper.keep_connections(file)?;
         }
         Ok(Self {
-            keeper: VmKeeper::new(keeper),
+            keeper: VmKeeper::new(cid, keeper),
             journal,
             left: None,
             lost: Lost::default(),
@@ -122,8 +178,9 @@ impl Survival {
             Some(file) => Journal::resume(file.try_clone()?, config)?,
             None => return Err(LoadError::Missing),
         };
-        let (loader, keeper) = remains.load(manager.clone(), config.guest_cid)?;
-        let keeper = VmKeeper::new(keeper);
+        let cid = config.guest_cid;
+        let (loader, keeper) = remains.load(manager.clone(), cid)?;
+        let keeper = VmKeeper::new(cid, keeper);
         let state = match loader.document() {
             Ok(state) => state,
             Err(error) => {
@@ -139,31 +196,26 @@ impl Survival {
         })
     }
 
-    /// Takes the listening sockets that are left, with what they are to be loaded from.
-    pub(in crate::daemon) fn listeners(&mut self) -> Option<(Vec<ListenerState>, &mut Loader)> {
-        let (loader, state) = self.left.as_mut()?;
-        Some((std::mem::take(&mut state.listeners), loader))
-    }
-
-    /// Lets `vm` go on with what is left, inside the sandbox, and survive from now on. Returns what keeps it, for the end.
-    pub(in crate::daemon) fn give_to(self, vm: &mut BoundVm, cid: Cid) -> VmKeeper {
+    fn give_to(self, vm: &mut BoundVm) -> VmKeeper {
+        let cid = vm.cid();
         vm.set_journal(self.journal);
         if let Some((mut loader, state)) = self.left {
             let had_vmm = state.session.is_some();
             match vm.load(state, &mut loader) {
-                Ok(()) => {
+                Ok(()) if had_vmm => {
                     let count = self.lost.keys.len();
-                    if had_vmm {
-                        info!("CID {cid}: goes on after a crash, {count} connections are reset");
-                    }
+                    info!("CID {cid}: goes on after a crash, {count} of its connections are reset");
                     vm.reset_lost(self.lost.keys.clone());
                 }
+                Ok(()) => {}
                 Err(error) => {
-                    warn!("CID {cid}: not taken up after a crash, its VMM is dropped: {error}");
+                    warn!("CID {cid}: {NOT_TAKEN_UP}: {error}");
                     self.keeper.invalidate();
                 }
             }
         }
+        // They are listed anew, or their guest is gone.
+        self.lost.clear();
         vm.set_keeper(Box::new(self.keeper.clone()));
         self.keeper
     }
@@ -171,7 +223,10 @@ impl Survival {
 
 /// The keeper of a VM, which its session and whoever stops it share.
 #[derive(Clone, Debug)]
-pub(in crate::daemon) struct VmKeeper(Arc<Mutex<Shared>>);
+pub(in crate::daemon) struct VmKeeper {
+    cid: Cid,
+    shared: Arc<Mutex<Shared>>,
+}
 
 #[derive(Debug)]
 struct Shared {
@@ -183,23 +238,32 @@ struct Shared {
 }
 
 impl VmKeeper {
-    fn new(keeper: Keeper<ServiceManager>) -> Self {
-        Self(Arc::new(Mutex::new(Shared {
+    fn new(cid: Cid, keeper: Keeper<ServiceManager>) -> Self {
+        let shared = Shared {
             keeper: Some(keeper),
             next: None,
             log: LogLimit::default(),
-        })))
+        };
+        Self {
+            cid,
+            shared: Arc::new(Mutex::new(shared)),
+        }
+    }
+
+    /// The CID of the VM.
+    pub(in crate::daemon) fn cid(&self) -> Cid {
+        self.cid
     }
 
     fn invalidate(&self) {
-        if let Some(keeper) = &mut self.0.lock().keeper {
+        if let Some(keeper) = &mut self.shared.lock().keeper {
             keeper.invalidate();
         }
     }
 
     /// Keeps the VM no more: it was handed over, or has ended.
     pub(in crate::daemon) fn forget(&self) {
-        let shared = self.0.try_lock_for(STOP_TIMEOUT);
+        let shared = self.shared.try_lock_for(STOP_TIMEOUT);
         if let Some(keeper) = shared.and_then(|mut shared| shared.keeper.take()) {
             keeper.forget();
         }
@@ -208,7 +272,7 @@ impl VmKeeper {
 
 impl Keep for VmKeeper {
     fn keep(&mut self, vm: Parts<'_>) {
-        let mut shared = self.0.lock();
+        let mut shared = self.shared.lock();
         let saved = shared
             .keeper
             .as_ref()
@@ -217,7 +281,7 @@ impl Keep for VmKeeper {
     }
 
     fn store(&mut self) {
-        let shared = &mut *self.0.lock();
+        let shared = &mut *self.shared.lock();
         let (Some(keeper), Some(next)) = (&mut shared.keeper, shared.next.take()) else {
             return;
         };
@@ -229,9 +293,7 @@ impl Keep for VmKeeper {
             }
         };
         if let Err(error) = kept {
-            shared
-                .log
-                .log(|| warn!("a crash of this daemon would cost the VM its device: {error}"));
+            shared.log.log(|| warn!("{AT_RISK}: {error}"));
         }
     }
 }
