@@ -1,6 +1,7 @@
 //! The process: its VMs, what they share, and its end.
 
 use std::io;
+use std::mem;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -202,7 +203,7 @@ impl Server {
         let calls = syscalls(config, bound.hand_over.is_some());
         sandbox::enter(config, &loaded.directories(), &calls)?;
         if let Some(predecessor) = predecessor {
-            predecessor.load(&mut bound.vms)?;
+            predecessor.load(&mut bound.vms, &bound.siblings)?;
         }
         if let Some(predecessor) = predecessor.take() {
             predecessor.commit()?;
@@ -272,10 +273,11 @@ impl Server {
                 }
             }
         };
+        let vms = self.vms.len();
         self.stop(&given)?;
         match self.vms.iter().filter(|vm| vm.has_panicked()).count() {
             0 => Ok(()),
-            count => Err(ServerError::GivenUp(count, self.vms.len())),
+            count => Err(ServerError::GivenUp(count, vms)),
         }
     }
 
@@ -334,14 +336,16 @@ impl Server {
                 false => socket.leave(),
             }
         }
-        for (place, vm) in self.vms.iter_mut().enumerate() {
-            if !given.has(place) {
+        for (place, mut vm) in mem::take(&mut self.vms).into_iter().enumerate() {
+            if given.has(place) {
+                // It is parked for good, and whoever would end it would wait.
+                mem::forget(vm);
+            } else {
                 vm.begin_stop(deadline);
+                self.vms.push(vm);
             }
         }
-        let vms = self.vms.iter().enumerate();
-        let stopped = vms.filter(|(place, _)| !given.has(*place));
-        let have_ended = || stopped.clone().all(|(_, vm)| vm.have_ended());
+        let have_ended = || self.vms.iter().all(Vm::have_ended);
         if self.threads.wait_until(STOP_TIMEOUT, have_ended)? {
             info!("stopped");
         } else {

@@ -51,7 +51,7 @@ impl Threads {
         while self.running.load(Ordering::SeqCst) > 0 {
             let all = others.into_iter().chain([self.ended.as_fd()]);
             let mut fds: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-            poll_all(&mut fds, PollTimeout::NONE)?;
+            poll_until(&mut fds, PollTimeout::NONE)?;
             let ready = fds[..N].iter().position(|fd| fd.any() != Some(false));
             if ready.is_some() {
                 return Ok(ready);
@@ -184,11 +184,11 @@ pub(super) fn wait_for<const N: usize>(
     timeout: PollTimeout,
 ) -> io::Result<[PollFlags; N]> {
     let mut fds = wanted.map(|(fd, events)| PollFd::new(fd, events));
-    poll_all(&mut fds, timeout)?;
+    poll_until(&mut fds, timeout)?;
     Ok(fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty())))
 }
 
-fn poll_all(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> io::Result<()> {
+fn poll_until(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> io::Result<()> {
     loop {
         match poll(fds, timeout) {
             Ok(_) => return Ok(()),

@@ -33,8 +33,8 @@ use crate::vhost_user_vsock_thread::EVENT_RING;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
 use crate::vsock_conn::ConnKey;
+use parked::Sockets;
 pub(in crate::daemon) use parked::{Keep, ParkError, Parked, Parts, VmState};
-use parked::{ParkedWorker, Sockets};
 use session_thread::{SessionThread, Stop};
 
 /// To wait for a VMM, and for the end.
@@ -302,40 +302,13 @@ impl Vm {
             ..ProcessConfig::new(vec![config.clone()])
         };
         process.check()?;
-        BoundVm::new(
-            config,
-            &Arc::default(),
-            &mut LoadedListeners::default(),
-            |_| {},
-        )?
-        .start(Threads::new(Naming::Off)?)
+        let mut none = LoadedListeners::default();
+        BoundVm::new(config, &Arc::default(), &mut none, |_| {})?.start(Threads::new(Naming::Off)?)
     }
 
     /// Its device, for statistics for as long as the process runs.
     pub(super) fn device(&self) -> Arc<VhostUserVsockBackend> {
         self.device.clone()
-    }
-
-    /// Parks the VM, once its turn and the message that is being handled are done, at the latest at `until`.
-    ///
-    /// # Errors
-    /// They are not done until then, or there is no VM to park any more.
-    pub(super) fn park(&self, until: Instant) -> Result<Parked<'_>, ParkError> {
-        let session = self.session.try_lock_until(until);
-        let session = session.ok_or(ParkError::Session)?;
-        let worker = self.device.worker_until(until).ok_or(ParkError::Worker)?;
-        let worker = ParkedWorker(worker);
-        let sockets = self.sockets.try_lock_until(until);
-        let sockets = sockets.ok_or(ParkError::Sockets)?;
-        if self.threads.has_panicked() {
-            return Err(ParkError::GivenUp);
-        }
-        Ok(Parked {
-            guest_cid: self.cid,
-            session,
-            worker,
-            sockets,
-        })
     }
 
     /// The guest's CID.
@@ -351,6 +324,27 @@ impl Vm {
     /// Whether its threads have ended.
     pub(super) fn have_ended(&self) -> bool {
         self.threads.have_ended()
+    }
+
+    /// Parks the VM, once its turn and the message that is being handled are done, at the latest at `until`.
+    ///
+    /// # Errors
+    /// They are not done until then, or there is no VM to park any more.
+    pub(super) fn park(&self, until: Instant) -> Result<Parked<'_>, ParkError> {
+        let session = self.session.try_lock_until(until);
+        let session = session.ok_or(ParkError::Session)?;
+        let worker = self.device.worker_until(until).ok_or(ParkError::Worker)?;
+        let sockets = self.sockets.try_lock_until(until);
+        let sockets = sockets.ok_or(ParkError::Sockets)?;
+        if self.threads.has_panicked() {
+            return Err(ParkError::GivenUp);
+        }
+        Ok(Parked {
+            guest_cid: self.cid,
+            session,
+            worker,
+            sockets,
+        })
     }
 
     /// Removes the sockets of a VM whose threads have ended, or one of whose threads has panicked: nobody serves them.

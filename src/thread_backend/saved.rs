@@ -45,13 +45,6 @@ pub struct TableState {
     has_guest: bool,
 }
 
-impl TableState {
-    /// How many connections have their ports, and go to another process.
-    pub fn connections(&self) -> usize {
-        self.connections.len() + self.deserted.len()
-    }
-}
-
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct EntryState {
     opened_by: Side,
@@ -59,6 +52,13 @@ struct EntryState {
     #[serde(default)]
     waiting: Option<WaitingState>,
     connection: ConnectionState,
+}
+
+impl TableState {
+    /// How many connections take a place.
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
 }
 
 /// A connection whose other end is with threads of the process that has saved it.

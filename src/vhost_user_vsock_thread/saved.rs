@@ -14,7 +14,7 @@ use super::ring::{self, GuestMemoryHandle};
 use super::{VhostUserVsockThread, VsockVring};
 use crate::saved::{LoadError, Loader, SavedFd, Saver};
 use crate::thread_backend::journal::Journal;
-use crate::thread_backend::saved::TableState;
+pub use crate::thread_backend::saved::TableState;
 use crate::vsock_conn::ConnKey;
 
 /// A ring in a document.
@@ -142,9 +142,8 @@ impl VhostUserVsockThread {
     }
 }
 
-// The table of connections.
 impl VhostUserVsockThread {
-    /// Saves it, between two turns.
+    /// Saves the table of connections, between two turns.
     ///
     /// # Errors
     /// The system refuses.
@@ -152,10 +151,10 @@ impl VhostUserVsockThread {
         self.backend.save(saver, now)
     }
 
-    /// Goes on with one that was saved.
+    /// Goes on with the connections of a table.
     ///
     /// # Errors
-    /// It is not complete, it can't be, or the system refuses. Then it is empty.
+    /// It is not complete, it can't be, or the system refuses. There are no connections then.
     pub fn load_table(
         &mut self,
         state: TableState,

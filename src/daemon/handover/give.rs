@@ -17,7 +17,7 @@ use crate::config::{ProcessConfig, SocketAccess};
 use crate::daemon::service::ServiceManager;
 use crate::daemon::vm::{Vm, VmState};
 use crate::host::listener::{ListenerError, LoadedListeners, SocketFile};
-use crate::host::siblings::Siblings;
+use crate::host::siblings::{CallState, Siblings};
 use crate::packet::header::PacketType;
 use crate::saved::Saver;
 
@@ -191,7 +191,8 @@ impl HandOver {
             return Err("there is no VM that can be".into());
         }
         let what = describe(&states);
-        let fds = self.finish(process, states, saver);
+        let calls = process.siblings.park_calls();
+        let fds = self.finish(process, states, calls.save_calls(&mut saver), saver);
         let fds = fds.map_err(|error| error.to_string())?;
         let missing = send(parcels::pack(&self.state, &fds))?;
         if missing > 0 {
@@ -207,6 +208,7 @@ impl HandOver {
         &'p self,
         process: &Process<'p>,
         vms: Vec<VmState>,
+        calls: Vec<CallState>,
         mut saver: Saver<'p>,
     ) -> io::Result<Vec<BorrowedFd<'p>>> {
         let stats = process.stats.and_then(|socket| socket.save(&mut saver));
@@ -217,7 +219,7 @@ impl HandOver {
             vms,
             stats,
             handover: handover.and_then(|socket| socket.save(&mut saver)),
-            calls: Vec::new(),
+            calls,
         };
         saver.finish(&state)
     }

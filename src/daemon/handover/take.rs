@@ -17,6 +17,7 @@ use crate::config::ProcessConfig;
 use crate::daemon::service::ServiceManager;
 use crate::daemon::vm::{BoundVm, VmState};
 use crate::host::listener::LoadedListeners;
+use crate::host::siblings::Siblings;
 use crate::saved::Loader;
 
 /// What a predecessor has left. When this is dropped without [`commit`](Self::commit), it is left to others.
@@ -149,7 +150,11 @@ impl Predecessor {
     ///
     /// # Errors
     /// The state of one can't be loaded, and the predecessor can still serve it.
-    pub(in crate::daemon) fn load(&mut self, vms: &mut [BoundVm]) -> Result<(), HandoverError> {
+    pub(in crate::daemon) fn load(
+        &mut self,
+        vms: &mut [BoundVm],
+        siblings: &Siblings,
+    ) -> Result<(), HandoverError> {
         for state in mem::take(&mut self.state.vms) {
             let cid = state.guest_cid;
             let Some(vm) = vms.iter_mut().find(|vm| vm.cid() == cid) else {
@@ -165,6 +170,12 @@ impl Predecessor {
                     );
                 }
             }
+        }
+        let calls = mem::take(&mut self.state.calls);
+        match (siblings.load_calls(calls, &mut self.loader), &self.way) {
+            (Err(error), Way::Path { .. }) => return Err(error.into()),
+            (Err(error), Way::Store { .. }) => warn!("calls between guests are refused: {error}"),
+            (Ok(()), _) => {}
         }
         Ok(())
     }

@@ -17,8 +17,8 @@ use thiserror::Error;
 use crate::host::listener::{ListenerState, SocketFile};
 use crate::packet::header::Cid;
 use crate::saved::Saver;
-use crate::thread_backend::saved::TableState;
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
+use crate::vhost_user_vsock_thread::saved::TableState;
 use crate::vhu_vsock::saved::SessionState;
 use crate::vhu_vsock::session::Session;
 
@@ -57,7 +57,7 @@ pub(in crate::daemon) struct VmState {
 }
 
 impl VmState {
-    /// How many connections there are.
+    /// How many connections it has.
     pub(in crate::daemon) fn connections(&self) -> usize {
         self.table.as_ref().map_or(0, TableState::connections)
     }
@@ -74,6 +74,7 @@ pub(in crate::daemon) struct Parts<'vm> {
 
 impl<'vm> Parts<'vm> {
     /// Whether a VMM is connected.
+    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(in crate::daemon) fn has_session(&self) -> bool {
         self.session.is_some()
     }
@@ -93,8 +94,8 @@ impl<'vm> Parts<'vm> {
     }
 
     fn listeners(self, saver: &mut Saver<'vm>) -> Vec<ListenerState> {
-        let files = self.sockets.0.iter().flatten();
-        files.filter_map(|file| file.save(saver)).collect()
+        let sockets = self.sockets.0.iter().flatten();
+        sockets.filter_map(|socket| socket.save(saver)).collect()
     }
 }
 
@@ -112,24 +113,11 @@ pub(in crate::daemon) trait Keep: Send {
 pub(in crate::daemon) struct Parked<'vm> {
     pub(super) guest_cid: Cid,
     pub(super) session: MutexGuard<'vm, Option<Session>>,
-    pub(super) worker: ParkedWorker<'vm>,
+    pub(super) worker: MutexGuard<'vm, VhostUserVsockThread>,
     pub(super) sockets: MutexGuard<'vm, Sockets>,
 }
 
 impl Parked<'_> {
-    /// A successor has it: leaves its sockets alone. Its threads stay parked until the process ends.
-    pub(in crate::daemon) fn leave(self) {
-        let Self {
-            session,
-            worker,
-            mut sockets,
-            ..
-        } = self;
-        let files = sockets.0.take();
-        files.into_iter().flatten().for_each(SocketFile::leave);
-        mem::forget((session, worker));
-    }
-
     /// Saves everything. What is saved borrows the descriptors, which stay the VM's.
     ///
     /// # Errors
@@ -138,20 +126,25 @@ impl Parked<'_> {
         let parts = Parts {
             guest_cid: self.guest_cid,
             session: self.session.as_ref(),
-            worker: &self.worker.0,
+            worker: &self.worker,
             sockets: &self.sockets,
         };
         let mut state = parts.save(saver)?;
-        state.table = Some(self.worker.0.save_table(saver, Instant::now())?);
+        state.table = Some(self.worker.save_table(saver, Instant::now())?);
         Ok(state)
+    }
+
+    /// Leaves the VM to a successor, and its sockets' files. Its threads wait until the process ends, and so does whoever drops the
+    /// [`Vm`](super::Vm).
+    pub(in crate::daemon) fn leave(mut self) {
+        let sockets = self.sockets.0.take();
+        sockets.into_iter().flatten().for_each(SocketFile::leave);
+        mem::forget(self);
     }
 }
 
-/// The worker of a VM that is parked. It goes on when this is dropped.
-pub(super) struct ParkedWorker<'vm>(pub(super) MutexGuard<'vm, VhostUserVsockThread>);
-
-impl Drop for ParkedWorker<'_> {
+impl Drop for Parked<'_> {
     fn drop(&mut self) {
-        self.0.wake();
+        self.worker.wake();
     }
 }

@@ -147,9 +147,11 @@ fn garbage_and_messages_at_the_wrong_time_change_nothing() {
         br#"{"parcel":0,"of":1}"#,
     ] {
         assert!(matches!(after(&[garbage]), PathError::Garbage));
-        let later = after(&[TAKE_OVER, garbage]);
-        let is_ready = garbage == br#"{"ready":true}"#;
-        assert!(is_ready || matches!(later, PathError::Garbage), "{later}");
+        // That it is ready may be said early.
+        if garbage != br#"{"ready":true}"# {
+            let later = after(&[TAKE_OVER, garbage]);
+            assert!(matches!(later, PathError::Garbage), "{later}");
+        }
     }
     let long = [b' '; MAX_TEXT + 1];
     assert!(matches!(after(&[&long]), PathError::Io(_)));
