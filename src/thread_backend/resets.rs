@@ -43,10 +43,10 @@ pub(super) struct Resets {
 /// What is given up when the guest has got a reset, or never will.
 #[derive(Debug, Default)]
 pub(super) struct Held {
+    /// The ports in the journal. They go first: once the socket is closed, anybody may know that the connection has ended.
+    pub(super) listed: Listed,
     /// The host socket of the connection that it ends.
     pub(super) socket: Option<HostSocket>,
-    /// The ports in the journal.
-    pub(super) listed: Listed,
 }
 
 impl From<Listed> for Held {
