@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use log::warn;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::clients::{Client, Stage, Waiting, Wanted};
 use super::connections::Entry;
@@ -198,6 +199,22 @@ impl RelayedState {
     }
 }
 
+/// Checks that counters can go on counting.
+fn check(counters: &Counters) -> Result<(), LoadError> {
+    fn can_go_on(counters: &Value) -> bool {
+        match counters {
+            Value::Object(members) => members.values().all(can_go_on),
+            Value::Number(count) => count.as_u64().is_some_and(|count| count <= u64::MAX / 2),
+            _ => false,
+        }
+    }
+    if can_go_on(&serde_json::to_value(counters)?) {
+        Ok(())
+    } else {
+        Err(LoadError::Invalid("a counter that can't be"))
+    }
+}
+
 impl VsockThreadBackend {
     /// Saves everything, and changes nothing: the table may go on as if it had not been saved.
     ///
@@ -258,6 +275,7 @@ impl VsockThreadBackend {
         loader: &mut Loader,
         now: Instant,
     ) -> Result<(), LoadError> {
+        check(&state.counters)?;
         self.counters = state.counters;
         self.next_host_port = state.next_host_port;
         self.has_guest = state.has_guest;

@@ -392,7 +392,7 @@ fn a_session_goes_on_in_a_successor() {
         }
         let snapshot = vm.device.snapshot();
         assert!(snapshot.vmm_connected && snapshot.driver_started);
-        assert_eq!(snapshot.counters.sessions, 0, "counted again");
+        assert_eq!(snapshot.counters.sessions, 1, "counted again");
         // The rings that run were interrupted.
         assert!(vmm.calls[RX as usize].read().is_ok());
         assert!(vmm.calls[TX as usize].read().is_ok());
@@ -407,6 +407,24 @@ fn a_session_goes_on_in_a_successor() {
     drop(vmm);
     await_that("the VMM is gone", || !vm.device.snapshot().vmm_connected);
     Vmm::connect(&folders[2]).ask(GET_FEATURES, &[]);
+}
+
+#[test]
+fn a_session_that_was_handed_over_takes_the_place_of_an_inherited_connection() {
+    let folders = [folder(), folder()];
+    let vm = start(bind(&folders[0]));
+    let vmm = Vmm::connect(&folders[0]);
+    vmm.set_up();
+    let (inherited, mut other) = UnixStream::pair().unwrap();
+    other.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut successor = bind(&folders[1]);
+    successor.vmm = VmmSocket::Connected(inherited);
+    hand_over(vm, &mut successor);
+    let vm = start(successor);
+    assert_eq!(other.read(&mut [0]).unwrap(), 0);
+    vmm.assert_refused(0);
+    drop(vmm);
+    await_that("nobody else is served", || vm.threads.have_ended());
 }
 
 #[test]
