@@ -419,10 +419,7 @@ fn counters_go_on(way: Way) {
     service.hand_over();
     assert_eq!(counters(&service), before);
     assert_moves_bytes(&mut guest, &program, &FLOW);
-    assert_eq!(
-        service.number("payload_bytes_total", "from=\"guest\""),
-        600
-    );
+    assert_eq!(service.number("payload_bytes_total", "from=\"guest\""), 600);
 }
 
 fn ten_hand_overs_under_load(way: Way) {
@@ -458,8 +455,12 @@ fn ten_hand_overs_under_load(way: Way) {
             });
             host_writer.shutdown(Shutdown::Write).unwrap();
         }));
-        threads.push(spawn(move || check(&to_host, |piece| (&host_reader).read(piece).unwrap())));
-        threads.push(spawn(move || check(&to_guest, |piece| reader.read(piece).unwrap())));
+        threads.push(spawn(move || {
+            check(&to_host, |piece| (&host_reader).read(piece).unwrap())
+        }));
+        threads.push(spawn(move || {
+            check(&to_guest, |piece| reader.read(piece).unwrap())
+        }));
     }
     for _ in 0..10 {
         let before = service.number("payload_bytes_total", "");

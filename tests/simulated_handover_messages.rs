@@ -422,6 +422,8 @@ fn a_sibling_that_does_not_read_loses_nothing(way: Way) {
         got.extend(rest);
         assert_same(&got, &sent);
         pair.four.settle();
+        there.buf_alloc = 65_536;
+        pair.five.send(&there.packet(Op::CreditUpdate));
         pair.five.settle();
         pair.assert_moves_bytes(&(here, there));
     }

@@ -107,7 +107,9 @@ impl Daemon {
     ) -> Self {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         // A test that has failed meanwhile has harmed nothing.
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(|held| held.into_inner());
+        let turn = ONE_AT_A_TIME
+            .lock()
+            .unwrap_or_else(|held| held.into_inner());
         let inherit = |flags| {
             for fd in descriptors {
                 fcntl_setfd(fd, flags).unwrap();

@@ -70,6 +70,12 @@ impl Service {
     /// The same where `options` say which VMs there are. The first has the paths that a [`Daemon`] expects.
     #[track_caller]
     pub fn start_vms(way: Way, options: &[&str]) -> Self {
+        Self::start_by(way, options, |_| ())
+    }
+
+    /// The same with a service manager that was prepared.
+    #[track_caller]
+    pub fn start_by(way: Way, options: &[&str], prepare: impl FnMut(&mut Manager)) -> Self {
         let directory = Arc::new(TempDir::with_prefix("vsock-test-").unwrap());
         let common = ["--stats-path={}/stats", "-v"];
         let own = match way {
@@ -79,7 +85,8 @@ impl Service {
         let options = [options, &common, own].concat();
         let path = directory.path().to_str().unwrap();
         let options: Vec<_> = options.iter().map(|o| o.replace("{}", path)).collect();
-        let manager = (way == Way::Manager).then(|| Manager::new(&directory));
+        let mut manager = (way == Way::Manager).then(|| Manager::new(&directory));
+        manager.iter_mut().for_each(prepare);
         let daemon = match &manager {
             Some(manager) => manager.start(&options),
             None => {
@@ -112,6 +119,11 @@ impl Service {
         self.options.push(option.replace("{}", &path));
     }
 
+    /// Changes the command lines of the next daemons.
+    pub fn set_options(&mut self, options: Vec<String>) {
+        self.options = options;
+    }
+
     /// The command line.
     pub fn options(&self) -> &[String] {
         &self.options
@@ -120,15 +132,11 @@ impl Service {
     /// Replaces the daemon. The old one ends well, and no socket in the directory is made anew.
     #[track_caller]
     pub fn hand_over(&mut self) {
-        if std::env::var_os("NOOP").is_some() { return; }
-        let before = self.sockets();
-        if self.manager.is_some() {
-            self.stop();
-            self.start_again();
-        } else {
-            let successor = self.spawn_successor();
-            self.expect_successor(successor);
+        if std::env::var_os("NOOP").is_some() {
+            return;
         }
+        let before = self.sockets();
+        self.hand_over_to(self.options.clone());
         let mut after = self.sockets();
         // Host programs may come and go.
         after.retain(|path, _| before.contains_key(path));
@@ -149,6 +157,19 @@ impl Service {
         self.daemon = successor;
     }
 
+    /// Replaces the daemon by one with another command line.
+    #[track_caller]
+    pub fn hand_over_to(&mut self, options: Vec<String>) {
+        self.set_options(options);
+        if self.manager.is_some() {
+            self.stop();
+            self.start_again();
+        } else {
+            let successor = self.spawn_successor();
+            self.expect_successor(successor);
+        }
+    }
+
     /// Has the service manager stop the daemon.
     #[track_caller]
     pub fn stop(&mut self) {
@@ -162,6 +183,7 @@ impl Service {
     pub fn kill(&mut self) {
         let manager = self.manager.as_ref().expect("no service manager");
         manager.kill(&mut self.daemon);
+        // A copy of its sockets would hide their end.
         assert!(!manager.has_parcels());
     }
 
@@ -176,6 +198,16 @@ impl Service {
     #[track_caller]
     pub fn crash(&mut self) {
         self.kill();
+        self.start_again();
+    }
+
+    /// Starts a daemon again and again after one that has died by itself; all but the last are killed.
+    #[track_caller]
+    pub fn kill_and_start_some(&mut self, times: usize) {
+        for _ in 0..times {
+            self.start_again();
+            self.kill();
+        }
         self.start_again();
     }
 

@@ -63,6 +63,8 @@ pub struct Manager {
     shared: Arc<Shared>,
     /// What is passed to each instance, by its name.
     sockets: Vec<(String, OwnedFd)>,
+    /// How much it says that it keeps.
+    store_max: usize,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -81,6 +83,7 @@ impl Manager {
             directory: directory.clone(),
             shared,
             sockets: Vec::new(),
+            store_max: STORE_MAX,
             thread: Some(spawn(move || of_thread.serve())),
         }
     }
@@ -88,6 +91,11 @@ impl Manager {
     /// Adds a socket that every instance gets.
     pub fn activate(&mut self, name: &str, socket: impl Into<OwnedFd>) {
         self.sockets.push((name.into(), socket.into()));
+    }
+
+    /// Keeps nothing.
+    pub fn keep_nothing(&mut self) {
+        self.store_max = 0;
     }
 
     /// Starts an instance, and waits until it is ready.
@@ -114,6 +122,7 @@ impl Manager {
 
     /// Starts an instance with the sockets and what is stored.
     pub fn spawn(&self, options: &[String]) -> Daemon {
+        self.sync();
         let (mut names, mut fds) = (Vec::new(), Vec::new());
         for (name, fd) in &self.sockets {
             names.push(name.clone());
@@ -145,7 +154,7 @@ impl Manager {
             .args(program.get_args())
             .args(options)
             .env("NOTIFY_SOCKET", &self.shared.path)
-            .env("FDSTORE", STORE_MAX.to_string())
+            .env("FDSTORE", self.store_max.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         if !fds.is_empty() {
