@@ -132,9 +132,6 @@ impl Service {
     /// Replaces the daemon. The old one ends well, and no socket in the directory is made anew.
     #[track_caller]
     pub fn hand_over(&mut self) {
-        if std::env::var_os("NOOP").is_some() {
-            return;
-        }
         let before = self.sockets();
         self.hand_over_to(self.options.clone());
         let mut after = self.sockets();
