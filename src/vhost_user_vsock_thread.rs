@@ -23,6 +23,7 @@ mod ring;
 mod rings;
 mod round;
 mod rx_ring;
+pub mod saved;
 mod shares;
 #[cfg(test)]
 mod tests;

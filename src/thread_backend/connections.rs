@@ -224,6 +224,30 @@ impl Connections {
         Some(entry)
     }
 
+    /// Those that take a place.
+    pub(super) fn placed(&self) -> impl Iterator<Item = &Entry> {
+        let all = self.slots.iter();
+        all.filter_map(|(token, entry)| self.has_taken(token).then_some(entry))
+    }
+
+    /// Those whose client has left, oldest first.
+    pub(super) fn deserted(&self) -> impl Iterator<Item = &Entry> {
+        self.deserted.iter().filter_map(|slot| self.entry(slot))
+    }
+
+    /// Those that linger, oldest first.
+    pub(super) fn lingering(&self) -> impl Iterator<Item = &Entry> {
+        self.lingering.iter().filter_map(|slot| self.entry(slot))
+    }
+
+    fn entry(&self, slot: u32) -> Option<&Entry> {
+        self.slots.get(self.slots.token(slot)?)
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self::new(self.places);
+    }
+
     /// Those that have their ports.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Token, &VsockConnection)> {
         let open = self

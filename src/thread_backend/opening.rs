@@ -165,16 +165,17 @@ impl VsockThreadBackend {
         self.add_to_clients(Client::waiting(socket, waiting, self.has_guest));
     }
 
-    /// Puts a client into the table, and its socket into the event loop.
-    fn add_to_clients(&mut self, client: Client) {
+    /// Puts a client into the table, and its socket into the event loop. None where that fails: the client is dropped.
+    pub(super) fn add_to_clients(&mut self, client: Client) -> Option<Token> {
         let registry = &self.registry;
         let added = self.clients.try_insert(|token| {
             registry.register(client.socket.as_fd(), EventSource::Client(token))?;
             io::Result::Ok(client)
         });
-        if let Err(error) = added {
+        if let Err(error) = &added {
             self.drop_client(&format!("can't watch the socket: {error}"));
         }
+        added.ok()
     }
 
     pub(super) fn drop_client(&mut self, why: &str) {
