@@ -258,6 +258,9 @@ impl VsockThreadBackend {
         loader: &mut Loader,
         now: Instant,
     ) -> Result<(), LoadError> {
+        if !state.counters.are_possible() {
+            return Err(LoadError::Invalid("counters that nobody has counted"));
+        }
         self.counters = state.counters;
         self.next_host_port = state.next_host_port;
         self.has_guest = state.has_guest;
