@@ -29,7 +29,7 @@ with_either_way! {
     an_end_by_the_guest_is_kept
     an_end_by_the_host_is_kept
     an_end_behind_bytes_comes_behind_them
-    a_stream_that_is_reset_while_nobody_serves_ends
+    what_happens_while_nobody_serves_is_seen_later
     what_a_guest_sent_before_it_closed_is_flushed
     a_close_that_the_guest_has_not_confirmed_is_confirmed_later
     resets_that_wait_for_buffers_come_once
@@ -158,7 +158,7 @@ fn an_end_behind_bytes_comes_behind_them(way: Way) {
     assert_eq!(end.flags, NO_SEND);
 }
 
-fn a_stream_that_is_reset_while_nobody_serves_ends(way: Way) {
+fn what_happens_while_nobody_serves_is_seen_later(way: Way) {
     let (mut service, mut guest) = device(way, &[]);
     let program = from_guest(&service, &mut guest, &FLOW);
     let other = Flow::new(1000, PORT + 1);
@@ -166,7 +166,7 @@ fn a_stream_that_is_reset_while_nobody_serves_ends(way: Way) {
     if way == Way::Manager {
         service.stop();
     }
-    // The program is gone, and the guest's reset is in the ring.
+    // The program is gone, and a request of the guest's lies in the ring.
     drop(program);
     let last = Flow::new(1001, PORT + 2);
     let listener = listen(&service, PORT + 2);
@@ -180,7 +180,8 @@ fn a_stream_that_is_reset_while_nobody_serves_ends(way: Way) {
     seen.sort_by_key(|packet| packet.op);
     seen[0].assert_is(Op::Response, &last);
     seen[1].assert_is(Op::Shutdown, &FLOW);
-    accept(&listener);
+    let called = accept(&listener);
+    assert_moves_bytes(&mut guest, &called, &last);
     assert_moves_bytes(&mut guest, &stays, &other);
 }
 

@@ -533,7 +533,7 @@ fn assert_starts_afresh_with(name: &str, content: &[u8]) {
     file.write_all(content).unwrap();
     service.manager().put(name, file);
     service.start_again();
-    assert!(service.log().contains("WARN"), "{}", service.log());
+    eventually("a warning", || service.log().contains("WARN"));
     // The VMM learns of it.
     assert_closed(guest.frontend.stream());
     drop(guest);

@@ -361,8 +361,10 @@ fn a_successor_that_can_not_serve_changes_nothing() {
     });
     assert!(message.contains('4'), "{message}");
     // A socket that can't be made.
+    // A file is in the way.
+    let log = busy.service.directory().join("log");
     assert_fails(&mut busy, |options| {
-        options.push("--guest-port=23=/nonexistent/socket".into());
+        options.push(format!("--guest-port=23={}", log.display()));
     });
     assert_eq!(inodes(&busy), before);
     busy.finish();

@@ -56,12 +56,16 @@ impl Predecessor {
         let stored = Stored::take(passed);
         store::forget(manager, &stored.strange);
         if !stored.parcels.is_empty() {
-            let names = stored.names();
-            match Self::from_store(stored, manager) {
-                Ok(found) => return Ok(Some(found)),
+            match stored.open().map_err(Into::into).and_then(load) {
+                Ok((state, loader)) => {
+                    let manager = manager.clone();
+                    let way = Way::Store { manager, stored };
+                    return Ok(Some(Self::new(way, state, loader)));
+                }
                 Err(error) => {
                     warn!("what the service manager has stored is not taken over: {error}");
-                    store::forget(manager, &names);
+                    stored.discard();
+                    store::forget(manager, &stored.names());
                 }
             }
         }
@@ -74,12 +78,6 @@ impl Predecessor {
             }
             None => Ok(None),
         }
-    }
-
-    fn from_store(stored: Stored, manager: &ServiceManager) -> Result<Self, HandoverError> {
-        let (state, loader) = load(stored.open()?)?;
-        let manager = manager.clone();
-        Ok(Self::new(Way::Store { manager, stored }, state, loader))
     }
 
     fn from_path(
