@@ -410,6 +410,24 @@ fn a_session_goes_on_in_a_successor() {
 }
 
 #[test]
+fn a_session_that_was_handed_over_takes_the_place_of_an_inherited_connection() {
+    let folders = [folder(), folder()];
+    let vm = start(bind(&folders[0]));
+    let vmm = Vmm::connect(&folders[0]);
+    vmm.set_up();
+    let (inherited, mut other) = UnixStream::pair().unwrap();
+    other.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut successor = bind(&folders[1]);
+    successor.vmm = VmmSocket::Connected(inherited);
+    hand_over(vm, &mut successor);
+    let vm = start(successor);
+    assert_eq!(other.read(&mut [0]).unwrap(), 0);
+    vmm.assert_refused(0);
+    drop(vmm);
+    await_that("nobody else is served", || vm.threads.have_ended());
+}
+
+#[test]
 fn a_transfer_and_a_broken_ring_go_on_in_a_successor() {
     let folders = [folder(), folder()];
     let vm = start(bind(&folders[0]));
