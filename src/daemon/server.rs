@@ -223,8 +223,12 @@ impl Server {
     ) -> Result<Self, ServerError> {
         let mut vms = Vec::new();
         for (vm, config) in bound.vms.into_iter().zip(&config.vms) {
+            let what = match vm.has_vmm() {
+                true => "serving the VMM of",
+                false => "waiting for a VMM at",
+            };
             info!(
-                "CID {}: waiting for a VMM at {}, for host programs at {}",
+                "CID {}: {what} {}, for host programs at {}",
                 config.guest_cid, config.socket, config.host
             );
             vms.push(vm.start(threads.clone())?);

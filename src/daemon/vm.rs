@@ -130,6 +130,11 @@ impl BoundVm {
         self.cid
     }
 
+    /// Whether a VMM was handed over with it.
+    pub(super) fn has_vmm(&self) -> bool {
+        self.session.is_some()
+    }
+
     /// Goes on with what was handed over, in the sandbox and before [`BoundVm::start`]: the session may need a thread. If
     /// there is no table of connections, the predecessor has died, and they are gone. Those that are to be reset in the guest
     /// are named later.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::{Uid, geteuid};
 
 use super::parcels::{self, Parcel};
 use super::path::Successor;
@@ -32,6 +33,8 @@ pub(in crate::daemon) struct HandOver {
     socket: Option<SocketFile>,
     /// The file that is handed over, which the sandbox lets nobody make.
     state: File,
+    /// Whose process this is.
+    user: Uid,
 }
 
 /// What a process has beside the VMs.
@@ -86,6 +89,7 @@ impl HandOver {
             manager: manager.clone(),
             socket: path.map(bind).transpose()?,
             state,
+            user: geteuid(),
         }))
     }
 
@@ -131,7 +135,7 @@ impl HandOver {
         process: &Process<'_>,
         stop: BorrowedFd<'_>,
     ) -> Option<Given> {
-        let successor = match Successor::accept(self.socket()?, stop) {
+        let successor = match Successor::accept(self.socket()?, self.user, stop) {
             Ok(successor) => successor?,
             Err(error) => {
                 warn!("nothing is handed over to a process that asks for it: {error}");

@@ -26,7 +26,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, setsockopt, socket,
     sockopt,
 };
-use nix::unistd::{Uid, geteuid};
+use nix::unistd::Uid;
 use rustix::net::{RecvFlags, SocketFlags, accept_with};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -225,10 +225,11 @@ pub(in crate::daemon) struct Successor<'s> {
 }
 
 impl<'s> Successor<'s> {
-    /// Accepts the next one, if there is one. It must be a process of this user or of root. It has until 5 seconds from now, or
+    /// Accepts the next one, if there is one. It must be a process of `user`, this one's, or of root. It has until 5 seconds from now, or
     /// until something can be read from `stop`.
     pub(in crate::daemon) fn accept(
         listener: BorrowedFd<'_>,
+        user: Uid,
         stop: BorrowedFd<'s>,
     ) -> Result<Option<Self>, PathError> {
         let socket = match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
@@ -252,11 +253,10 @@ impl<'s> Successor<'s> {
             },
             process: peer.pid(),
         };
-        let user = Uid::from_raw(peer.uid());
-        if !user.is_root() && user != geteuid() {
-            let error = PathError::User(user);
+        let asking = Uid::from_raw(peer.uid());
+        if !asking.is_root() && asking != user {
             successor.refuse("the daemon that runs is another user's");
-            return Err(error);
+            return Err(PathError::User(asking));
         }
         Ok(Some(successor))
     }

@@ -15,6 +15,7 @@ use crate::host::listener::SocketFile;
 use crate::host::siblings::Siblings;
 use crate::packet::header::PacketType;
 use crate::saved::Saver;
+use nix::unistd::geteuid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -211,7 +212,7 @@ fn a_state_that_cant_be_taken_over_is_refused_and_the_predecessor_goes_on() {
                 Predecessor::find(&config, &[], &manager).map(|found| found.is_some())
             });
             let successor = loop {
-                match Successor::accept(socket.as_fd(), stop.as_fd()).unwrap() {
+                match Successor::accept(socket.as_fd(), geteuid(), stop.as_fd()).unwrap() {
                     Some(successor) => break successor,
                     None => thread::sleep(Duration::from_millis(1)),
                 }

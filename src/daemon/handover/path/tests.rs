@@ -6,6 +6,7 @@ use std::thread;
 use crate::config::SocketAccess;
 use crate::host::listener::SocketFile;
 use crate::packet::header::PacketType;
+use nix::unistd::geteuid;
 use tempfile::TempDir;
 
 /// A predecessor's socket, in a directory of its own.
@@ -38,7 +39,7 @@ impl Place {
     }
 
     fn accept(&self) -> Successor<'_> {
-        let accepted = Successor::accept(self.socket.as_fd(), self.stop.as_fd());
+        let accepted = Successor::accept(self.socket.as_fd(), geteuid(), self.stop.as_fd());
         accepted.unwrap().unwrap()
     }
 
@@ -243,6 +244,6 @@ fn a_socket_of_another_kind_is_no_predecessor() {
 #[test]
 fn nobody_who_connects_is_nobody_to_hand_over_to() {
     let place = Place::new();
-    let accepted = Successor::accept(place.socket.as_fd(), place.stop.as_fd());
+    let accepted = Successor::accept(place.socket.as_fd(), geteuid(), place.stop.as_fd());
     assert!(accepted.unwrap().is_none());
 }
