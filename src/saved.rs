@@ -192,6 +192,11 @@ impl Loader {
         place.and_then(Option::take).ok_or(LoadError::Missing)
     }
 
+    /// The descriptors that nobody has taken.
+    pub fn into_fds(self) -> Vec<OwnedFd> {
+        self.fds.into_iter().flatten().collect()
+    }
+
     /// Copies bytes to `place`, which has their length.
     ///
     /// # Errors

@@ -68,6 +68,8 @@ pub(in crate::daemon) struct Survival {
     vms: Vec<Option<VmSurvival>>,
     /// What is left of those that are not configured any more.
     others: Vec<(Loader, VmState)>,
+    /// Listening sockets, and more, of those whose state can't be read.
+    found: Vec<OwnedFd>,
 }
 
 impl Survival {
@@ -80,9 +82,11 @@ impl Survival {
         if !manager.has_store() {
             return Self::default();
         }
+        let mut found = Vec::new();
         let prepare = |config: &VmConfig| {
             let cid = config.guest_cid;
-            let prepared = VmSurvival::prepare(config, manager, left.0.remove(&cid.get()));
+            let remains = left.0.remove(&cid.get());
+            let prepared = VmSurvival::prepare(config, manager, remains, &mut found);
             prepared
                 .inspect_err(|error| warn!("CID {cid}: {AT_RISK}: {error}"))
                 .ok()
@@ -98,10 +102,10 @@ impl Survival {
                 Ok((loader.document()?, loader))
             }) {
                 Ok((state, loader)) => others.push((loader, state)),
-                Err(_) => remains.end(manager, cid),
+                Err(_) => found.extend(remains.end(manager, cid)),
             }
         }
-        Self { vms, others }
+        Self { vms, others, found }
     }
 
     /// The listening sockets that are left, to be adopted. None if there was no crash.
@@ -119,6 +123,10 @@ impl Survival {
                     );
                 }
             }
+        }
+        for socket in mem::take(&mut self.found) {
+            let loaded = loaded.get_or_insert_with(|| LoadedListeners::new(true));
+            loaded.find(socket);
         }
         loaded
     }
@@ -145,14 +153,15 @@ impl VmSurvival {
         config: &VmConfig,
         manager: &ServiceManager,
         remains: Option<Remains>,
+        found: &mut Vec<OwnedFd>,
     ) -> io::Result<Self> {
         let cid = config.guest_cid;
         if let Some(mut remains) = remains {
-            match Self::resume(config, manager, &mut remains) {
+            match Self::resume(config, manager, &mut remains, found) {
                 Ok(survival) => return Ok(survival),
                 Err(error) => {
                     warn!("CID {cid}: {NOT_TAKEN_UP}: {error}");
-                    remains.end(manager, cid);
+                    found.extend(remains.end(manager, cid));
                 }
             }
         }
@@ -173,6 +182,7 @@ impl VmSurvival {
         config: &VmConfig,
         manager: &ServiceManager,
         remains: &mut Remains,
+        found: &mut Vec<OwnedFd>,
     ) -> Result<Self, LoadError> {
         let (journal, lost) = match &remains.connections {
             Some(file) => Journal::resume(file.try_clone()?, config)?,
@@ -185,6 +195,7 @@ impl VmSurvival {
             Ok(state) => state,
             Err(error) => {
                 keeper.invalidate();
+                found.extend(loader.into_fds());
                 return Err(error);
             }
         };

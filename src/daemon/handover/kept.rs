@@ -30,7 +30,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 use nix::sys::stat::{SFlag, fstat};
 use serde::{Deserialize, Serialize};
 
@@ -443,15 +443,23 @@ impl Remains {
         Ok((fds, numbers))
     }
 
-    /// Ends what is left of a VM that can't be loaded, and has the manager forget it. The sockets are shut down: nobody is to wait
-    /// for an answer, or for its turn with a listener, until the manager has heard of it.
-    pub(in crate::daemon) fn end(self, store: &impl Store, cid: Cid) {
-        for fd in self.fds.values() {
-            if let Ok((_, SFlag::S_IFSOCK)) = Identity::of(fd.as_fd()) {
+    /// Ends what is left of a VM that can't be loaded, and has the manager forget it. Connected sockets are shut down: nobody is to
+    /// wait for an answer until the manager has heard of it. Those that listen are returned: this process can go on with them, and
+    /// would find its paths in use until the manager has closed its copies.
+    pub(in crate::daemon) fn end(mut self, store: &impl Store, cid: Cid) -> Vec<OwnedFd> {
+        let mut listening = Vec::new();
+        for fd in std::mem::take(&mut self.fds).into_values() {
+            let Ok((_, SFlag::S_IFSOCK)) = Identity::of(fd.as_fd()) else {
+                continue;
+            };
+            if getsockopt(&fd, sockopt::AcceptConn) == Ok(true) {
+                listening.push(fd);
+            } else {
                 let _ = shutdown(fd.as_raw_fd(), Shutdown::Both);
             }
         }
         self.forget(store, cid);
+        listening
     }
 
     /// Has the manager forget what is left.
