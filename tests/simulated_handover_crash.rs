@@ -492,6 +492,8 @@ fn all_vms_of_a_process_go_on() {
     five.recv().assert_is(Op::Request, &there);
     five.send(&there.packet(Op::Response));
     four.recv().assert_is(Op::Response, &here);
+    // Or it is taken once more.
+    five.wait_tx_done();
     service.crash();
     assert_closed(&program);
     assert_reset_once(&mut four, &[FLOW, here.clone()]);
