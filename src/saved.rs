@@ -212,7 +212,12 @@ impl Loader {
 
     /// The descriptors that nobody has taken.
     pub fn into_fds(self) -> Vec<OwnedFd> {
-        self.fds.into_iter().flatten().collect()
+        let fds = self.fds.into_iter();
+        fds.filter_map(|fd| match fd {
+            SentFd::Here(fd) => Some(fd),
+            SentFd::Lost | SentFd::Taken => None,
+        })
+        .collect()
     }
 
     /// Copies bytes to `place`, which has their length.

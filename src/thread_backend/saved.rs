@@ -328,7 +328,7 @@ impl VsockThreadBackend {
                 let opened = &mut self.counters.opened[state.opened_by as usize];
                 *opened += u64::from(!state.is_counted);
                 self.counters.ended[CloseReason::HostGone as usize] += 1;
-                self.push_reset(resets::header(self.guest_cid, key), None);
+                self.push_reset(resets::header(self.guest_cid, key), Held::default());
                 return Ok(None);
             }
             conn => conn?,
