@@ -61,7 +61,7 @@ uninstall:
 deb:
 	@tests/check-rust.sh
 	@command -v dpkg-shlibdeps >/dev/null || \
-		{ echo "error: make deb takes dpkg-shlibdeps; on Debian and Ubuntu: apt-get install dpkg-dev" >&2; exit 1; }
+		{ echo "error: make deb needs dpkg-shlibdeps; on Debian and Ubuntu: apt-get install dpkg-dev" >&2; exit 1; }
 	$(MAKE) --no-print-directory build manual
 	test -x $(cargo_deb)/bin/cargo-deb || cargo install cargo-deb --version 3.8.0 --locked --root $(cargo_deb)
 	rm -rf target/deb-root

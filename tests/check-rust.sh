@@ -22,7 +22,7 @@ check_version() {
     if ! command -v cargo >/dev/null || ! command -v rustc >/dev/null; then
         [ ! -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ] ||
             fail "cargo is not in the PATH: run \`. ${CARGO_HOME:-$HOME/.cargo}/env\`, or open a new terminal"
-        fail "there is no Rust here, and this takes Rust $needed or newer: install it from https://rustup.rs"
+        fail "there is no Rust on this machine; this needs Rust $needed or newer: install it from https://rustup.rs"
     fi
     # rustup's cargo fails where it has no toolchain, and can't fetch one.
     said=$(cargo --version 2>&1 && rustc --version 2>&1) ||
@@ -30,9 +30,9 @@ check_version() {
     version=$(sed -n 's/^rustc \([0-9.]*\).*/\1/p' <<<"$said")
     is_at_least "$version" "$needed" && return
     if command -v rustup >/dev/null; then
-        fail "this takes Rust $needed or newer, and here is $version: run \`rustup update stable\`"
+        fail "this needs Rust $needed or newer, and this machine has $version: run \`rustup update stable\`"
     fi
-    fail "this takes Rust $needed or newer, and here is $version ($(command -v rustc)): install one from https://rustup.rs"
+    fail "this needs Rust $needed or newer, and this machine has $version ($(command -v rustc)): install a newer one from https://rustup.rs"
 }
 
 check_linker() {

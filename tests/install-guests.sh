@@ -2,7 +2,7 @@
 # Installs what demo and tests take: programs as Debian or Ubuntu packages, kernels for guests into a directory of their own,
 # target/guests or $VSOCK_GUESTS. The argument says for what: demo, guests (tests with real guests), tests (all tests) or bench.
 # Says what it will install before it does. Where nothing is missing it is quick, silent and takes no apt-get.
-set -euo pipefail
+set -eu
 
 scripts=$(cd "$(dirname "$0")" && pwd)
 guests=${VSOCK_GUESTS:-$(dirname "$scripts")/target/guests}
@@ -26,7 +26,7 @@ lacks_sshd() {
 }
 
 announce_sshd() {
-    echo "to be unpacked into $guests, not installed: openssh-server"
+    echo "to unpack into $guests, not install: openssh-server"
 }
 
 unpack_sshd() {
@@ -38,6 +38,8 @@ unpack_sshd() {
     for package in $(sed -n 's/^Inst \(openssh-[^ ]*\|lib[^ ]*\) .*/\1/p' "$work/plan"); do
         unpack "$package" "$unpacked" || fail "apt-get can't download $package; is this machine online?"
     done
+    # Where /lib leads.
+    [ ! -d "$unpacked/lib" ] || cp -a "$unpacked/lib/." "$unpacked/usr/lib"
     mv "$unpacked" "$guests/sshd"
 }
 

@@ -93,10 +93,10 @@ plan_kernel() {
         directory=$(find_unpacked || adopt_installed) || true
         [ -n "$directory" ] || ! has_apt || package=$(find_kernel "") || true
         [ -z "$directory$package" ] ||
-            echo "note: no Linux ${2%.} can be had here; the tests that want it boot ${directory:-$package} instead"
+            echo "note: no Linux ${2%.} is available; the tests that boot it boot ${directory:-$package} instead"
     fi
     [ -n "$directory$package" ] ||
-        fail "no kernel with virtio-vsock can be had here: /boot has none, and no package source of this machine has Debian's linux-image-cloud-amd64 or Ubuntu's linux-image-virtual"
+        fail "no kernel with virtio-vsock for the guest: /boot has none that is installed with its modules, and no package source of this machine has Debian's linux-image-cloud-amd64 or Ubuntu's linux-image-virtual"
     if [ -z "$directory" ]; then
         directory=linux-${package#linux-image-}
         will_do "$guests/$directory" || kernels+=("$package")
@@ -117,7 +117,7 @@ announce_kernels() {
     local package
     for package in ${kernels[@]+"${kernels[@]}"}; do
         # shellcheck disable=SC2046
-        echo "to be unpacked into $guests, not installed: $package, $(megabytes download $(parts "$package")) to download"
+        echo "to unpack into $guests, not install: $package, $(megabytes download $(parts "$package")) to download"
     done
 }
 

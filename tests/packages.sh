@@ -59,13 +59,17 @@ lists_are_fresh=
 update_lists() {
     [ -z "$lists_are_fresh" ] || return 1
     lists_are_fresh=yes
+    require_root
     echo "reading the package lists (apt-get update)"
     as_root env LC_ALL=C apt-get update -qq >/dev/null 2>&1 || true
 }
 
-check_root() {
-    [ "$(id -u)" = 0 ] || command -v sudo >/dev/null ||
-        fail "this takes packages that only root may install, and there is no sudo: as root, run \`apt-get install --no-install-recommends ${missing[*]}\`"
+# Lets sudo ask for its password before its output is kept from the terminal.
+require_root() {
+    [ "$(id -u)" != 0 ] || return 0
+    local by_hand="as root, run \`apt-get update && apt-get install --no-install-recommends ${missing[*]}\`"
+    command -v sudo >/dev/null || fail "only root may install packages, and there is no sudo: $by_hand"
+    sudo true || fail "only root may install packages, and sudo refused: $by_hand"
 }
 
 # What apt-get would do to install the missing packages, in lines "Inst …" and "Remv …". Nothing is changed.
@@ -73,20 +77,19 @@ plan=
 plan_programs() {
     [ ${#missing[@]} -gt 0 ] || return 0
     has_apt ||
-        fail "not installed: ${missing_programs[*]}; there is no apt-get here, so install them with what this system has for it (on Debian the packages are ${missing[*]})"
-    check_root
+        fail "not installed: ${missing_programs[*]}; there is no apt-get on this machine, so install them with its own package manager (Debian's packages are ${missing[*]})"
     local install=(-s install --no-install-recommends "${missing[@]}")
     # Not in a subshell, for the variables.
     if ! ask_apt "${install[@]}" >"$work/plan"; then
         update_lists || true
         ask_apt "${install[@]}" >"$work/plan" ||
-            fail "apt-get can't install ${missing[*]}: ${apt_error#E: }. Is this machine online, and has it Debian's main, or Ubuntu's universe, among its sources?"
+            fail "apt-get can't install ${missing[*]}: ${apt_error#E: }. Is this machine online, and does it have Debian's main, or Ubuntu's universe, among its sources?"
     fi
     plan=$(grep -E '^(Inst|Remv) ' "$work/plan" || true)
     local removed
     removed=$(sed -n 's/^Remv \([^ ]*\).*/\1/p' <<<"$plan" | xargs)
     [ -z "$removed" ] ||
-        fail "apt-get would remove $removed to install ${missing[*]}, so nothing was done: remove it yourself if it is not needed, or install ${missing_programs[*]} in another way"
+        fail "apt-get would remove $removed to install ${missing[*]}, so nothing was done: remove it yourself if you do not need it, or install ${missing_programs[*]} in another way"
 }
 
 # The number of bytes that apt-get would download for its arguments, in MB.
@@ -98,17 +101,18 @@ megabytes() {
 # Says what is going to be installed.
 announce_programs() {
     [ ${#missing[@]} -gt 0 ] || return 0
-    echo "to be installed with apt-get: ${missing[*]}"
-    echo "with all that they take: $(grep -c '^Inst ' <<<"$plan") packages, $(megabytes install --no-install-recommends "${missing[@]}") to download"
+    echo "to install with apt-get: ${missing[*]}"
+    echo "    $(grep -c '^Inst ' <<<"$plan") packages with their dependencies, $(megabytes install --no-install-recommends "${missing[@]}") to download"
 }
 
 install_programs() {
     [ ${#missing[@]} -gt 0 ] || return 0
     local install=(env LC_ALL=C DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-remove --no-install-recommends "${missing[@]}")
+    require_root
     if ! as_root "${install[@]}" >"$work/log" 2>&1; then
         # The lists may have been older than the archive.
         update_lists && as_root "${install[@]}" >"$work/log" 2>&1 ||
-            fail "apt-get could not install ${missing[*]}: $(grep -m 1 '^E: ' "$work/log" || tail -n 1 "$work/log")"
+            fail "apt-get can't install ${missing[*]}; is this machine online? ($(grep -m 1 '^E: ' "$work/log" || tail -n 1 "$work/log"))"
     fi
 }
 
