@@ -31,12 +31,12 @@ announce_sshd() {
 
 unpack_sshd() {
     local package unpacked=$work/sshd
+    rm -rf "$unpacked"
     mkdir "$unpacked"
-    ask_apt -s install --no-install-recommends openssh-server >"$work/plan" ||
-        fail "apt-get does not know openssh-server: ${apt_error#E: }"
+    ask_apt -s install --no-install-recommends openssh-server >"$work/plan" || return 1
     # With the libraries that this machine does not have.
     for package in $(sed -n 's/^Inst \(openssh-[^ ]*\|lib[^ ]*\) .*/\1/p' "$work/plan"); do
-        unpack "$package" "$unpacked" || fail "apt-get can't download $package; is this machine online?"
+        unpack "$package" "$unpacked" || return 1
     done
     # Where /lib leads.
     [ ! -d "$unpacked/lib" ] || cp -a "$unpacked/lib/." "$unpacked/usr/lib"
@@ -64,6 +64,10 @@ note_missing "${needs[@]}"
 note_missing_linker
 plan_programs
 plan_kernels "${wanted_kernels[@]}"
+if have_zstd_modules; then
+    note_missing zstd:zstd
+    plan_programs
+fi
 sshd=
 [ "$1" = demo ] || ! lacks_sshd || sshd=yes
 
@@ -73,4 +77,4 @@ announce_kernels
 
 install_programs
 install_kernels "${wanted_kernels[@]}"
-[ -z "$sshd" ] || unpack_sshd
+[ -z "$sshd" ] || unpack_sshd || { update_lists && unpack_sshd; } || fail "apt-get can't download openssh-server; is this machine online?"

@@ -113,6 +113,18 @@ parts() {
     done
 }
 
+# Whether a planned kernel has modules that zstd packed: Debian's packages have not.
+have_zstd_modules() {
+    local package link
+    for package in ${kernels[@]+"${kernels[@]}"}; do
+        [[ $package = *-amd64 ]] || return 0
+    done
+    for link in ${links[@]+"${links[@]}"}; do
+        [ -z "$(find -L "$guests/${link#*:}" -name '*.ko.zst' -print -quit 2>/dev/null)" ] || return 0
+    done
+    return 1
+}
+
 announce_kernels() {
     local package
     for package in ${kernels[@]+"${kernels[@]}"}; do
