@@ -299,8 +299,6 @@ fn programs_of_the_readme() -> BTreeSet<String> {
             }
         }
     }
-    // QEMU's name for the device, and the daemons' user.
-    programs.remove("vhost-user-vsock-pci");
     programs
 }
 
