@@ -25,8 +25,10 @@ check_version() {
         fail "there is no Rust on this machine; this needs Rust $needed or newer: install it from https://rustup.rs"
     fi
     # rustup's cargo fails where it has no toolchain, and can't fetch one.
-    said=$(cargo --version 2>&1 && rustc --version 2>&1) ||
-        fail "cargo does not run: $(grep -m 1 '^error' <<<"$said" || tail -n 1 <<<"$said"); with rustup: \`rustup toolchain install stable\`"
+    if ! said=$(cargo --version 2>&1 && rustc --version 2>&1); then
+        said=$(sed -n 's/^error: //p' <<<"$said" | head -n 1)
+        fail "cargo does not run${said:+: $said}; with rustup: \`rustup toolchain install stable\`"
+    fi
     version=$(sed -n 's/^rustc \([0-9.]*\).*/\1/p' <<<"$said")
     is_at_least "$version" "$needed" && return
     if command -v rustup >/dev/null; then

@@ -107,7 +107,7 @@ announce_programs() {
 
 install_programs() {
     [ ${#missing[@]} -gt 0 ] || return 0
-    local install=(env LC_ALL=C DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-remove --no-install-recommends "${missing[@]}")
+    local install=(env LC_ALL=C DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-remove --no-install-recommends -o DPkg::Lock::Timeout=60 "${missing[@]}")
     require_root
     if ! as_root "${install[@]}" >"$work/log" 2>&1; then
         # The lists may have been older than the archive.
