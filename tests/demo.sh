@@ -40,7 +40,7 @@ patiently() {
 }
 
 start_daemon() {
-    local options=(--guest-cid=4 --uds-path=vm4.vsock --socket=vhost4.socket --wait-for-guest=60)
+    local options=(--guest-cid=4 --uds-path=vm4.vsock --socket=vhost4.socket --wait-for-guest=120)
     host "vhost-user-vsock ${options[*]}"
     "$daemon" "${options[@]}" 2> >(as daemon) &
     pids+=($!)
@@ -54,7 +54,7 @@ start_guest() {
         -chardev "socket,id=char0,reconnect=0,path=vhost4.socket"
         -device vhost-user-vsock-pci,chardev=char0)
     host "qemu-system-x86_64 -kernel … -m 512M ${vsock[*]}"
-    qemu-system-x86_64 -accel tcg -cpu max,la57=off -smp 2 -m 512M -nodefaults -display none -no-reboot \
+    timeout 180 qemu-system-x86_64 -accel tcg -cpu max,la57=off -smp 2 -m 512M -nodefaults -display none -no-reboot \
         -kernel "$kernel"/boot/vmlinuz-* -initrd "$initramfs" \
         -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr demo=yes" \
         "${vsock[@]}" -serial stdio </dev/null > >(as guest) &
@@ -70,7 +70,7 @@ call_guest() {
 
 listen() {
     host "echo 'hello again from the host' | ncat -l -U vm4.vsock_1234"
-    { echo "hello again from the host" | timeout 120 ncat -l -U vm4.vsock_1234 | as host; } &
+    { echo "hello again from the host" | timeout 180 ncat -l -U vm4.vsock_1234 | as host; } &
     listener=$!
     patiently test -S vm4.vsock_1234
 }
@@ -80,10 +80,8 @@ cd "$work"
 start_daemon
 start_guest
 listen
-
 call_guest
-
-wait "$listener" "$qemu"
+wait "$listener" "$qemu" || true
 host "kill <vhost-user-vsock>"
 kill "${pids[0]}"
 wait "${pids[0]}"
