@@ -283,6 +283,7 @@ impl VsockConnection {
             } else {
                 None
             },
+            age: None,
         }
     }
 

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -94,7 +94,10 @@ impl LogWriter {
         let logger = builder.build();
         log::set_max_level(logger.filter());
         // One that is installed already is a program's that embeds this.
-        let _ = log::set_boxed_logger(Box::new(VmLogger(logger)));
+        let _ = log::set_boxed_logger(Box::new(DaemonLogger {
+            logger,
+            begun: Once::new(),
+        }));
         if let Err(mistake) = filter {
             warn!("{DEFAULT_FILTER_ENV} is ignored: {mistake}");
         }
@@ -135,29 +138,39 @@ pub(super) fn name_vm(cid: Cid) {
     VM.set(Some(cid));
 }
 
-/// Puts the CID of the thread's VM before each line.
-struct VmLogger(Logger);
+/// Puts the CID of the thread's VM before each line, and a line with the version before the first.
+struct DaemonLogger {
+    logger: Logger,
+    begun: Once,
+}
 
-impl Log for VmLogger {
+impl Log for DaemonLogger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        self.0.enabled(metadata)
+        self.logger.enabled(metadata)
     }
 
     fn log(&self, record: &Record<'_>) {
+        self.begun.call_once(|| {
+            let version = env!("CARGO_PKG_VERSION");
+            let mut first = Record::builder();
+            first.level(Level::Info).target(module_path!());
+            let args = format_args!("vhost-user-vsock {version}");
+            self.logger.log(&first.args(args).build());
+        });
         match VM.try_with(Cell::get) {
             Ok(Some(cid)) => {
                 let metadata = record.metadata().clone();
                 let mut named = Record::builder();
                 let args = format!("CID {cid}: {}", record.args());
                 named.metadata(metadata);
-                self.0.log(&named.args(format_args!("{args}")).build());
+                self.logger.log(&named.args(format_args!("{args}")).build());
             }
-            _ => self.0.log(record),
+            _ => self.logger.log(record),
         }
     }
 
     fn flush(&self) {
-        self.0.flush();
+        self.logger.flush();
     }
 }
 

@@ -24,6 +24,8 @@ pub(super) struct Entry {
     pub(super) deadline: Option<Instant>,
     /// What its client waits for, until the guest has accepted it.
     pub(super) waiting: Option<Waiting>,
+    /// When it was requested.
+    since: Instant,
 }
 
 /// How many connections there may be.
@@ -138,6 +140,7 @@ impl Connections {
                 is_counted: false,
                 deadline: None,
                 waiting: None,
+                since: Instant::now(),
             })
         })?;
         self.by_key.extend(key.map(|key| (key, token)));
@@ -163,6 +166,12 @@ impl Connections {
 
     pub(super) fn get_mut(&mut self, token: Token) -> Option<&mut Entry> {
         self.slots.get_mut(token)
+    }
+
+    /// How long ago a connection was requested, in seconds.
+    pub(super) fn age(&self, token: Token, now: Instant) -> Option<u64> {
+        let entry = self.get(token)?;
+        Some(now.saturating_duration_since(entry.since).as_secs())
     }
 
     pub(super) fn is_lingering(&self, token: Token) -> bool {
