@@ -429,6 +429,7 @@ impl VsockThreadBackend {
 
     /// There is no guest any more: closes its connections, and the clients that do not wait for the next one.
     pub fn disconnect(&mut self) {
+        self.has_vmm = false;
         while let Some(token) = self
             .clients
             .oldest_that_leaves(!self.wait_for_guest.is_zero())
@@ -539,7 +540,7 @@ impl VsockThreadBackend {
         let is_refused = entry.conn.is_requested();
         let socket = entry.conn.into_socket();
         if is_refused {
-            connect_line::refuse(&socket, reason.failure());
+            connect_line::refuse(&socket, self.failure_of(reason));
         }
         Some(socket)
     }
@@ -552,12 +553,12 @@ impl VsockThreadBackend {
         if entry.conn.is_dialing() && matches!(reason, CloseReason::Refused | CloseReason::Timeout)
         {
             self.counters.refused += 1;
-            let failure = reason.failure();
+            let failure = self.failure_of(reason);
             self.counters.failed[Side::Guest as usize][failure as usize] += 1;
             return;
         }
         if entry.conn.is_requested() {
-            let failure = reason.failure();
+            let failure = self.failure_of(reason);
             self.counters.failed[entry.opened_by as usize][failure as usize] += 1;
         }
         if !entry.is_counted {

@@ -107,7 +107,12 @@ pub fn run(args: &StatsArgs) -> Result<(), StatsError> {
 
 /// Writes to stdout. False where nobody reads it.
 pub(super) fn print(text: &str) -> io::Result<bool> {
-    match io::stdout().write_all(text.as_bytes()) {
+    let mut output = io::stdout().lock();
+    // The end of a screen is no end of a line.
+    match output
+        .write_all(text.as_bytes())
+        .and_then(|()| output.flush())
+    {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
         written => written.map(|()| true),
     }

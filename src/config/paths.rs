@@ -354,7 +354,9 @@ mod tests {
         let missing = message("/nowhere/at/all.socket");
         assert!(missing.contains("the directory /nowhere/at does not exist"));
         let not_a_directory = message("/dev/null/socket");
-        assert!(not_a_directory.contains("the directory /dev/null"));
+        assert!(not_a_directory.contains("/dev/null is not a directory"));
+        let below_a_file = message("/dev/null/below/socket");
+        assert!(below_a_file.contains("/dev/null is not a directory"));
         assert!(message("/").contains("not the path of a file"));
         assert!(message("/tmp/..").contains("not the path of a file"));
     }

@@ -89,7 +89,7 @@ impl CloseReason {
         }
     }
 
-    /// What it means for a call that was not answered yet.
+    /// What it means for a call that was not answered yet, where a VMM is connected.
     pub fn failure(self) -> CallFailure {
         match self {
             Self::Refused => CallFailure::NobodyListens,

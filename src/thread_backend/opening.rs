@@ -82,6 +82,14 @@ impl VsockThreadBackend {
         }
     }
 
+    /// What the end of a call means that was not answered yet.
+    pub(super) fn failure_of(&self, reason: CloseReason) -> CallFailure {
+        match reason {
+            CloseReason::DeviceReset => self.no_guest(),
+            _ => reason.failure(),
+        }
+    }
+
     /// Closes a host program that has just connected to `entry`: there is no guest, and it does not wait for one.
     pub fn refuse_client(&mut self, entry: Entry, socket: &HostSocket) {
         self.counters.clients += 1;

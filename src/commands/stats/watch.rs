@@ -17,7 +17,7 @@ const CLEAR: &str = "\x1b[2J";
 /// Moves the cursor home, and cuts lines at the edge of the terminal instead of wrapping them.
 const BEGIN_SCREEN: &str = "\x1b[H\x1b[?7l";
 /// Ends a line, and clears what was behind it.
-const END_LINE: &str = "\x1b[K\r\n";
+const END_LINE: &str = "\x1b[K\n";
 /// Clears what is below, and wraps lines again.
 const END_SCREEN: &str = "\x1b[K\x1b[J\x1b[?7h";
 
