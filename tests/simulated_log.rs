@@ -21,6 +21,7 @@ fn lines(daemon: &Daemon) -> Vec<String> {
 #[test]
 fn the_first_line_names_the_version() {
     let daemon = Daemon::start();
+    eventually("a line", || !lines(&daemon).is_empty());
     let version = format!("vhost-user-vsock {}", env!("CARGO_PKG_VERSION"));
     assert_eq!(lines(&daemon)[0], version);
     assert_eq!(daemon.log().matches(&version).count(), 1);

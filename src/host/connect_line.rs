@@ -275,6 +275,19 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_has_a_known_reason() {
+        for failure in CallFailure::ALL {
+            let line = format!("ERR {}\n", failure.name());
+            assert_eq!(refusal(line.as_bytes()), Some(failure));
+            assert_eq!(refusal(line.trim_end().as_bytes()), None);
+            assert_eq!(Line::answer().feed(line.as_bytes()), Progress::Invalid);
+        }
+        for line in ["", "ERR \n", "ERR new\n", "err limit\n", "OK 1\n"] {
+            assert_eq!(refusal(line.as_bytes()), None, "{line:?}");
+        }
+    }
+
+    #[test]
     fn a_line_names_a_port_and_leaves_the_payload() {
         assert_eq!(parse(b"CONNECT 1234\nhello"), complete(1234, 13));
         assert_eq!(parse(b"CONNECT 4294967295\n"), complete(u32::MAX, 19));

@@ -439,3 +439,6 @@ impl VsockThreadBackend {
         Ok(token)
     }
 }
+
+#[cfg(test)]
+mod tests;
