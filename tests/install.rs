@@ -21,14 +21,19 @@ use tempfile::TempDir;
 const NAME: &str = "vhost-user-vsock";
 
 /// What is installed, below the prefix, but for the programs. README and manual name these places.
-const FILES: [&str; 11] = [
+const FILES: [&str; 16] = [
     "lib/systemd/system/vhost-user-vsock-host@.socket",
     "lib/systemd/system/vhost-user-vsock-metrics.service",
     "lib/systemd/system/vhost-user-vsock-metrics.timer",
     "lib/systemd/system/vhost-user-vsock-vmm@.socket",
     "lib/systemd/system/vhost-user-vsock@.service",
+    "lib/systemd/user/vhost-user-vsock@.service",
     "lib/sysusers.d/vhost-user-vsock.conf",
     "share/bash-completion/completions/vhost-user-vsock",
+    "share/doc/vhost-user-vsock/examples/alerts.yml",
+    "share/doc/vhost-user-vsock/examples/libvirt-hook",
+    "share/doc/vhost-user-vsock/examples/vhost-user-vsock-part-of-vm.conf",
+    "share/doc/vhost-user-vsock/examples/vm@.service",
     "share/fish/vendor_completions.d/vhost-user-vsock.fish",
     "share/man/man1/vhost-user-vsock.1",
     "share/qemu/vhost-user/50-vhost-user-vsock.json",

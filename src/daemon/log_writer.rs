@@ -4,7 +4,6 @@
 //! thread of its own writes the lines, which wait in a queue of bounded length. Stderr itself is not made non-blocking:
 //! other programs may share it.
 
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::env;
 use std::fs::File;
@@ -21,7 +20,7 @@ use env_logger::{
 use log::{Level, LevelFilter, Log, Metadata, Record, warn};
 use parking_lot::{Condvar, Mutex};
 
-use crate::packet::header::Cid;
+use crate::log_vm;
 use crate::syscalls::Syscall;
 
 /// The system calls of the thread that writes.
@@ -128,16 +127,6 @@ impl LogWriter {
     }
 }
 
-thread_local! {
-    /// The CID of the VM that this thread works for, if the log is to name it.
-    static VM: Cell<Option<Cid>> = const { Cell::new(None) };
-}
-
-/// From now on, lines that this thread logs begin with the CID of its VM.
-pub(super) fn name_vm(cid: Cid) {
-    VM.set(Some(cid));
-}
-
 /// Puts the CID of the thread's VM before each line, and a line with the version before the first.
 struct DaemonLogger {
     logger: Logger,
@@ -157,15 +146,15 @@ impl Log for DaemonLogger {
             let args = format_args!("vhost-user-vsock {version}");
             self.logger.log(&first.args(args).build());
         });
-        match VM.try_with(Cell::get) {
-            Ok(Some(cid)) => {
+        match log_vm::current() {
+            Some(cid) => {
                 let metadata = record.metadata().clone();
                 let mut named = Record::builder();
                 let args = format!("CID {cid}: {}", record.args());
                 named.metadata(metadata);
                 self.logger.log(&named.args(format_args!("{args}")).build());
             }
-            _ => self.logger.log(record),
+            None => self.logger.log(record),
         }
     }
 

@@ -86,7 +86,7 @@ fn told(mut client: UnixStream) -> String {
 fn only_a_client_that_asks_is_told_why() {
     let mut table = Table::with(|_| {});
     table.backend.guest_started();
-    let own = format!("not/{}", connect_line::ASKS_WHY);
+    let own = format!("not/{}/{}", connect_line::ASKS_WHY, process::id());
     for name in [None, Some(own.as_str())] {
         let (mut client, server) = table.connect(name);
         client.write_all(b"CONNECT 80\n").unwrap();
