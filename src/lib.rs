@@ -31,8 +31,8 @@
 //! commands/                      connect, list and stats: clients, which know metrics/ and host/connect_line
 //! config (+ config/)             what a process and its VMs are told to do: options, a file of them, what can be wrong
 //! daemon/                        server (a process), vm (one VM), threads, descriptors, service, sandbox, log_writer
-//! vhu_vsock                      the device, and the session of a VMM (+ message, session, memory, state)
-//! vhost_user_vsock_thread        the worker: epoll, rings, timer   (+ acceptor, busy_poll, epoll, one file for each ring)
+//! vhu_vsock                      the device, and a VMM's session (+ channel, message, session, memory, state, saved)
+//! vhost_user_vsock_thread        the worker: epoll, rings, timer   (+ acceptor, busy_poll, epoll, saved, one file for each ring)
 //! thread_backend                 the table of connections          (+ one file for each concern of it)
 //! vsock_conn                     one connection: its states        (+ credit, shutdown, and a mover for each type)
 //! rxqueue, rxops, txbuf          what is pending for the guest, and bytes that wait for the host

@@ -59,7 +59,7 @@ fn main() -> ExitCode {
 fn serve(args: &Args, activation: &Activation) -> ExitCode {
     let mut log = LogWriter::install(args.verbose);
     let config = args.config(activation).map_err(ServerError::from);
-    let started = config.and_then(|config| start(&config));
+    let started = config.and_then(|config| start(&config, activation));
     // A thread that was there before would not be in the sandbox.
     if let Err(error) = log.start(io::stderr()) {
         return fail(io::stderr(), &format!("can't log: {error}"), 1);
@@ -81,12 +81,15 @@ fn print(text: &str) -> ExitCode {
 }
 
 /// Starts the server. A signal that comes meanwhile waits until it runs.
-fn start(config: &ProcessConfig) -> Result<(Server, UnixStream), ServerError> {
+fn start(
+    config: &ProcessConfig,
+    activation: &Activation,
+) -> Result<(Server, UnixStream), ServerError> {
     let (signalled, signal) = UnixStream::pair()?;
     for number in [SIGTERM, SIGINT, SIGHUP] {
         signal_hook::low_level::pipe::register(number, signal.try_clone()?)?;
     }
-    Ok((Server::start(config)?, signalled))
+    Ok((Server::start(config, activation.stored())?, signalled))
 }
 
 fn fail(mut out: impl Write, message: &str, code: u8) -> ExitCode {

@@ -1,11 +1,14 @@
 //! A configuration, guest memory and descriptor chains for the unit tests.
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -17,6 +20,7 @@ use crate::config::VmConfig;
 use crate::host::socket::HostSocket;
 use crate::packet::header::{Cid, PacketType, VsockHeader};
 use crate::packet::{RxBatch, RxStorage, TxBatch, TxChains, TxStorage};
+use crate::saved::{Loader, Saver};
 
 /// The size of the rings these chains are from.
 pub(crate) const RING_SIZE: u16 = 64;
@@ -154,4 +158,22 @@ pub(crate) fn received(
         .iter()
         .map(|buffer| packet(buffer.used()))
         .collect()
+}
+
+/// Saves something in `file`, and opens it as a successor would, with copies of the descriptors. Returns the document as well.
+pub(crate) fn reload<'a, T: Serialize + DeserializeOwned>(
+    file: &'a File,
+    save: impl FnOnce(&mut Saver<'a>) -> T,
+) -> (Loader, T) {
+    let mut saver = Saver::new(file).unwrap();
+    let document = save(&mut saver);
+    let fds = saver.finish(&document).unwrap();
+    let copy = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().ok();
+    let loader = Loader::open(
+        file.try_clone().unwrap(),
+        fds.into_iter().map(copy).collect(),
+    );
+    let loader = loader.unwrap();
+    let document = loader.document().unwrap();
+    (loader, document)
 }

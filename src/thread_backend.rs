@@ -12,6 +12,7 @@
 //! deadlines     when connections are reset                    slots, slot_list   the tables and queues that these are made of
 //! pending       packets for the guest, by kind                event_source       what an epoll event belongs to
 //! resets        RSTs for the guest                             siblings           how other guests come into the table
+//!                                                              saved              how all of it goes to another process
 //! ```
 
 mod clients;
@@ -22,6 +23,9 @@ pub mod event_source;
 mod opening;
 mod pending;
 mod resets;
+pub mod saved;
+#[cfg(test)]
+mod saved_tests;
 mod siblings;
 mod slot_list;
 mod slots;

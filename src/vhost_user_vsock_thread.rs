@@ -24,6 +24,7 @@ mod ring;
 mod rings;
 mod round;
 mod rx_ring;
+pub mod saved;
 mod shares;
 #[cfg(test)]
 mod tests;
@@ -338,7 +339,8 @@ impl VhostUserVsockThread {
         self.armed = None;
         self.acceptors.resume(now);
         self.backend.expire(now);
-        self.driver_watch.expire(now, self.rings.memory().is_some());
+        let (has_guest, has_memory) = (self.backend.has_guest(), self.rings.memory().is_some());
+        self.driver_watch.expire(now, has_guest, has_memory);
     }
 
     /// Sets the timer for the next deadline. A timer that fires too early does no harm, so it is only ever set earlier.

@@ -144,6 +144,11 @@ impl Routes {
         self.siblings = Some(siblings);
     }
 
+    /// Whether there is a directory of siblings of this index.
+    pub fn has_sibling_dir(&self, index: usize) -> bool {
+        index < self.sibling_dirs.len()
+    }
+
     /// Connects to the destination of a guest's REQUEST, without waiting.
     pub fn dial(&mut self, request: &VsockHeader) -> Result<Dialed, DialError> {
         let (peer, packet_type) = (request.peer, request.packet_type);

@@ -11,6 +11,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::deadlines::Deadlines;
 use super::event_source::Token;
 use super::slot_list::SlotList;
@@ -28,7 +30,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What a client wants.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Wanted {
     /// The guest's port.
     pub(super) port: GuestPort,
@@ -81,7 +83,7 @@ pub(super) struct Client {
     pub(super) socket: HostSocket,
     pub(super) stage: Stage,
     /// When it is looked at whatever happens.
-    deadline: Instant,
+    pub(super) deadline: Instant,
     /// In which directory of siblings it has connected, if it is one.
     pub(super) sibling_dir: Option<usize>,
 }
@@ -240,6 +242,21 @@ impl Clients {
             self.siblings.push(token.slot);
         }
         Ok(token)
+    }
+
+    /// Those without a line, then those that wait for the guest, each oldest first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Client> {
+        let slots = self.lines.iter().chain(self.waiting.iter());
+        slots.filter_map(|slot| self.slots.get(self.slots.token(slot)?))
+    }
+
+    /// Something may have happened to a client before it was loaded.
+    pub(super) fn look_at(&mut self, token: Token) {
+        self.ready.push(token.slot);
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self::new(self.max);
     }
 
     pub(super) fn get_mut(&mut self, token: Token) -> Option<&mut Client> {

@@ -25,7 +25,7 @@ pub(super) struct Entry {
     /// What its client waits for, until the guest has accepted it.
     pub(super) waiting: Option<Waiting>,
     /// When it was requested.
-    since: Instant,
+    pub(super) since: Instant,
 }
 
 /// How many connections there may be.
@@ -231,6 +231,30 @@ impl Connections {
             self.deserted.give_back();
         }
         Some(entry)
+    }
+
+    /// Those that take a place.
+    pub(super) fn placed(&self) -> impl Iterator<Item = &Entry> {
+        let all = self.slots.iter();
+        all.filter_map(|(token, entry)| self.has_taken(token).then_some(entry))
+    }
+
+    /// Those whose client has left, oldest first.
+    pub(super) fn deserted(&self) -> impl Iterator<Item = &Entry> {
+        self.deserted.iter().filter_map(|slot| self.entry(slot))
+    }
+
+    /// Those that linger, oldest first.
+    pub(super) fn lingering(&self) -> impl Iterator<Item = &Entry> {
+        self.lingering.iter().filter_map(|slot| self.entry(slot))
+    }
+
+    fn entry(&self, slot: u32) -> Option<&Entry> {
+        self.slots.get(self.slots.token(slot)?)
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self::new(self.places);
     }
 
     /// Those that have their ports.

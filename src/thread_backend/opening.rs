@@ -223,18 +223,19 @@ impl VsockThreadBackend {
         self.add_to_clients(Client::waiting(socket, waiting, self.has_guest));
     }
 
-    /// Puts a client into the table, and its socket into the event loop.
-    fn add_to_clients(&mut self, client: Client) {
+    /// Puts a client into the table, and its socket into the event loop. None where that fails: the client is dropped.
+    pub(super) fn add_to_clients(&mut self, client: Client) -> Option<Token> {
         let registry = &self.registry;
         let side = client.side();
         let added = self.clients.try_insert(|token| {
             registry.register(client.socket.as_fd(), EventSource::Client(token))?;
             io::Result::Ok(client)
         });
-        if let Err(error) = added {
+        if let Err(error) = &added {
             let why = format!("can't watch the socket: {error}");
             self.drop_client(side, None, CallFailure::Other, &why);
         }
+        added.ok()
     }
 
     /// Counts a client that is closed before it has a connection, and tells it why if its socket is still there and it wants to

@@ -1,11 +1,17 @@
 //! RSTs that wait for a buffer of the guest's.
 
 use std::collections::VecDeque;
+use std::io;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::MAX_BATCH;
-use crate::host::socket::HostSocket;
-use crate::packet::header::VsockHeader;
+use crate::host::socket::{HostSocket, SocketState};
+use crate::packet::header::{Cid, Op, VsockHeader};
+use crate::saved::{LoadError, Loader, Saver};
+use crate::vsock_conn::ConnKey;
+use crate::vsock_conn::saved::{deadline, remaining};
 
 /// How many resets may wait until the guest's packets are left in the TX ring.
 pub(super) const MAX_RESETS: usize = 1024;
@@ -37,7 +43,71 @@ pub(super) struct Resets {
 #[derive(Debug)]
 pub(super) struct Dropped;
 
+/// The RSTs in a document.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct ResetsState {
+    waiting: Vec<ResetState>,
+    /// The remaining time, in milliseconds.
+    gives_up_at: Option<u64>,
+    gave_up: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct ResetState {
+    key: ConnKey,
+    #[serde(default)]
+    socket: Option<SocketState>,
+}
+
+/// The RST for a connection.
+pub(super) fn header(guest_cid: Cid, key: ConnKey) -> VsockHeader {
+    VsockHeader {
+        packet_type: key.packet_type,
+        ..VsockHeader::new(guest_cid, key.guest, key.peer, Op::Rst)
+    }
+}
+
 impl Resets {
+    /// Saves them. A socket that is relayed ends here.
+    pub(super) fn save<'fd>(&'fd self, saver: &mut Saver<'fd>, now: Instant) -> ResetsState {
+        let waiting = self.waiting.iter().map(|(header, socket)| ResetState {
+            key: ConnKey::of(header),
+            socket: socket
+                .as_ref()
+                .filter(|socket| !socket.is_relayed())
+                .map(|socket| socket.save(saver)),
+        });
+        ResetsState {
+            waiting: waiting.collect(),
+            gives_up_at: self.gives_up_at.map(|at| remaining(at, now)),
+            gave_up: self.gave_up,
+        }
+    }
+
+    /// Those that were saved, for the guest `guest_cid`.
+    pub(super) fn load(
+        state: ResetsState,
+        guest_cid: Cid,
+        loader: &mut Loader,
+        now: Instant,
+    ) -> Result<Self, LoadError> {
+        let mut waiting = VecDeque::new();
+        let reserved = waiting.try_reserve(state.waiting.len());
+        reserved.map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        for reset in state.waiting {
+            let socket = reset.socket.map(|socket| HostSocket::load(&socket, loader));
+            waiting.push_back((header(guest_cid, reset.key), socket.transpose()?));
+        }
+        let gives_up_at = state.gives_up_at.map(|left| deadline(left, now));
+        Ok(Self {
+            waiting,
+            sent: Vec::new(),
+            gives_up_at: gives_up_at.transpose()?,
+            gave_up: state.gave_up,
+        })
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }

@@ -49,12 +49,15 @@ impl DriverWatch {
         self.due
     }
 
-    /// Says once that the driver is missing, when it is time, and what to check.
-    pub(super) fn expire(&mut self, now: Instant, has_memory: bool) {
+    /// Says once that the driver is missing, when it is time, and what to check. A guest that was handed over has started it before.
+    pub(super) fn expire(&mut self, now: Instant, has_guest: bool, has_memory: bool) {
         if self.due.is_none_or(|due| due > now) {
             return;
         }
         self.due = None;
+        if has_guest {
+            return;
+        }
         let seconds = PATIENCE.as_secs();
         if self.has_accepted && !has_memory {
             warn!(
