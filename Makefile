@@ -11,6 +11,8 @@ PREFIX = /usr/local
 bindir = $(PREFIX)/bin
 datadir = $(PREFIX)/share
 unitdir = $(PREFIX)/lib/systemd/system
+userunitdir = $(PREFIX)/lib/systemd/user
+exampledir = $(datadir)/doc/$(name)/examples
 sysusersdir = $(PREFIX)/lib/sysusers.d
 zshdir = $(datadir)/zsh/site-functions
 
@@ -27,6 +29,11 @@ files = \
 	dist/systemd/$(name)-host@.socket:$(unitdir)/$(name)-host@.socket \
 	dist/systemd/$(name)-metrics.service:$(unitdir)/$(name)-metrics.service \
 	dist/systemd/$(name)-metrics.timer:$(unitdir)/$(name)-metrics.timer \
+	dist/systemd/user/$(name)@.service:$(userunitdir)/$(name)@.service \
+	dist/examples/alerts.yml:$(exampledir)/alerts.yml \
+	dist/examples/$(name)-part-of-vm.conf:$(exampledir)/$(name)-part-of-vm.conf \
+	dist/examples/libvirt-hook:$(exampledir)/libvirt-hook \
+	dist/examples/vm@.service:$(exampledir)/vm@.service \
 	dist/systemd/sysusers.conf:$(sysusersdir)/$(name).conf
 
 build:

@@ -224,11 +224,17 @@ pub fn one_line(error: &clap::Error) -> String {
         .take_while(|line| !line.starts_with("Usage:"))
         .collect();
     let about_help = "For more information, try '--help'.";
-    let message = lines
-        .into_iter()
-        .filter(|line| *line != about_help)
-        .collect::<Vec<_>>()
-        .join(" ");
+    let mut message = String::new();
+    for line in lines.into_iter().filter(|line| *line != about_help) {
+        let (separator, line) = match line.strip_prefix("tip: ") {
+            Some(tip) => ("; ", tip),
+            None => (" ", line),
+        };
+        if !message.is_empty() {
+            message += separator;
+        }
+        message += line;
+    }
     let hint = if error.kind() == ErrorKind::MissingRequiredArgument {
         " (try --help)"
     } else {

@@ -40,7 +40,7 @@
 //! metrics/                       counters, and the texts that show them
 //! packet (+ header, chain, iov)  packets in guest memory; iov is the only unsafe code
 //! memory                         how it goes back to the system
-//! log_limit                      how often a line is logged
+//! log_limit, log_vm              how often a line is logged, and which VM it is about
 //! syscalls                       how a file lists the system calls that it makes
 //! ```
 //!
@@ -75,6 +75,7 @@ macro_rules! internal {
 internal! {
     host
     log_limit
+    log_vm
     memory
     packet
     rxops

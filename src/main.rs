@@ -42,14 +42,16 @@ fn main() -> ExitCode {
         }
     };
     let done = match &args.command {
-        Some(Command::Connect(args)) => connect::run(args).map_err(|error| error.to_string()),
-        Some(Command::List(args)) => list::run(args).map_err(|error| error.to_string()),
-        Some(Command::Stats(args)) => stats::run(args).map_err(|error| error.to_string()),
+        Some(Command::Connect(args)) => {
+            connect::run(args).map_err(|error| (error.to_string(), error.exit_code()))
+        }
+        Some(Command::List(args)) => list::run(args).map_err(|error| (error.to_string(), 1)),
+        Some(Command::Stats(args)) => stats::run(args).map_err(|error| (error.to_string(), 1)),
         None => return serve(&args, &activation),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(message) => fail(io::stderr(), &message, 1),
+        Err((message, code)) => fail(io::stderr(), &message, code),
     }
 }
 

@@ -50,9 +50,12 @@ use resets::Held;
 use slot_list::SlotList;
 
 use crate::config::VmConfig;
+use crate::host::connect_line;
 use crate::host::routes::Routes;
 use crate::log_limit::LogLimit;
-use crate::metrics::counters::{CloseReason, Counters, VmSnapshot};
+use crate::metrics::counters::{
+    CallFailure, CloseReason, ConnectionStats, Counters, Side, VmSnapshot,
+};
 use crate::packet::header::{Cid, Op, PacketType, PeerAddr, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
@@ -103,6 +106,8 @@ pub struct VsockThreadBackend {
     clients: Clients,
     /// How long they wait for the guest.
     wait_for_guest: Duration,
+    /// A VMM is connected.
+    has_vmm: bool,
     /// The guest's driver has started the device.
     has_guest: bool,
     deadlines: Deadlines,
@@ -131,6 +136,7 @@ impl VsockThreadBackend {
             connections: Connections::new(Places::new(config.max_connections)),
             clients: Clients::new(config.max_clients),
             wait_for_guest: config.wait_for_guest,
+            has_vmm: false,
             has_guest: false,
             deadlines: Deadlines::default(),
             pending: Pending::default(),
@@ -181,6 +187,7 @@ impl VsockThreadBackend {
 
     /// The state at this moment.
     pub fn snapshot(&self, vmm_connected: bool) -> VmSnapshot {
+        let now = Instant::now();
         VmSnapshot {
             cid: self.guest_cid,
             vmm_connected,
@@ -191,7 +198,10 @@ impl VsockThreadBackend {
             connections: self
                 .connections
                 .iter()
-                .map(|(_, conn)| conn.stats())
+                .map(|(token, conn)| ConnectionStats {
+                    age: self.connections.age(token, now),
+                    ..conn.stats()
+                })
                 .collect(),
         }
     }
@@ -405,11 +415,20 @@ impl VsockThreadBackend {
         }
         while let Some(token) = self.clients.expired(now) {
             if !self.clients.retry(token, now) {
-                let what = match self.clients.remove(token) {
-                    Some(client) if client.has_line() => "the guest has not accepted it in time",
-                    _ => "no CONNECT line in time",
+                let Some(client) = self.clients.remove(token) else {
+                    continue;
                 };
-                self.drop_client(what);
+                if !client.has_line() {
+                    self.drop_without_line(&client, "no CONNECT line in time");
+                    continue;
+                }
+                // Where there is a guest, it has refused each of the REQUESTs.
+                let failure = match self.has_guest {
+                    true => CallFailure::NobodyListens,
+                    false => self.no_guest(),
+                };
+                let why = "the guest has not accepted it in time";
+                self.drop_client(client.side(), Some(&client.socket), failure, why);
             }
         }
         self.pending.resets.expire(now);
@@ -428,12 +447,15 @@ impl VsockThreadBackend {
 
     /// There is no guest any more: closes its connections, and the clients that do not wait for the next one.
     pub fn disconnect(&mut self) {
+        self.has_vmm = false;
         while let Some(token) = self
             .clients
             .oldest_that_leaves(!self.wait_for_guest.is_zero())
         {
-            self.clients.remove(token);
-            self.drop_client("the VMM is gone");
+            if let Some(client) = self.clients.remove(token) {
+                let (side, socket) = (client.side(), Some(&client.socket));
+                self.drop_client(side, socket, CallFailure::NoVmm, "the VMM is gone");
+            }
         }
         self.reset();
     }
@@ -537,10 +559,15 @@ impl VsockThreadBackend {
             self.pending.give_back();
             self.flushable.give_back();
         }
-        Held {
-            socket: entry.map(|entry| entry.conn.into_socket()),
-            listed,
-        }
+        let socket = entry.map(|entry| {
+            let is_refused = entry.conn.is_requested();
+            let socket = entry.conn.into_socket();
+            if is_refused {
+                connect_line::refuse(&socket, self.failure_of(reason));
+            }
+            socket
+        });
+        Held { socket, listed }
     }
 
     /// Counts the end of a connection. A guest's REQUEST that nobody has accepted was refused, and was none.
@@ -551,7 +578,13 @@ impl VsockThreadBackend {
         if entry.conn.is_dialing() && matches!(reason, CloseReason::Refused | CloseReason::Timeout)
         {
             self.counters.refused += 1;
+            let failure = self.failure_of(reason);
+            self.counters.failed[Side::Guest as usize][failure as usize] += 1;
             return;
+        }
+        if entry.conn.is_requested() {
+            let failure = self.failure_of(reason);
+            self.counters.failed[entry.opened_by as usize][failure as usize] += 1;
         }
         if !entry.is_counted {
             self.counters.opened[entry.opened_by as usize] += 1;

@@ -287,6 +287,7 @@ impl VsockConnection {
             } else {
                 None
             },
+            age: None,
         }
     }
 

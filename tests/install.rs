@@ -21,14 +21,19 @@ use tempfile::TempDir;
 const NAME: &str = "vhost-user-vsock";
 
 /// What is installed, below the prefix, but for the programs. README and manual name these places.
-const FILES: [&str; 11] = [
+const FILES: [&str; 16] = [
     "lib/systemd/system/vhost-user-vsock-host@.socket",
     "lib/systemd/system/vhost-user-vsock-metrics.service",
     "lib/systemd/system/vhost-user-vsock-metrics.timer",
     "lib/systemd/system/vhost-user-vsock-vmm@.socket",
     "lib/systemd/system/vhost-user-vsock@.service",
+    "lib/systemd/user/vhost-user-vsock@.service",
     "lib/sysusers.d/vhost-user-vsock.conf",
     "share/bash-completion/completions/vhost-user-vsock",
+    "share/doc/vhost-user-vsock/examples/alerts.yml",
+    "share/doc/vhost-user-vsock/examples/libvirt-hook",
+    "share/doc/vhost-user-vsock/examples/vhost-user-vsock-part-of-vm.conf",
+    "share/doc/vhost-user-vsock/examples/vm@.service",
     "share/fish/vendor_completions.d/vhost-user-vsock.fish",
     "share/man/man1/vhost-user-vsock.1",
     "share/qemu/vhost-user/50-vhost-user-vsock.json",
@@ -217,24 +222,45 @@ fn shells_complete_what_is_typed() {
     package();
     let directory = target("manual");
     let file = |name: &str| directory.join(name).to_str().unwrap().to_owned();
-    let bash = r#". "$1"; COMP_WORDS=(vhost-user-vsock --so) COMP_CWORD=1
+    // The arguments are the words of the line. There is no line to change, which compopt complains of.
+    let bash = r#". "$1"; shift; COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
         [[ $(complete -p vhost-user-vsock) =~ -F\ ([^ ]+) ]]
-        ${BASH_REMATCH[1]} vhost-user-vsock --so vhost-user-vsock; echo "${COMPREPLY[@]}""#;
-    let bash = output(
-        Command::new("bash")
-            .args(["-c", bash, "bash"])
-            .arg(file("vhost-user-vsock.bash")),
-    );
-    let fish = "source $argv[1]; complete --do-complete 'vhost-user-vsock --so'";
-    let fish = output(
-        Command::new(installed("fish"))
-            .args(["--no-config", "-c", fish])
-            .arg(file("vhost-user-vsock.fish")),
-    );
-    for completed in [bash, fish] {
+        ${BASH_REMATCH[1]} vhost-user-vsock "${@: -1}" "${@: -2:1}" 2>/dev/null
+        echo "${COMPREPLY[@]}""#;
+    let bash = |words: &[&str]| {
+        output(
+            Command::new("bash")
+                .args(["-c", bash, "bash"])
+                .arg(file("vhost-user-vsock.bash"))
+                .args(words)
+                .current_dir("/"),
+        )
+    };
+    let fish = "source $argv[1]; complete --do-complete $argv[2]";
+    let fish = |words: &[&str]| {
+        output(
+            Command::new(installed("fish"))
+                .args(["--no-config", "-c", fish])
+                .arg(file("vhost-user-vsock.fish"))
+                .arg(words.join(" "))
+                .current_dir("/"),
+        )
+    };
+    type Complete<'c> = &'c dyn Fn(&[&str]) -> String;
+    for complete in [&bash as Complete<'_>, &fish] {
+        let completed = complete(&["vhost-user-vsock", "--so"]);
         for option in ["--socket", "--socket-mode", "--socket-group"] {
             assert!(completed.contains(option), "{completed}");
         }
+        let completed = complete(&["vhost-user-vsock", "stats", "--"]);
+        for option in ["--all", "--format", "--watch"] {
+            assert!(completed.contains(option), "{completed}");
+        }
+        let completed = complete(&["vhost-user-vsock", "--socket", "/et"]);
+        assert!(completed.contains("/etc"), "{completed}");
+        // A number is no file.
+        let completed = complete(&["vhost-user-vsock", "--guest-cid", ""]);
+        assert_eq!(completed.trim(), "");
     }
     // Its completions take a terminal. Here it only reads them.
     let zsh = "autoload -Uz compinit && compinit -D -u && . \"$1\" && whence -w _vhost-user-vsock";

@@ -130,7 +130,7 @@ impl VmConfig {
             return Err(("tx-buffer-size", error));
         }
         if !(2..=MAX_QUEUE_SIZE).contains(&self.queue_size) || !self.queue_size.is_power_of_two() {
-            return Err(("queue-size", ConfigError::QueueSize(self.queue_size)));
+            return Err(("queue-size", ConfigError::QueueSize(self.queue_size.into())));
         }
         if self.max_connections == 0 {
             return Err(("max-connections", ConfigError::MaxConnections));

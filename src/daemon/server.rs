@@ -235,9 +235,8 @@ impl Server {
         }
         if let Some(stats) = &bound.stats {
             let devices: Vec<_> = vms.iter().map(Vm::device).collect();
-            let snapshot = move || Snapshot {
-                vms: devices.iter().map(|device| device.snapshot()).collect(),
-            };
+            let snapshot =
+                move || Snapshot::new(devices.iter().map(|device| device.snapshot()).collect());
             metrics::socket::serve(stats.listener()?, snapshot)?;
         }
         // There is one service manager.

@@ -12,7 +12,7 @@ use log::error;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::log_writer;
+use crate::log_vm;
 use crate::packet::header::Cid;
 
 /// Whether the log names the VM that a thread works for.
@@ -138,7 +138,7 @@ impl VmThreads {
         thread::Builder::new().name(name).spawn(move || {
             let vm = &running.0;
             if vm.all.naming == Naming::On {
-                log_writer::name_vm(vm.cid);
+                log_vm::set(vm.cid);
             }
             // What the thread has worked on is not used again: the VM is given up.
             if catch_unwind(AssertUnwindSafe(work)).is_err() {

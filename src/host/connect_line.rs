@@ -10,16 +10,21 @@
 //! A client that asks for another guest adds its guest's address: `CONNECT 1234 5:50000\n` is the guest with CID 5 that
 //! calls from its port 50000. Servers that don't know this ignore what follows the port, as far as they read a line.
 //!
-//! A server that refuses closes instead. Firecracker has introduced this protocol. Its other implementations accept
+//! A server that refuses closes instead. To a client whose socket is bound to an abstract name that begins with
+//! `vhost-user-vsock/connect/`, as that of the command `connect` is, this one first says why: `ERR no_driver\n`, with the name of a
+//! [`CallFailure`]. Other clients know of no such line. Firecracker has introduced this protocol. Its other implementations accept
 //! more than this one writes, and so does this one: the keyword in any case, several blanks, and a blank or a carriage
 //! return before the newline.
 //!
 //! Both roles are here. The daemon is the server towards host programs, and the client where a connection leads to another
 //! daemon's guest; so is the command `connect`.
 
+use std::io::IoSlice;
+
 use serde::{Deserialize, Serialize};
 
 use super::socket::{HostSocket, ReceiveError};
+use crate::metrics::counters::CallFailure;
 use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort};
 use crate::saved::LoadError;
 
@@ -29,6 +34,11 @@ pub const MAX_REQUEST: usize = 32;
 pub const MAX_SIBLING_REQUEST: usize = 64;
 /// The most bytes that an answer may have, its newline included: a port has at most ten digits.
 pub const MAX_ANSWER: usize = "OK 4294967295\n".len();
+
+/// What the abstract name of a client begins with that wants to be told why it is refused.
+pub const ASKS_WHY: &str = "vhost-user-vsock/connect/";
+/// What such an answer begins with.
+const REFUSAL: &str = "ERR ";
 
 /// What is known of a line after some of its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +111,24 @@ pub fn sibling_request(port: PeerPort, caller: PeerAddr) -> String {
 /// The answer that a request was accepted: the client is connected from `port`.
 pub fn answer(port: u32) -> String {
     format!("OK {port}\n")
+}
+
+/// Says why a client is refused, if it wants to be told. To be closed then.
+pub fn refuse(socket: &HostSocket, why: CallFailure) {
+    if socket.is_peer_named(ASKS_WHY.as_bytes()) {
+        let line = format!("{REFUSAL}{}\n", why.name());
+        // Nothing was sent before, so there is room. A client that has left need not know.
+        let _ = socket.send_bytes(&[IoSlice::new(line.as_bytes())]);
+    }
+}
+
+/// Why the server has refused, if that is what this answer says.
+pub fn refusal(answer: &[u8]) -> Option<CallFailure> {
+    let why = answer.strip_prefix(REFUSAL.as_bytes())?;
+    let why = why.strip_suffix(b"\n")?;
+    CallFailure::ALL
+        .into_iter()
+        .find(|failure| failure.name().as_bytes() == why)
 }
 
 /// Whose line it is.
@@ -283,6 +311,19 @@ mod tests {
 
     fn complete(port: u32, consumed: usize) -> Progress {
         Progress::Complete { port, consumed }
+    }
+
+    #[test]
+    fn a_refusal_has_a_known_reason() {
+        for failure in CallFailure::ALL {
+            let line = format!("ERR {}\n", failure.name());
+            assert_eq!(refusal(line.as_bytes()), Some(failure));
+            assert_eq!(refusal(line.trim_end().as_bytes()), None);
+            assert_eq!(Line::answer().feed(line.as_bytes()), Progress::Invalid);
+        }
+        for line in ["", "ERR \n", "ERR new\n", "err limit\n", "OK 1\n"] {
+            assert_eq!(refusal(line.as_bytes()), None, "{line:?}");
+        }
     }
 
     #[test]

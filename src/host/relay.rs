@@ -34,6 +34,7 @@ use thiserror::Error;
 use super::connect_line;
 use super::socket::{HostSocket, socket_type};
 use super::vsock;
+use crate::log_vm;
 use crate::packet::header::{PacketType, PeerPort};
 use crate::syscalls::{Argument, Syscall};
 
@@ -130,7 +131,7 @@ fn start(run: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let thread = thread::Builder::new()
         .name("relay".into())
         .stack_size(STACK_SIZE);
-    thread.spawn(run).map(drop)
+    thread.spawn(log_vm::inherit(run)).map(drop)
 }
 
 /// The two sockets of a connection.

@@ -68,6 +68,14 @@ impl DialError {
             Self::Call(_) | Self::Vsock { .. } | Self::Relay(_) => false,
         }
     }
+
+    /// A limit of the daemon's is reached.
+    pub fn is_limit(&self) -> bool {
+        matches!(
+            self,
+            Self::Call(CallError::TooMany) | Self::Relay(RelayError::TooMany)
+        )
+    }
 }
 
 /// A connection that was begun.

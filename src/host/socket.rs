@@ -32,7 +32,7 @@ use std::os::unix::net::UnixStream;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    MsgFlags, SockType, SockaddrStorage, getpeername, getsockopt, recv, recvmsg, send, sendmsg,
+    MsgFlags, SockType, SockaddrStorage, UnixAddr, getpeername, getsockopt, recv, recvmsg, send, sendmsg,
     setsockopt, shutdown, sockopt,
 };
 
@@ -257,6 +257,15 @@ impl HostSocket {
     /// The user who has made the other end. It is the caller of connect(2) at a socket that was accepted.
     pub fn peer_uid(&self) -> io::Result<u32> {
         Ok(getsockopt(self, sockopt::PeerCredentials)?.uid())
+    }
+
+    /// Whether the other end is bound to an abstract name that begins so.
+    pub fn is_peer_named(&self, beginning: &[u8]) -> bool {
+        self.family == Family::Unix
+            && getpeername::<UnixAddr>(self.fd.as_raw_fd()).is_ok_and(|name| {
+                name.as_abstract()
+                    .is_some_and(|name| name.starts_with(beginning))
+            })
     }
 
     /// Sends payload from guest memory, and returns how much of it the socket took.

@@ -19,6 +19,7 @@ use super::slot_list::SlotList;
 use super::slots::Slots;
 use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
+use crate::metrics::counters::Side;
 use crate::packet::header::{GuestPort, PeerAddr};
 use crate::vsock_conn::{ANSWER_TIMEOUT, Greeting};
 
@@ -125,6 +126,14 @@ impl Client {
         match &self.stage {
             Stage::Line(line) => Some(line.caller()),
             Stage::Guest { .. } => None,
+        }
+    }
+
+    /// Who it is.
+    pub(super) fn side(&self) -> Side {
+        match self.sibling_dir {
+            None => Side::Host,
+            Some(_) => Side::Sibling,
         }
     }
 

@@ -27,6 +27,8 @@ pub(super) struct Entry {
     pub(super) waiting: Option<Waiting>,
     /// Its ports in the journal. Where an RST ends it, they stay there until the guest has that.
     pub(super) listed: Listed,
+    /// When it was requested.
+    pub(super) since: Instant,
 }
 
 /// How many connections there may be.
@@ -159,6 +161,7 @@ impl Connections {
                 is_counted: false,
                 deadline: None,
                 waiting: None,
+                since: Instant::now(),
             })
         })?;
         self.by_key.extend(key.map(|key| (key, token)));
@@ -184,6 +187,12 @@ impl Connections {
 
     pub(super) fn get_mut(&mut self, token: Token) -> Option<&mut Entry> {
         self.slots.get_mut(token)
+    }
+
+    /// How long ago a connection was requested, in seconds.
+    pub(super) fn age(&self, token: Token, now: Instant) -> Option<u64> {
+        let entry = self.get(token)?;
+        Some(now.saturating_duration_since(entry.since).as_secs())
     }
 
     pub(super) fn is_lingering(&self, token: Token) -> bool {

@@ -1,7 +1,7 @@
 //! The table of connections in a document (see [`crate::saved`]), and what becomes of connections that are in none.
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::warn;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use super::resets::{self, Held, Resets, ResetsState};
 use super::{VsockThreadBackend, pending::Pending, slot_list::SlotList};
 use crate::host::connect_line::{Line, Role};
 use crate::host::socket::{HostSocket, SocketState};
-use crate::metrics::counters::{CloseReason, Counters, Side};
+use crate::metrics::counters::{CallFailure, CloseReason, Counters, Side};
 use crate::saved::{LoadError, Loader, Saver};
 use crate::vsock_conn::saved::{ConnectionState, deadline, remaining};
 use crate::vsock_conn::{ConnKey, Verdict, VsockConnection};
@@ -52,6 +52,9 @@ struct EntryState {
     is_counted: bool,
     #[serde(default)]
     waiting: Option<WaitingState>,
+    /// How long ago it was requested, in milliseconds.
+    #[serde(default)]
+    age: u64,
     connection: ConnectionState,
 }
 
@@ -169,6 +172,7 @@ impl EntryState {
             opened_by: entry.opened_by,
             is_counted: entry.is_counted,
             waiting: waiting.map(|waiting| WaitingState::save(waiting, now)),
+            age: remaining(now, entry.since),
             connection: entry.conn.save(saver, now)?,
         })
     }
@@ -340,6 +344,9 @@ impl VsockThreadBackend {
         let token = self.insert(state.opened_by, conn)?;
         if let Some(entry) = self.connections.get_mut(token) {
             entry.is_counted = state.is_counted;
+            // Nothing is older than the clock.
+            let since = now.checked_sub(Duration::from_millis(state.age));
+            entry.since = since.unwrap_or(now);
             entry.waiting = waiting;
             if waiting.is_some() {
                 self.clients.begin_request();
@@ -354,16 +361,22 @@ impl VsockThreadBackend {
         loader: &mut Loader,
         now: Instant,
     ) -> Result<(), LoadError> {
+        let side = match state.sibling_dir {
+            Some(_) => Side::Sibling,
+            None => Side::Host,
+        };
         let client = match state.load(loader, now) {
             Err(LoadError::Lost) => {
-                self.drop_client("its socket got lost at a hand-over");
+                let why = "its socket got lost at a hand-over";
+                self.drop_client(side, None, CallFailure::Other, why);
                 return Ok(());
             }
             client => client?,
         };
         let directory = client.sibling_dir;
         if directory.is_some_and(|directory| !self.routes.has_sibling_dir(directory)) {
-            self.drop_client("its directory of siblings is there no more");
+            let why = "its directory of siblings is there no more";
+            self.drop_client(Side::Sibling, None, CallFailure::Other, why);
             return Ok(());
         }
         if let Some(token) = self.add_to_clients(client) {
@@ -376,6 +389,8 @@ impl VsockThreadBackend {
         for state in relayed.iter().filter(|state| !state.is_lingering) {
             if state.is_dialing {
                 self.counters.refused += 1;
+                let failed = &mut self.counters.failed[Side::Guest as usize];
+                failed[CallFailure::Other as usize] += 1;
             } else {
                 let opened = &mut self.counters.opened[state.opened_by as usize];
                 *opened += u64::from(!state.is_counted);
