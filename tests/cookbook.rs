@@ -25,13 +25,14 @@ use tempfile::TempDir;
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
 /// The TCP ports of the page that are the host's. A test takes free ones: others may run at the same time.
-const HOST_TCP_PORTS: [&str; 2] = ["15201", "18080"];
+const HOST_TCP_PORTS: [&str; 3] = ["15201", "15280", "18080"];
 
 /// The sockets of single ports that the page has, and the options for them.
-const PLAIN_SOCKETS: [(&str, &str); 4] = [
+const PLAIN_SOCKETS: [(&str, &str); 5] = [
     ("--guest-port=22", "vm4-ssh.sock"),
     ("--guest-port=80", "vm4-web.sock"),
-    ("--guest-port=1001", "vm4-system-bus.sock"),
+    ("--guest-port=1000", "vm4-bus.sock"),
+    ("--guest-port=5201", "vm4-iperf.sock"),
     ("--host-port=7001", "who.sock"),
 ];
 
