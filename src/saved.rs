@@ -75,7 +75,7 @@ pub struct SavedBytes {
 
 impl SavedBytes {
     /// How many bytes there are.
-    pub fn len(self) -> u64 {
+    pub fn len(&self) -> u64 {
         self.len
     }
 
