@@ -80,7 +80,7 @@ impl SavedBytes {
     }
 
     /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
+    pub fn is_empty(self) -> bool {
         self.len == 0
     }
 }
@@ -208,6 +208,15 @@ impl Loader {
             Some(SentFd::Lost) => Err(LoadError::Lost),
             Some(SentFd::Taken) | None => Err(LoadError::Missing),
         }
+    }
+
+    /// The descriptors that nobody has taken.
+    pub fn into_fds(self) -> Vec<OwnedFd> {
+        let here = |fd| match fd {
+            SentFd::Here(fd) => Some(fd),
+            SentFd::Lost | SentFd::Taken => None,
+        };
+        self.fds.into_iter().filter_map(here).collect()
     }
 
     /// Copies bytes to `place`, which has their length.

@@ -4,13 +4,13 @@
 //! so the successor removes no file before [`LoadedListeners::own`].
 
 use std::ffi::OsString;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use super::{Directory, ListenerError, OwnFile, SocketFile, give_access, open};
@@ -81,9 +81,28 @@ impl LoadedListeners {
     /// Its descriptor is not there.
     pub fn load(&mut self, state: ListenerState, loader: &mut Loader) -> Result<(), LoadError> {
         let listener = loader.take_fd(state.fd)?;
-        let path = PathBuf::from(state.path);
+        let identity = (state.device, state.inode);
+        self.push(listener, state.path.into(), identity);
+        Ok(())
+    }
+
+    /// Adds a socket of which nothing else is known, if it listens and the file of its name is there.
+    pub fn find(&mut self, socket: OwnedFd) {
+        let Ok(true) = getsockopt(&socket, sockopt::AcceptConn) else {
+            return;
+        };
+        let name = getsockname::<UnixAddr>(socket.as_raw_fd());
+        let path = name.ok().and_then(|name| Some(name.path()?.to_owned()));
+        if let Some(path) = path
+            && let Ok((_, identity)) = open(&path)
+        {
+            self.push(socket, path, identity);
+        }
+    }
+
+    fn push(&mut self, listener: OwnedFd, path: PathBuf, identity: (u64, u64)) {
         let file = OwnFile {
-            identity: (state.device, state.inode),
+            identity,
             directory: Directory::containing(&path),
             path,
             is_owned: self.is_owned.clone(),
@@ -93,7 +112,6 @@ impl LoadedListeners {
             file: Some(file),
             listener: listener.into(),
         });
-        Ok(())
     }
 
     /// The directories of their files.

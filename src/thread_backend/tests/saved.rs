@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::host::socket::HostSocket;
 use crate::metrics::counters::CloseReason;
 use crate::packet::header::ShutdownFlags;
 use crate::saved::{LoadError, Loader, Saver};
