@@ -212,11 +212,12 @@ impl Loader {
 
     /// The descriptors that nobody has taken.
     pub fn into_fds(self) -> Vec<OwnedFd> {
-        let here = |fd| match fd {
+        let fds = self.fds.into_iter();
+        fds.filter_map(|fd| match fd {
             SentFd::Here(fd) => Some(fd),
             SentFd::Lost | SentFd::Taken => None,
-        };
-        self.fds.into_iter().filter_map(here).collect()
+        })
+        .collect()
     }
 
     /// Copies bytes to `place`, which has their length.

@@ -273,3 +273,55 @@ fn a_vm_that_is_no_longer_configured_is_given_up_and_the_others_go_on() {
     assert_moves_bytes(&mut four, &program, &FLOW);
     assert_serves(&service, &mut four);
 }
+
+// --- The same after a crash.
+
+/// Replaces what is stored under `name` by a file with this content, and expects a daemon that starts afresh.
+#[track_caller]
+fn assert_starts_afresh_with(name: &str, content: &[u8]) {
+    let mut service = Service::start(Way::Manager, &[]);
+    let nothing = service.manager().stored();
+    let guest = SimGuest::start(&service, Setup::default());
+    service.kill();
+    assert!(!service.manager().take(name).is_empty(), "no {name}");
+    let mut file: fs::File = tempfile::tempfile().unwrap();
+    file.write_all(content).unwrap();
+    service.manager().put(name, file);
+    service.start_again();
+    eventually("a warning", || service.log().contains("WARN"));
+    // The VMM learns of it.
+    assert_closed(guest.frontend.stream());
+    drop(guest);
+    assert_serves(&service, &mut SimGuest::start(&service, Setup::default()));
+    eventually("an empty store", || service.manager().stored() == nothing);
+}
+
+#[test]
+fn a_daemon_starts_afresh_where_the_state_is_garbage() {
+    for content in [&b""[..], b"garbage", &[0; 4096], &[0xff; 4096]] {
+        assert_starts_afresh_with("handover-4-state", content);
+    }
+}
+
+#[test]
+fn a_list_of_connections_that_is_garbage_keeps_no_vm_from_its_device() {
+    for content in [&b""[..], &[0xff; 4096]] {
+        let (mut service, mut guest, program) = device();
+        service.kill();
+        assert_closed(&program);
+        let name = "handover-4-connections";
+        assert!(!service.manager().take(name).is_empty());
+        let mut file: fs::File = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        service.manager().put(name, file);
+        service.start_again();
+        service.daemon().assert_alive();
+        // Whether the session goes on or not, the VM is served.
+        if service.number("vmm_connected", "") == 0 {
+            guest.reconnect(&service);
+            guest.start_rings();
+        }
+        guest.settle();
+        assert_serves(&service, &mut guest);
+    }
+}

@@ -450,7 +450,8 @@ fn a_successor_has_no_more_than_a_fresh_daemon(way: Way) {
     });
     assert_eq!(loads(&service), loads(&fresh));
     if way == Way::Manager {
-        let stored = [&service, &fresh].map(|service| service.manager().stored());
+        // Their numbers may differ.
+        let stored = [&service, &fresh].map(|service| service.manager().stored().len());
         assert_eq!(stored[0], stored[1], "what the service manager keeps");
     }
     Daemon::assert_all_idle(&[&service, &fresh]);
