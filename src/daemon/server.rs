@@ -432,7 +432,10 @@ mod tests {
         };
         let added: Vec<_> = numbers(true).difference(&numbers(false)).copied().collect();
         let mut expected = [
+            libc::SYS_fallocate,
+            libc::SYS_fstat,
             libc::SYS_ftruncate,
+            libc::SYS_newfstatat,
             libc::SYS_pread64,
             libc::SYS_pwrite64,
             libc::SYS_socketpair,
