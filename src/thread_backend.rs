@@ -25,8 +25,6 @@ mod opening;
 mod pending;
 mod resets;
 pub mod saved;
-#[cfg(test)]
-mod saved_tests;
 mod siblings;
 mod slot_list;
 mod slots;

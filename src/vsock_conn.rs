@@ -40,8 +40,6 @@ mod readiness;
 pub mod saved;
 mod seqpacket_mover;
 #[cfg(test)]
-mod saved_tests;
-#[cfg(test)]
 mod seqpacket_tests;
 mod shutdown;
 mod socket_events;

@@ -404,6 +404,7 @@ mod tests {
     use super::*;
     use crate::packet::header::Cid;
     use crate::syscalls::Argument;
+    use std::collections::BTreeSet;
 
     #[test]
     fn sockets_of_af_vsock_are_made_only_to_forward() {
@@ -420,6 +421,25 @@ mod tests {
         let cid = Cid::try_from(3u32).unwrap();
         let listen = Vec::new();
         assert!(has_vsock(HostSide::Vsock { cid, listen }));
+    }
+
+    #[test]
+    fn what_hand_over_takes_is_allowed_only_where_it_is_on() {
+        let vm = VmConfig::new(Cid::try_from(4u32).unwrap(), "/vhost", "/uds");
+        let config = ProcessConfig::new(vec![vm]);
+        let numbers = |has_hand_over| -> BTreeSet<_> {
+            let calls = syscalls(&config, has_hand_over);
+            calls.into_iter().map(|call| call.number).collect()
+        };
+        let added: Vec<_> = numbers(true).difference(&numbers(false)).copied().collect();
+        let mut expected = [
+            libc::SYS_ftruncate,
+            libc::SYS_pread64,
+            libc::SYS_pwrite64,
+            libc::SYS_socketpair,
+        ];
+        expected.sort_unstable();
+        assert_eq!(added, expected);
     }
 
     #[test]

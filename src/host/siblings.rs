@@ -218,7 +218,11 @@ impl Siblings {
     /// A socket is not there.
     pub fn load_calls(&self, calls: Vec<CallState>, loader: &mut Loader) -> Result<(), LoadError> {
         for call in calls {
-            let socket = HostSocket::load(&call.socket, loader)?;
+            let socket = match HostSocket::load(&call.socket, loader) {
+                // The caller finds that it is refused.
+                Err(LoadError::Lost) => continue,
+                socket => socket?,
+            };
             let mut members = self.0.lock();
             let Some(caller) = members.get(&call.caller.cid) else {
                 continue;
@@ -337,6 +341,7 @@ impl Drop for Membership {
 mod tests {
     use super::*;
     use crate::packet::header::Op;
+    use crate::testing::loader;
 
     fn config(cid: u32, groups: &[&str]) -> VmConfig {
         let mut config = VmConfig::new(Cid::try_from(cid).unwrap(), "", "");
@@ -433,6 +438,41 @@ mod tests {
             MAX_CALLS - 2
         );
         assert!(!six.has_calls());
+    }
+
+    #[test]
+    fn calls_that_wait_go_to_the_next_process() {
+        let siblings: Arc<Siblings> = Arc::default();
+        let ((four, _), (five, _)) = (join(&siblings, 4, &["a"]), join(&siblings, 5, &["a"]));
+        let (six, _) = join(&siblings, 6, &["a"]);
+        let calls = [(&four, 80), (&four, 81), (&five, 82), (&four, 83)];
+        let mut ends: Vec<_> = calls
+            .iter()
+            .map(|(from, port)| from.call(&request(from, addr(6, *port))).unwrap().unwrap())
+            .collect();
+        ends.push(six.call(&request(&six, addr(5, 84))).unwrap().unwrap());
+        let file = tempfile::tempfile().unwrap();
+        let parked = siblings.park_calls();
+        let mut loader = loader(&file, |saver| parked.save_calls(saver));
+        drop(parked);
+        assert!(six.has_calls(), "they are still here");
+
+        let next: Arc<Siblings> = Arc::default();
+        let ((new_four, _), (new_six, wake)) = (join(&next, 4, &["a"]), join(&next, 6, &["a"]));
+        let (new_five, _) = join(&next, 5, &["b"]);
+        let calls = loader.document().unwrap();
+        next.load_calls(calls, &mut loader).unwrap();
+        drop((four, five, six, siblings));
+        assert_eq!(wake.read().unwrap(), 3);
+        assert_eq!(new_four.calls.load(Ordering::Relaxed), 3);
+        let taken = [(); 3].map(|()| new_six.next_call().unwrap());
+        assert_eq!(taken.each_ref().map(|call| call.port.0), [80, 81, 83]);
+        assert!(taken.iter().all(|call| call.caller == addr(4, 7)));
+        assert!(!new_six.has_calls() && !new_five.has_calls());
+        let refused: Vec<_> = ends.iter().map(HostSocket::peer_closed).collect();
+        assert_eq!(refused, [false, false, true, false, true], "siblings no more");
+        drop(taken);
+        assert_eq!(new_four.calls.load(Ordering::Relaxed), 0);
     }
 
     #[test]

@@ -140,50 +140,6 @@ pub struct Counters {
     pub shortages: u64,
 }
 
-impl Counters {
-    /// Whether a daemon can have counted so far, and can go on.
-    pub(crate) fn are_possible(&self) -> bool {
-        // All of them, so that none is forgotten.
-        let Self {
-            sessions,
-            kicks,
-            interrupts,
-            from_guest,
-            to_guest,
-            opened,
-            ended,
-            refused,
-            clients,
-            clients_dropped,
-            resets,
-            resets_lost,
-            credit_stalls,
-            malformed,
-            foreign,
-            shortages,
-        } = self;
-        let of = |traffic: &Traffic| [traffic.packets, traffic.bytes];
-        let single = [
-            sessions,
-            kicks,
-            interrupts,
-            refused,
-            clients,
-            clients_dropped,
-            resets,
-            resets_lost,
-            credit_stalls,
-            malformed,
-            foreign,
-            shortages,
-        ];
-        let traffic = [of(from_guest), of(to_guest)];
-        let lists = [&opened[..], ended, traffic.as_flattened()];
-        let mut all = single.into_iter().chain(lists.into_iter().flatten());
-        all.all(|count| *count <= u64::MAX / 2)
-    }
-}
-
 /// The state of one connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionStats {

@@ -43,10 +43,10 @@ pub(super) struct Resets {
 /// What is given up when the guest has got a reset, or never will.
 #[derive(Debug, Default)]
 pub(super) struct Held {
+    /// The ports in the journal. They go first: once the socket is closed, anybody may know that the connection has ended.
+    pub(super) listed: Listed,
     /// The host socket of the connection that it ends.
     pub(super) socket: Option<HostSocket>,
-    /// The ports in the journal.
-    pub(super) listed: Listed,
 }
 
 impl From<Listed> for Held {
@@ -116,9 +116,12 @@ impl Resets {
         let reserved = waiting.try_reserve(state.waiting.len());
         reserved.map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         for reset in state.waiting {
-            let socket = reset.socket.map(|socket| HostSocket::load(&socket, loader));
+            let socket = match reset.socket.map(|socket| HostSocket::load(&socket, loader)) {
+                None | Some(Err(LoadError::Lost)) => None,
+                Some(socket) => Some(socket?),
+            };
             let held = Held {
-                socket: socket.transpose()?,
+                socket,
                 listed: Listed::default(),
             };
             waiting.push_back((header(guest_cid, reset.key), held));

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use log::warn;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::clients::{Client, Stage, Waiting, Wanted};
 use super::connections::Entry;
@@ -198,6 +199,22 @@ impl RelayedState {
     }
 }
 
+/// Checks that counters can go on counting.
+fn check(counters: &Counters) -> Result<(), LoadError> {
+    fn can_go_on(counters: &Value) -> bool {
+        match counters {
+            Value::Object(members) => members.values().all(can_go_on),
+            Value::Number(count) => count.as_u64().is_some_and(|count| count <= u64::MAX / 2),
+            _ => false,
+        }
+    }
+    if can_go_on(&serde_json::to_value(counters)?) {
+        Ok(())
+    } else {
+        Err(LoadError::Invalid("a counter that can't be"))
+    }
+}
+
 impl VsockThreadBackend {
     /// Saves everything, and changes nothing: the table may go on as if it had not been saved.
     ///
@@ -258,9 +275,7 @@ impl VsockThreadBackend {
         loader: &mut Loader,
         now: Instant,
     ) -> Result<(), LoadError> {
-        if !state.counters.are_possible() {
-            return Err(LoadError::Invalid("counters that nobody has counted"));
-        }
+        check(&state.counters)?;
         self.counters = state.counters;
         self.next_host_port = state.next_host_port;
         self.has_guest = state.has_guest;
@@ -269,7 +284,9 @@ impl VsockThreadBackend {
         let mut loaded = Vec::new();
         // First, while no other has their ports.
         for entry in state.lingering {
-            let token = self.load_entry(entry, loader, now)?;
+            let Some(token) = self.load_entry(entry, loader, now)? else {
+                continue;
+            };
             if !(self.connections.get(token)).is_some_and(|entry| entry.conn.is_flushing()) {
                 return Err(LoadError::Invalid("a connection that lingers for nothing"));
             }
@@ -277,12 +294,13 @@ impl VsockThreadBackend {
             loaded.push(token);
         }
         for entry in state.connections {
-            loaded.push(self.load_entry(entry, loader, now)?);
+            loaded.extend(self.load_entry(entry, loader, now)?);
         }
         for entry in state.deserted {
-            let token = self.load_entry(entry, loader, now)?;
-            self.connections.desert(token);
-            loaded.push(token);
+            if let Some(token) = self.load_entry(entry, loader, now)? {
+                self.connections.desert(token);
+                loaded.push(token);
+            }
         }
         for client in state.clients {
             self.load_client(client, loader, now)?;
@@ -297,13 +315,24 @@ impl VsockThreadBackend {
         Ok(())
     }
 
+    /// Loads a connection. One whose socket got lost is reset.
     fn load_entry(
         &mut self,
         state: EntryState,
         loader: &mut Loader,
         now: Instant,
-    ) -> Result<Token, LoadError> {
-        let conn = VsockConnection::load(state.connection, self.guest_cid, loader, now)?;
+    ) -> Result<Option<Token>, LoadError> {
+        let key = state.connection.key();
+        let conn = match VsockConnection::load(state.connection, self.guest_cid, loader, now) {
+            Err(LoadError::Lost) => {
+                let opened = &mut self.counters.opened[state.opened_by as usize];
+                *opened += u64::from(!state.is_counted);
+                self.counters.ended[CloseReason::HostGone as usize] += 1;
+                self.push_reset(resets::header(self.guest_cid, key), Held::default());
+                return Ok(None);
+            }
+            conn => conn?,
+        };
         if self.connections.contains(&conn.key()) {
             return Err(LoadError::Invalid("two connections of the same ports"));
         }
@@ -316,7 +345,7 @@ impl VsockThreadBackend {
                 self.clients.begin_request();
             }
         }
-        Ok(token)
+        Ok(Some(token))
     }
 
     fn load_client(
@@ -325,7 +354,13 @@ impl VsockThreadBackend {
         loader: &mut Loader,
         now: Instant,
     ) -> Result<(), LoadError> {
-        let client = state.load(loader, now)?;
+        let client = match state.load(loader, now) {
+            Err(LoadError::Lost) => {
+                self.drop_client("its socket got lost at a hand-over");
+                return Ok(());
+            }
+            client => client?,
+        };
         let directory = client.sibling_dir;
         if directory.is_some_and(|directory| !self.routes.has_sibling_dir(directory)) {
             self.drop_client("its directory of siblings is there no more");

@@ -41,6 +41,9 @@ pub(super) struct Channel {
     /// What has come of the next message, and the descriptors that have come with its header.
     begun: Vec<u8>,
     files: Vec<OwnedFd>,
+    /// A reply that is to be sent at once. It counts as sent in what is saved: a successor that sends it a second time breaks the
+    /// session.
+    reply: Vec<u8>,
     /// What the VMM has not taken yet of the last reply.
     unsent: Vec<u8>,
 }
@@ -63,6 +66,7 @@ impl Channel {
             socket: Arc::new(socket),
             begun: Vec::new(),
             files: Vec::new(),
+            reply: Vec::new(),
             unsent: Vec::new(),
         }
     }
@@ -75,6 +79,11 @@ impl Channel {
     /// Whether a reply waits for the VMM to read. No message is taken before.
     pub(super) fn has_unsent(&self) -> bool {
         !self.unsent.is_empty()
+    }
+
+    /// Whether a message is under way.
+    pub(super) fn has_begun(&self) -> bool {
+        !self.begun.is_empty()
     }
 
     /// Whether neither a message nor a reply is under way.
@@ -142,18 +151,19 @@ impl Channel {
         }
     }
 
-    /// Answers a request. What the VMM does not take now follows with [`Channel::receive`].
+    /// Answers a request with the next [`Channel::flush`].
+    pub(super) fn reply(&mut self, request: Request, payload: &[u8]) {
+        self.reply.extend(message::reply(request, payload));
+    }
+
+    /// Sends what is left of the last reply. False where the VMM takes no more now: the rest follows with
+    /// [`Channel::receive`].
     ///
     /// # Errors
     /// The VMM is gone.
-    pub(super) fn reply(&mut self, request: Request, payload: &[u8]) -> Result<(), MessageError> {
-        self.unsent.extend(message::reply(request, payload));
-        self.flush().map(|_| ())
-    }
-
-    /// Sends what is left of the last reply. False where the VMM takes no more now.
-    fn flush(&mut self) -> Result<bool, MessageError> {
+    pub(super) fn flush(&mut self) -> Result<bool, MessageError> {
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        self.unsent.append(&mut self.reply);
         while !self.unsent.is_empty() {
             let bytes = [IoSlice::new(&self.unsent)];
             match sendmsg::<()>(self.socket.as_raw_fd(), &bytes, &[], flags, None) {
@@ -200,6 +210,7 @@ impl Channel {
             socket: Arc::new(loader.take_fd(state.socket)?.into()),
             begun,
             files,
+            reply: Vec::new(),
             unsent: loader.read(state.unsent)?,
         })
     }
@@ -325,8 +336,8 @@ mod tests {
         let number = |number: u64| number.to_ne_bytes();
         let mut replies = 0;
         while !channel.has_unsent() {
-            let reply = channel.reply(Request::GetFeatures, &number(replies));
-            reply.unwrap();
+            channel.reply(Request::GetFeatures, &number(replies));
+            channel.flush().unwrap();
             replies += 1;
         }
         vmm.write_all(&message(1, VERSION, &[])).unwrap();
@@ -347,7 +358,8 @@ mod tests {
         }
         assert!(!channel.has_unsent());
         drop(vmm);
-        let reply = channel.reply(Request::GetFeatures, &[]);
+        channel.reply(Request::GetFeatures, &[]);
+        let reply = channel.flush();
         assert!(matches!(reply, Err(MessageError::Closed)));
     }
 

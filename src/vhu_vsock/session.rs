@@ -124,8 +124,8 @@ impl Session {
         self.channel.has_unsent()
     }
 
-    /// Takes what has come from the VMM, without waiting. If that completes a message, does what it asks. Returns whether a
-    /// successor would have to know: whether anything is different from before.
+    /// Takes what has come from the VMM, without waiting. If that completes a message, does what it asks; the answer is for
+    /// [`Session::send_reply`]. Returns whether a successor would have to know: whether anything is different from before.
     ///
     /// # Errors
     /// The VMM is gone, or asks for what can't be. Only after a [refusal](SessionError::is_refusal) the session goes on.
@@ -136,19 +136,28 @@ impl Session {
             has_changed = !message.request.is_question();
             self.handle(message)?;
         }
-        Ok(has_changed || !was_idle || !self.channel.is_idle())
+        Ok(has_changed || !was_idle || self.channel.has_begun())
+    }
+
+    /// Sends what the VMM takes of a reply.
+    ///
+    /// # Errors
+    /// The VMM is gone.
+    pub(crate) fn send_reply(&mut self) -> Result<()> {
+        self.channel.flush()?;
+        Ok(())
     }
 
     fn handle(&mut self, mut message: Message) -> Result<()> {
         self.check_negotiated(message.request)?;
         if let Some(reply) = self.answer(&mut message)? {
-            self.channel.reply(message.request, &reply)?;
+            self.channel.reply(message.request, &reply);
             return Ok(());
         }
         let done = self.obey(&mut message);
         if message.needs_reply && self.has(VhostUserProtocolFeatures::REPLY_ACK) {
             let status = u64::from(done.is_err());
-            self.channel.reply(message.request, &status.to_ne_bytes())?;
+            self.channel.reply(message.request, &status.to_ne_bytes());
         }
         done
     }

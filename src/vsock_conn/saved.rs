@@ -61,6 +61,13 @@ pub struct ConnectionState {
     payload: PayloadState,
 }
 
+impl ConnectionState {
+    /// Its ports.
+    pub fn key(&self) -> ConnKey {
+        self.key
+    }
+}
+
 impl VsockConnection {
     /// Saves it, and changes nothing. One that [`VsockConnection::is_relayed`] is of no use when it is loaded.
     ///

@@ -4,17 +4,21 @@ use std::fs::File;
 use std::os::fd::{AsFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use super::path::Successor;
 use super::store::{Stored, store};
-use crate::config::{ProcessConfig, SocketAccess, VmConfig};
+use crate::config::{HostSide, ProcessConfig, Socket, SocketAccess, VmConfig};
 use crate::daemon::service::ServiceManager;
-use crate::host::listener::SocketFile;
+use crate::daemon::vm::BoundVm;
+use crate::host::listener::{LoadedListeners, SocketFile};
 use crate::host::siblings::Siblings;
 use crate::packet::header::PacketType;
 use crate::saved::Saver;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::geteuid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -223,5 +227,103 @@ fn a_state_that_cant_be_taken_over_is_refused_and_the_predecessor_goes_on() {
             assert!(error.contains(message), "{error} should say {message}");
             assert_eq!(given.to_string(), error);
         });
+    }
+}
+
+/// Something of this kind, and what must live as long.
+fn descriptor(kind: &str, directory: &Path, number: usize) -> (OwnedFd, Option<OwnedFd>) {
+    let socket_pair = |kind| {
+        let flags = SockFlag::SOCK_NONBLOCK;
+        let pair = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
+        (pair.0, Some(pair.1))
+    };
+    let listener = |packet_type| {
+        let path = directory.join(format!("listener{number}"));
+        let access = SocketAccess::default();
+        let socket = SocketFile::bind(&path, packet_type, access).unwrap();
+        (socket.listener().unwrap().into(), None)
+    };
+    match kind {
+        "stream" => socket_pair(SockType::Stream),
+        "seqpacket" => socket_pair(SockType::SeqPacket),
+        "stream listener" => listener(PacketType::Stream),
+        "seqpacket listener" => listener(PacketType::Seqpacket),
+        "eventfd" => {
+            let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+            (event.into(), None)
+        }
+        _ => {
+            let len = kind.strip_prefix("file ").unwrap().parse().unwrap();
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(len).unwrap();
+            (file.into(), None)
+        }
+    }
+}
+
+/// Asserts that `new` says all that `old` says.
+#[track_caller]
+fn assert_says_as_much(old: &Value, new: &Value) {
+    match (old, new) {
+        (Value::Object(old), Value::Object(new)) => old.iter().for_each(|(name, old)| {
+            let new = new.get(name).unwrap_or_else(|| panic!("{name} is gone"));
+            assert_says_as_much(old, new);
+        }),
+        (Value::Array(old), Value::Array(new)) => {
+            assert_eq!(old.len(), new.len());
+            old.iter()
+                .zip(new)
+                .for_each(|(old, new)| assert_says_as_much(old, new));
+        }
+        _ => assert_eq!(old, new),
+    }
+}
+
+/// What a daemon of the first version has handed over. Every later one reads it, so the file stays as it is.
+#[test]
+fn the_state_of_the_first_version_is_loaded() {
+    let directory = TempDir::new().unwrap();
+    let first: Value =
+        serde_json::from_str(include_str!("../../../tests/data/handover-v1.json")).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let mut saver = Saver::new(&file).unwrap();
+    // What connections have buffered, which is nothing special, behind a message of the VMM's that has begun.
+    let len = first["bytes"].as_u64().unwrap() - 24;
+    let message = [1, 0, 0, 0, 1];
+    let buffered = vec![0; len as usize - message.len()];
+    saver.bytes(&[&message, &buffered]).unwrap();
+    saver.finish(&first["document"]).unwrap();
+    let kinds = first["descriptors"].as_array().unwrap().iter().zip(0..);
+    let made =
+        kinds.map(|(kind, number)| descriptor(kind.as_str().unwrap(), directory.path(), number));
+    let (fds, _others): (Vec<_>, Vec<_>) = made.map(|(fd, other)| (Some(fd), other)).unzip();
+    let mut loader = Loader::open(file, fds).unwrap();
+
+    let mut state = ProcessState::load(&loader).unwrap();
+    let again = serde_json::to_value(&state).unwrap();
+    assert_says_as_much(&first["document"], &again);
+    let siblings = Arc::new(Siblings::default());
+    let mut config = config(directory.path());
+    let mut five = config.vms[0].clone();
+    five.guest_cid = Cid::try_from(5u32).unwrap();
+    five.socket = Socket::Path(directory.path().join("vhost5"));
+    five.host = HostSide::unix(directory.path().join("uds5"));
+    config.vms.push(five);
+    let mut loaded = LoadedListeners::default();
+    for (mut vm, config) in state.vms.drain(..).zip(&config.vms) {
+        assert_eq!(vm.guest_cid, config.guest_cid);
+        let is_first = vm.guest_cid.get() == 4;
+        assert_eq!(vm.connections(), if is_first { 9 } else { 0 });
+        let mut none = LoadedListeners::default();
+        let mut bound = BoundVm::new(config, &siblings, &mut none, |_| {}).unwrap();
+        for listener in std::mem::take(&mut vm.listeners) {
+            loaded.load(listener, &mut loader).unwrap();
+        }
+        bound.load(vm, &mut loader).unwrap();
+        assert_eq!(bound.has_vmm(), is_first);
+    }
+    siblings.load_calls(state.calls, &mut loader).unwrap();
+    for listener in [state.stats, state.handover] {
+        loaded.load(listener.unwrap(), &mut loader).unwrap();
     }
 }

@@ -153,7 +153,7 @@ impl SessionThread {
         let session = slot.as_mut()?;
         let has_changed = match session.handle_request() {
             Ok(has_changed) => has_changed,
-            // A VMM that wanted an answer has it. The session goes on.
+            // A VMM that wanted an answer gets it. The session goes on.
             Err(error) if error.is_refusal() => {
                 warn!("refused the VMM: {error}");
                 true
@@ -163,10 +163,18 @@ impl SessionThread {
                 return None;
             }
         };
-        let (_, events) = waits(session);
+        // Before the reply: what the VMM knows to be done must not be lost.
         if has_changed {
             self.keep(Some(session));
         }
+        if let Err(error) = session.send_reply() {
+            self.end_session(slot, Some(error));
+            return None;
+        }
+        if session.has_unsent() {
+            self.keep(Some(session));
+        }
+        let (_, events) = waits(session);
         // A VMM that sends one message after the other would not let others have the lock.
         MutexGuard::unlock_fair(slot);
         Some(events)
