@@ -248,7 +248,10 @@ impl Drop for Manager {
         if let Ok(mut state) = self.shared.state.lock() {
             state.stop = true;
         }
-        if let Ok(sender) = UnixDatagram::unbound() {
+        // Wakes the thread, which reads no more: where there is no room, it has been woken.
+        if let Ok(sender) = UnixDatagram::unbound()
+            && sender.set_nonblocking(true).is_ok()
+        {
             let _ = sender.send_to(b"X_SYNC=0", &self.shared.path);
         }
         let _ = self.thread.take().map(JoinHandle::join);
