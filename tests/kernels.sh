@@ -93,13 +93,13 @@ plan_kernel() {
         directory=$(find_unpacked || adopt_installed) || true
         [ -n "$directory" ] || ! has_apt || package=$(find_kernel "") || true
         [ -z "$directory$package" ] ||
-            echo "note: no Linux ${2%.} is available; the tests that boot it boot ${directory:-$package} instead"
+            echo "note: there is no Linux ${2%.} here; the tests that want it boot ${directory:-$package} instead"
     fi
     [ -n "$directory$package" ] ||
         fail "no kernel with virtio-vsock for the guest: /boot has none that is installed with its modules, and no package source of this machine has Debian's linux-image-cloud-amd64 or Ubuntu's linux-image-virtual"
     if [ -z "$directory" ]; then
         directory=linux-${package#linux-image-}
-        will_do "$guests/$directory" || kernels+=("$package")
+        will_do "$guests/$directory" || [[ " ${kernels[*]-} " = *" $package "* ]] || kernels+=("$package")
     fi
     links+=("linux-$1:$directory")
 }
