@@ -142,7 +142,7 @@ impl Log for DaemonLogger {
         self.begun.call_once(|| {
             let version = env!("CARGO_PKG_VERSION");
             let mut first = Record::builder();
-            first.level(Level::Info).target(module_path!());
+            first.level(Level::Info).target(env!("CARGO_CRATE_NAME"));
             let args = format_args!("vhost-user-vsock {version}");
             self.logger.log(&first.args(args).build());
         });
