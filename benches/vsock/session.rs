@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::daemon::{Daemon, Vms};
+use crate::failure::Failure;
 use crate::guest::{App, Guest};
 use crate::host::HOST_PORT;
 use crate::measure::Probe;
@@ -16,7 +17,7 @@ use crate::shared::Shared;
 use crate::threads::{self, Running};
 
 /// How long traffic may take to begin.
-const TRAFFIC_TIMEOUT: Duration = Duration::from_secs(10);
+const TRAFFIC_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A daemon with its guest, or two.
 pub struct Session {
@@ -32,7 +33,7 @@ pub struct Session {
 
 impl Session {
     /// Connects a guest to a daemon, or two to each other, that use sockets of this type.
-    pub fn begin(daemon: Daemon, socket_type: SocketType) -> Result<Self, String> {
+    pub fn begin(daemon: Daemon, socket_type: SocketType) -> Result<Self, Failure> {
         let notifications = Arc::new(Notifications::default());
         let start = |socket: PathBuf, own, peer| {
             let link = Link {
@@ -40,7 +41,7 @@ impl Session {
                 peer,
                 socket_type,
             };
-            Guest::start(&socket, &notifications, link).map_err(|error| error.to_string())
+            Guest::start(&socket, &notifications, link)
         };
         let (guest, sibling) = match daemon.vms() {
             Vms::One => (start(daemon.vhost_socket(), GUEST_CID, HOST_CID)?, None),
