@@ -236,7 +236,11 @@ impl Kind {
                 connections,
             } => stand_still::run(binary, measured, connections, timing),
             _ => {
-                let daemon = Daemon::start(binary, self.vms())?;
+                let daemon = match self {
+                    Self::Growth(count) => Daemon::start_for_many(binary, count),
+                    _ => Daemon::start(binary, self.vms()),
+                };
+                let daemon = daemon?;
                 self.run_one(daemon, timing, syscalls)
             }
         })

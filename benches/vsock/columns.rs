@@ -149,13 +149,14 @@ const SHORT: &[Column] = &[
 ];
 
 const FAIRNESS: &[Column] = &[
-    (key::KEPT, "least kept (min-max)", true),
-    (key::OUT_ALONE_MIB_PER_S, "MiB/s out, alone", true),
+    (key::KEPT, "least kept (min-max)", false),
+    (key::OUT_ALONE_MIB_PER_S, "out alone", false),
     (key::TO_HOST_MIB_PER_S, "beside in", true),
     (key::KEPT_OUT, "kept", false),
-    (key::IN_ALONE_MIB_PER_S, "MiB/s in, alone", true),
+    (key::IN_ALONE_MIB_PER_S, "in alone", false),
     (key::TO_GUEST_MIB_PER_S, "beside out", true),
     (key::KEPT_IN, "kept", false),
+    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
 ];
 
 const QUIET: &[Column] = &[

@@ -25,6 +25,12 @@ const START_CHECK: Duration = Duration::from_micros(50);
 const START_CHECK_LONGEST: Duration = Duration::from_millis(20);
 /// How often it is checked whether a predecessor has exited.
 const EXIT_CHECK: Duration = Duration::from_micros(500);
+/// The option of a daemon that limits the connections of a guest.
+const MAX_CONNECTIONS: &str = "--max-connections";
+/// So many are expected to be permitted without it.
+const CONNECTIONS_BY_DEFAULT: usize = 1000;
+/// Room for those that are being closed, and for what a daemon keeps for others than host programs.
+const CONNECTIONS_MORE: usize = 1000;
 /// The option of a daemon that hands over to a successor: the path of the socket between the two.
 pub const HAND_OVER: &str = "--handover-path";
 /// The flag of a listening socket in /proc/net/unix.
@@ -171,6 +177,15 @@ impl Daemon {
     /// Starts a daemon and waits until its sockets accept connections.
     pub fn start(binary: &Binary, vms: Vms) -> io::Result<Self> {
         Self::start_with(binary, vms, |_| None)
+    }
+
+    /// The same for a daemon with a guest that has `connections`, for which it may need an option.
+    pub fn start_for_many(binary: &Binary, connections: usize) -> io::Result<Self> {
+        let needed = connections > CONNECTIONS_BY_DEFAULT && binary.offers(MAX_CONNECTIONS);
+        let most = connections + CONNECTIONS_MORE;
+        Self::start_with(binary, Vms::One, |_| {
+            needed.then(|| format!("{MAX_CONNECTIONS}={most}"))
+        })
     }
 
     /// The same for a daemon that hands over to another.

@@ -197,6 +197,7 @@ fn run(options: &Options) -> Result<(), String> {
         let result = measure_case(case, options, syscalls, &bar);
         bar.suspend(|| {
             println!("{}", result.table(&baseline));
+            result.notes().for_each(|note| println!("{note}"));
             if let Some(cpus) = result
                 .foreign_cpus()
                 .filter(|&cpus| cpus > FOREIGN_CPUS_TOLERATED)

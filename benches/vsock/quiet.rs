@@ -63,8 +63,9 @@ pub fn run(
             counts.ops > 0 && out && into
         })
         .and_then(|()| probe.window(timing, false));
-    session.end(guest)?;
+    session.shared.end();
     let latencies = join(clients)?;
+    session.end(guest)?;
     join_all(streams)?;
     let window = window?;
     let mut sample = window.per_second();

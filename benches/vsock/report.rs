@@ -1,7 +1,7 @@
 //! The results of all runs: medians, spreads and ratios, as a table and as JSON.
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
-use comfy_table::{CellAlignment, ContentArrangement, Table};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width};
 use serde_json::{Map, Value, json};
 
 use crate::cases::Case;
@@ -12,6 +12,8 @@ use crate::measure::{Sample, key};
 
 /// The width of the tables in characters; longer rows are wrapped.
 const TABLE_WIDTH: u16 = 132;
+/// The spaces beside the content of a cell.
+const CELL_PADDING: u16 = 2;
 /// The heading of a ratio to the baseline.
 pub const TIMES: &str = "×";
 
@@ -88,12 +90,25 @@ impl Entry {
         self.spread(key).map(|spread| spread.median)
     }
 
-    /// Why there are no results.
+    /// In place of results.
     pub fn without_results(&self) -> String {
         match &self.unsupported {
-            Some(what) => format!("not supported: {what}"),
+            Some(_) => "not supported".into(),
             None => failed(&self.failures),
         }
+    }
+
+    /// What it does not have, and why runs failed, in a line each.
+    fn notes(&self) -> impl Iterator<Item = String> + '_ {
+        let unsupported = self.unsupported.iter();
+        let unsupported = unsupported.map(|what| format!("{}: not supported: {what}", self.name));
+        let mut failures: Vec<&String> = self.failures.iter().collect();
+        failures.dedup();
+        unsupported.chain(
+            failures
+                .into_iter()
+                .map(|why| format!("{}: {why}", self.name)),
+        )
     }
 
     fn json(&self) -> Value {
@@ -135,6 +150,12 @@ impl CaseResult {
         (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
     }
 
+    /// What is to be said of the case beside its table, in a line each.
+    pub fn notes(&self) -> impl Iterator<Item = String> + '_ {
+        let entries = self.limit.iter().chain(&self.entries);
+        entries.flat_map(Entry::notes)
+    }
+
     /// The case as a table.
     pub fn table(&self, baseline: &str) -> Table {
         let mut table = Table::new();
@@ -142,7 +163,12 @@ impl CaseResult {
             .load_preset(UTF8_FULL_CONDENSED)
             .set_content_arrangement(ContentArrangement::Dynamic)
             .set_width(TABLE_WIDTH);
-        let columns = columns(self.case.kind);
+        let base = self.baseline(baseline);
+        let has = |key| base.is_some_and(|base| base.median(key).is_some());
+        // No ratios to what is not there.
+        let columns = columns(self.case.kind).iter();
+        let columns = columns.map(|&(key, heading, ratio)| (key, heading, ratio && has(key)));
+        let columns = &columns.collect::<Vec<_>>();
         let mut headings = vec![self.case.name.to_string()];
         for &(key, heading, ratio) in columns {
             headings.push(heading.into());
@@ -151,9 +177,14 @@ impl CaseResult {
             headings.extend(has_limit.then(|| "of limit".into()));
         }
         table.set_header(headings);
-        let base = self.baseline(baseline);
         for entry in self.limit.iter().chain(&self.entries) {
             table.add_row(self.row(entry, base, columns));
+        }
+        let longest = |name: &str| name.split(' ').map(str::len).max();
+        let names = self.entries.iter().filter_map(|entry| longest(&entry.name));
+        let width = names.max().unwrap_or_default() as u16 + CELL_PADDING;
+        if let Some(column) = table.column_mut(0) {
+            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(width)));
         }
         for column in table.column_iter_mut().skip(1) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -212,9 +243,9 @@ fn headline_cell(spread: Spread, failures: &[String]) -> String {
 }
 
 fn failed(failures: &[String]) -> String {
-    match failures {
-        [] => String::new(),
-        [first, ..] => format!("{} failed: {first}", failures.len()),
+    match failures.len() {
+        0 => String::new(),
+        count => format!("{count} failed"),
     }
 }
 
