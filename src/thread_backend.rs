@@ -12,7 +12,7 @@
 //! deadlines     when connections are reset                    slots, slot_list   the tables and queues that these are made of
 //! pending       packets for the guest, by kind                event_source       what an epoll event belongs to
 //! resets        RSTs for the guest                             siblings           how other guests come into the table
-//!                                                              saved              how all of it goes to another process
+//! journal       the ports, for the daemon after a crash        saved              how all of it goes to another process
 //! ```
 
 mod clients;
@@ -20,6 +20,7 @@ mod connections;
 pub mod cost;
 mod deadlines;
 pub mod event_source;
+pub mod journal;
 mod opening;
 mod pending;
 mod resets;
@@ -44,13 +45,14 @@ use clients::Clients;
 use connections::{Connections, Places};
 use deadlines::Deadlines;
 use event_source::{EventSource, Token};
+use journal::Journal;
 use pending::Pending;
 pub use pending::RxSource;
+use resets::Held;
 use slot_list::SlotList;
 
 use crate::config::VmConfig;
 use crate::host::routes::Routes;
-use crate::host::socket::HostSocket;
 use crate::log_limit::LogLimit;
 use crate::metrics::counters::{CloseReason, Counters, VmSnapshot};
 use crate::packet::header::{Cid, Op, PacketType, PeerAddr, VsockHeader};
@@ -141,6 +143,17 @@ impl VsockThreadBackend {
             cost: 0,
             counters: Counters::default(),
         }
+    }
+
+    /// Lists the ports of the connections in `journal`, from now on and those that there are.
+    pub fn set_journal(&mut self, journal: Journal) {
+        self.connections.set_journal(journal);
+        self.list_resets();
+    }
+
+    fn list_resets(&mut self) {
+        let connections = &self.connections;
+        self.pending.resets.list_all(|key| connections.list(key));
     }
 
     /// Takes the types of connections that the driver has chosen.
@@ -301,13 +314,16 @@ impl VsockThreadBackend {
     fn refuse(&mut self, header: &VsockHeader) {
         // An RST is never answered, or two ends could go on answering each other.
         if header.op != Op::Rst {
-            self.push_reset(header.reset(), None);
+            self.push_reset(header.reset(), Held::default());
         }
     }
 
-    fn push_reset(&mut self, reset: VsockHeader, socket: Option<HostSocket>) {
+    fn push_reset(&mut self, reset: VsockHeader, mut held: Held) {
         self.counters.resets += 1;
-        if self.pending.resets.push(reset, socket).is_err() {
+        if !held.listed.is_some() {
+            held.listed = self.connections.list(ConnKey::of(&reset));
+        }
+        if self.pending.resets.push(reset, held).is_err() {
             self.counters.resets_lost += 1;
             let lost = self.counters.resets_lost;
             debug!("{lost} resets lost so far: the guest takes none");
@@ -480,18 +496,21 @@ impl VsockThreadBackend {
         let is_known = entry.conn.known_to_guest() || reason == CloseReason::Protocol;
         let header =
             (is_known && !self.connections.is_lingering(token)).then(|| entry.conn.reset_header());
-        let socket = self.release(token, reason);
+        let held = self.release(token, reason);
         if let Some(header) = header {
-            self.push_reset(header, socket);
+            self.push_reset(header, held);
         }
     }
 
-    /// Takes a connection out of the table, and returns its socket to be closed. One that has bytes for its host program
+    /// Takes a connection out of the table, and returns its socket to be closed, and its entry in the journal. One that has bytes for its host program
     /// stays and lingers until they are sent, or until it is released once more. The client of one that the guest has not accepted
     /// may wait on.
-    fn release(&mut self, token: Token, reason: CloseReason) -> Option<HostSocket> {
-        let entry = self.connections.get_mut(token)?;
+    fn release(&mut self, token: Token, reason: CloseReason) -> Held {
+        let Some(entry) = self.connections.get_mut(token) else {
+            return Held::default();
+        };
         let deadline = entry.deadline.take();
+        let listed = std::mem::take(&mut entry.listed);
         let (key, is_flushing) = (entry.conn.key(), entry.conn.is_flushing());
         let can_flush = entry.conn.can_flush();
         self.deadlines.remove(token, deadline);
@@ -499,9 +518,10 @@ impl VsockThreadBackend {
         self.flushable.remove(token.slot);
         if let Some(waiting) = self.waits_on(token, reason) {
             debug!("{} not accepted: {}", name(key), reason.name());
-            let entry = self.connections.remove(token)?;
-            self.await_guest(entry.conn.into_socket(), waiting);
-            return None;
+            if let Some(entry) = self.connections.remove(token) {
+                self.await_guest(entry.conn.into_socket(), waiting);
+            }
+            return listed.into();
         }
         if !self.connections.is_lingering(token) {
             debug!("{} closed: {}", name(key), reason.name());
@@ -511,15 +531,18 @@ impl VsockThreadBackend {
                 if can_flush {
                     self.flushable.push(token.slot);
                 }
-                return None;
+                return listed.into();
             }
         }
-        let entry = self.connections.remove(token)?;
+        let entry = self.connections.remove(token);
         if self.connections.is_empty() {
             self.pending.give_back();
             self.flushable.give_back();
         }
-        Some(entry.conn.into_socket())
+        Held {
+            socket: entry.map(|entry| entry.conn.into_socket()),
+            listed,
+        }
     }
 
     /// Counts the end of a connection. A guest's REQUEST that nobody has accepted was refused, and was none.

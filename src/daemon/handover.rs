@@ -7,11 +7,15 @@
 //!   path    how the two meet with --handover-path
 //!   store   what the service manager keeps from one to the other
 //!   parcels how a file and many descriptors are sent
+//! crash     what is left of VMs whose daemon has died
+//!   kept    what the service manager keeps of a VM for that
 //! ```
 //!
 //! What is saved is a document (see [`crate::saved`]), whose root is [`ProcessState`].
 
+mod crash;
 mod give;
+mod kept;
 mod names;
 mod parcels;
 mod path;
@@ -24,6 +28,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub(super) use self::crash::{Left, Survival, VmKeeper};
 pub(super) use self::give::{Given, HandOver, Process};
 pub use self::names::{StoredName, is_stored};
 pub use self::parcels::ParcelError;
@@ -36,6 +41,7 @@ use crate::host::siblings::CallState;
 use crate::packet::header::Cid;
 use crate::saved::{self, LoadError, Loader};
 use crate::syscalls::Syscall;
+use crate::thread_backend::journal;
 
 /// The version of the state that is written, and the last one that is read.
 const VERSION: u32 = 1;
@@ -108,6 +114,8 @@ pub(super) fn syscalls() -> Vec<Syscall> {
         parcels::SYSCALLS,
         path::SYSCALLS,
         service::STORE_SYSCALLS,
+        kept::SYSCALLS,
+        journal::SYSCALLS,
     ]
     .concat()
 }

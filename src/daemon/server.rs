@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 
 use super::descriptors;
-use super::handover::{self, Given, HandOver, HandoverError, Predecessor, Process};
+use super::handover::{
+    self, Given, HandOver, HandoverError, Left, Predecessor, Process, Survival, VmKeeper,
+};
 use super::log_writer;
 use super::sandbox::{self, SandboxError};
 use super::service::{self, ServiceManager, Status};
@@ -106,6 +108,8 @@ pub struct Server {
     vms: Vec<Vm>,
     stats: Option<SocketFile>,
     hand_over: Option<HandOver>,
+    /// What keeps the VMs for the case that the process dies.
+    keepers: Vec<VmKeeper>,
     siblings: Arc<Siblings>,
     threads: Arc<Threads>,
     manager: ServiceManager,
@@ -170,8 +174,8 @@ impl Server {
         let limit = descriptors::raise_limit();
         listener::tighten_umask();
         let manager = ServiceManager::from_env();
-        let mut predecessor = Predecessor::find(config, passed, &manager)?;
-        let started = Self::start_after(&mut predecessor, config, limit, manager);
+        let (mut predecessor, left) = Predecessor::find(config, passed, &manager)?;
+        let started = Self::start_after(&mut predecessor, left, config, limit, manager);
         if let (Some(predecessor), Err(error)) = (predecessor, &started) {
             predecessor.refuse(&error.to_string());
         }
@@ -181,13 +185,15 @@ impl Server {
     /// Starts to serve what is left of a predecessor once it is certain that it serves no longer. Then there is none any more.
     fn start_after(
         predecessor: &mut Option<Predecessor>,
+        left: Left,
         config: &ProcessConfig,
         limit: usize,
         manager: ServiceManager,
     ) -> Result<Self, ServerError> {
+        let mut survival = Survival::prepare(&config.vms, &manager, left);
         let mut loaded = match predecessor {
             Some(predecessor) => predecessor.listeners()?,
-            None => LoadedListeners::default(),
+            None => survival.listeners().unwrap_or_default(),
         };
         let mut bound = Bound::new(config, limit, &manager, &mut loaded)?;
         let threads = Threads::new(match config.vms.len() {
@@ -203,12 +209,14 @@ impl Server {
             predecessor.commit()?;
         }
         loaded.own();
-        Self::serve(bound, config, manager, threads)
+        let keepers = survival.give_to(&mut bound.vms);
+        Self::serve(bound, keepers, config, manager, threads)
     }
 
     /// Starts the threads.
     fn serve(
         bound: Bound,
+        keepers: Vec<VmKeeper>,
         config: &ProcessConfig,
         manager: ServiceManager,
         threads: Arc<Threads>,
@@ -238,6 +246,7 @@ impl Server {
             vms,
             stats: bound.stats,
             hand_over: bound.hand_over,
+            keepers,
             siblings: bound.siblings,
             threads,
             manager,
@@ -279,7 +288,16 @@ impl Server {
     /// Waits until there is something to do for the process.
     fn wait(&mut self, stop: BorrowedFd<'_>) -> io::Result<Event> {
         let vms = &mut self.vms;
-        let each = || vms.iter_mut().for_each(Vm::remove_if_ended);
+        let keepers = &self.keepers;
+        let each = || {
+            for vm in vms.iter_mut() {
+                vm.remove_if_ended();
+                if vm.has_ended() {
+                    let own = keepers.iter().filter(|keeper| keeper.cid() == vm.cid());
+                    own.for_each(VmKeeper::forget);
+                }
+            }
+        };
         let ready = match self.hand_over.as_ref().and_then(HandOver::socket) {
             Some(successors) => self.threads.wait([stop, successors], each)?,
             None => self.threads.wait([stop], each)?,
@@ -313,6 +331,7 @@ impl Server {
 
     /// Ends the process's part in all VMs: those that were given away are left alone.
     fn stop(&mut self, given: &Given) -> io::Result<()> {
+        self.keepers.iter().for_each(VmKeeper::forget);
         let deadline = Instant::now() + LOCK_TIMEOUT;
         let hand_over = self.hand_over.take().and_then(HandOver::into_socket);
         for socket in self.stats.take().into_iter().chain(hand_over) {

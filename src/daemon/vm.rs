@@ -28,13 +28,13 @@ use crate::host::vsock;
 use crate::packet::header::{Cid, GuestPort, PacketType};
 use crate::saved::{LoadError, Loader};
 use crate::syscalls::Syscall;
+use crate::thread_backend::journal::Journal;
 use crate::vhost_user_vsock_thread::EVENT_RING;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
+use crate::vsock_conn::ConnKey;
 use parked::Sockets;
-#[allow(unused_imports)] // PLACEHOLDER until daemon/handover.rs uses them.
-pub(in crate::daemon) use parked::{Keep, Parts};
-pub(in crate::daemon) use parked::{ParkError, Parked, VmState};
+pub(in crate::daemon) use parked::{Keep, ParkError, Parked, Parts, VmState};
 use session_thread::{SessionThread, Stop};
 
 /// To wait for a VMM, and for the end.
@@ -170,9 +170,18 @@ impl BoundVm {
     }
 
     /// Shows `keeper` the session whenever it has changed.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
     pub(super) fn set_keeper(&mut self, keeper: Box<dyn Keep>) {
         self.keeper = Some(keeper);
+    }
+
+    /// Lists the ports of its connections in `journal`.
+    pub(super) fn set_journal(&self, journal: Journal) {
+        self.device.worker().set_journal(journal);
+    }
+
+    /// Resets connections of the guest's that a daemon had which has died.
+    pub(super) fn reset_lost(&self, keys: Vec<ConnKey>) {
+        self.device.worker().reset_lost(keys);
     }
 
     /// Starts to serve.
@@ -186,7 +195,7 @@ impl BoundVm {
         threads.spawn("worker", move || device.run())?;
         let session = Arc::new(Mutex::new(self.session));
         let sockets = Arc::new(Mutex::new(Sockets(None)));
-        let session_thread = SessionThread {
+        let mut session_thread = SessionThread {
             guest_cid: self.cid,
             device: self.device.clone(),
             session: session.clone(),
@@ -202,6 +211,7 @@ impl BoundVm {
                 listener.set_nonblocking(true)?;
                 files.insert(0, socket);
                 sockets.lock().0 = Some(files);
+                session_thread.keep_first();
                 threads.spawn("session", move || {
                     session_thread.serve_all(&listener);
                     device.stop();
@@ -209,6 +219,7 @@ impl BoundVm {
             }
             VmmSocket::Connected(vmm) => {
                 sockets.lock().0 = Some(files);
+                session_thread.keep_first();
                 threads.spawn("session", move || {
                     session_thread.serve_one(vmm);
                     device.stop();

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::clients::Waiting;
 use super::event_source::Token;
+use super::journal::{Journal, Listed};
 use super::slot_list::SlotList;
 use super::slots::Slots;
 use crate::metrics::counters::Side;
@@ -24,6 +25,8 @@ pub(super) struct Entry {
     pub(super) deadline: Option<Instant>,
     /// What its client waits for, until the guest has accepted it.
     pub(super) waiting: Option<Waiting>,
+    /// Its ports in the journal. Where an RST ends it, they stay there until the guest has that.
+    pub(super) listed: Listed,
 }
 
 /// How many connections there may be.
@@ -46,7 +49,7 @@ impl Places {
     }
 
     /// How many there are. What one side may have leaves those that are kept for the others.
-    fn total(self) -> usize {
+    pub(super) fn total(self) -> usize {
         self.per_side + (SIDES - 1) * self.kept()
     }
 
@@ -70,6 +73,7 @@ impl Places {
 pub(super) struct Connections {
     slots: Slots<Entry>,
     by_key: BTreeMap<ConnKey, Token>,
+    journal: Journal,
     places: Places,
     /// How many places each side has taken.
     taken: [usize; SIDES],
@@ -84,11 +88,27 @@ impl Connections {
         Self {
             slots: Slots::default(),
             by_key: BTreeMap::new(),
+            journal: Journal::default(),
             places,
             taken: [0; SIDES],
             lingering: SlotList::default(),
             deserted: SlotList::default(),
         }
+    }
+
+    /// Lists the connections in `journal` from now on, and those that there are.
+    pub(super) fn set_journal(&mut self, journal: Journal) {
+        self.journal = journal;
+        for token in self.by_key.values() {
+            if let Some(entry) = self.slots.get_mut(*token) {
+                entry.listed = self.journal.list(entry.conn.key());
+            }
+        }
+    }
+
+    /// Lists the ports of a connection that there is no more.
+    pub(super) fn list(&self, key: ConnKey) -> Listed {
+        self.journal.list(key)
     }
 
     /// How many have their ports.
@@ -133,6 +153,7 @@ impl Connections {
             let conn = make(token)?;
             key = Some(conn.key());
             Ok(Entry {
+                listed: self.journal.list(conn.key()),
                 conn,
                 opened_by,
                 is_counted: false,
@@ -178,7 +199,8 @@ impl Connections {
     pub(super) fn linger(&mut self, token: Token) {
         self.give_place_back(token);
         self.deserted.remove(token.slot);
-        if let Some(entry) = self.slots.get(token) {
+        if let Some(entry) = self.slots.get_mut(token) {
+            entry.listed = Listed::default();
             self.by_key.remove(&entry.conn.key());
             self.lingering.push(token.slot);
         }
@@ -245,7 +267,10 @@ impl Connections {
     }
 
     pub(super) fn clear(&mut self) {
-        *self = Self::new(self.places);
+        *self = Self {
+            journal: std::mem::take(&mut self.journal),
+            ..Self::new(self.places)
+        };
     }
 
     /// Those that have their ports.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::MAX_BATCH;
+use super::journal::Listed;
 use crate::host::socket::{HostSocket, SocketState};
 use crate::packet::header::{Cid, Op, VsockHeader};
 use crate::saved::{LoadError, Loader, Saver};
@@ -31,12 +32,30 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// the guest knows, and opening one takes a packet.
 #[derive(Debug, Default)]
 pub(super) struct Resets {
-    waiting: VecDeque<(VsockHeader, Option<HostSocket>)>,
-    /// The sockets of those that are in the guest's buffers.
-    sent: Vec<HostSocket>,
+    waiting: VecDeque<(VsockHeader, Held)>,
+    /// What is held for those that are in the guest's buffers.
+    sent: Vec<Held>,
     /// When the guest begins to lose what exceeds the limit.
     gives_up_at: Option<Instant>,
     gave_up: bool,
+}
+
+/// What is given up when the guest has got a reset, or never will.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    /// The host socket of the connection that it ends.
+    pub(super) socket: Option<HostSocket>,
+    /// The ports in the journal.
+    pub(super) listed: Listed,
+}
+
+impl From<Listed> for Held {
+    fn from(listed: Listed) -> Self {
+        Self {
+            socket: None,
+            listed,
+        }
+    }
 }
 
 /// The oldest reset was dropped: there are too many.
@@ -71,9 +90,10 @@ pub(super) fn header(guest_cid: Cid, key: ConnKey) -> VsockHeader {
 impl Resets {
     /// Saves them. A socket that is relayed ends here.
     pub(super) fn save<'fd>(&'fd self, saver: &mut Saver<'fd>, now: Instant) -> ResetsState {
-        let waiting = self.waiting.iter().map(|(header, socket)| ResetState {
+        let waiting = self.waiting.iter().map(|(header, held)| ResetState {
             key: ConnKey::of(header),
-            socket: socket
+            socket: held
+                .socket
                 .as_ref()
                 .filter(|socket| !socket.is_relayed())
                 .map(|socket| socket.save(saver)),
@@ -97,7 +117,11 @@ impl Resets {
         reserved.map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         for reset in state.waiting {
             let socket = reset.socket.map(|socket| HostSocket::load(&socket, loader));
-            waiting.push_back((header(guest_cid, reset.key), socket.transpose()?));
+            let held = Held {
+                socket: socket.transpose()?,
+                listed: Listed::default(),
+            };
+            waiting.push_back((header(guest_cid, reset.key), held));
         }
         let gives_up_at = state.gives_up_at.map(|left| deadline(left, now));
         Ok(Self {
@@ -125,9 +149,9 @@ impl Resets {
     pub(super) fn push(
         &mut self,
         header: VsockHeader,
-        socket: Option<HostSocket>,
+        held: Held,
     ) -> Result<(), Dropped> {
-        self.waiting.push_back((header, socket));
+        self.waiting.push_back((header, held));
         if self.gave_up && self.waiting.len() > MAX_RESETS {
             // The guest may offer buffers just now, and wait for the newest.
             self.waiting.pop_front();
@@ -138,28 +162,37 @@ impl Resets {
 
     /// The next one, which is in the guest's buffer from now on.
     pub(super) fn pop(&mut self) -> Option<VsockHeader> {
-        let (header, socket) = self.waiting.pop_front()?;
+        let (header, held) = self.waiting.pop_front()?;
         if self.waiting.is_empty() {
             self.waiting.shrink_to(KEPT);
         }
-        self.sent.extend(socket);
+        if held.socket.is_some() || held.listed.is_some() {
+            self.sent.push(held);
+        }
         self.gives_up_at = None;
         self.gave_up = false;
         Some(header)
     }
 
-    /// Closes the sockets of the resets that were sent.
+    /// Gives up what was held for the resets that were sent.
     pub(super) fn close_sent(&mut self) {
         self.sent.clear();
     }
 
     /// The guest takes no packets now. The sockets are closed: the host programs must not wait for that.
     pub(super) fn starved(&mut self) {
-        for (_, socket) in &mut self.waiting {
-            *socket = None;
+        for (_, held) in &mut self.waiting {
+            held.socket = None;
         }
         if !self.has_room() && !self.gave_up && self.gives_up_at.is_none() {
             self.gives_up_at = Some(Instant::now() + PATIENCE);
+        }
+    }
+
+    /// Lists in the journal what is not there.
+    pub(super) fn list_all(&mut self, list: impl Fn(ConnKey) -> Listed) {
+        for (header, held) in &mut self.waiting {
+            held.listed = list(ConnKey::of(header));
         }
     }
 

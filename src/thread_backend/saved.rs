@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::clients::{Client, Stage, Waiting, Wanted};
 use super::connections::Entry;
 use super::event_source::Token;
-use super::resets::{self, Resets, ResetsState};
+use super::resets::{self, Held, Resets, ResetsState};
 use super::{VsockThreadBackend, pending::Pending, slot_list::SlotList};
 use crate::host::connect_line::{Line, Role};
 use crate::host::socket::{HostSocket, SocketState};
@@ -265,6 +265,7 @@ impl VsockThreadBackend {
         self.next_host_port = state.next_host_port;
         self.has_guest = state.has_guest;
         self.pending.resets = Resets::load(state.resets, self.guest_cid, loader, now)?;
+        self.list_resets();
         let mut loaded = Vec::new();
         // First, while no other has their ports.
         for entry in state.lingering {
@@ -346,7 +347,7 @@ impl VsockThreadBackend {
                 self.counters.ended[CloseReason::HostGone as usize] += 1;
             }
             if state.known_to_guest {
-                self.push_reset(resets::header(self.guest_cid, state.key), None);
+                self.push_reset(resets::header(self.guest_cid, state.key), Held::default());
             }
         }
         if !relayed.is_empty() {
@@ -360,7 +361,7 @@ impl VsockThreadBackend {
     /// Resets connections that a process had which is gone, and with it everything but their ports.
     pub fn reset_lost(&mut self, keys: Vec<ConnKey>) {
         for key in keys {
-            self.push_reset(resets::header(self.guest_cid, key), None);
+            self.push_reset(resets::header(self.guest_cid, key), Held::default());
         }
     }
 }

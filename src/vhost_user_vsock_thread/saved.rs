@@ -13,7 +13,9 @@ use vm_memory::GuestAddressSpace;
 use super::ring::{self, GuestMemoryHandle};
 use super::{VhostUserVsockThread, VsockVring};
 use crate::saved::{LoadError, Loader, SavedFd, Saver};
+use crate::thread_backend::journal::Journal;
 pub use crate::thread_backend::saved::TableState;
+use crate::vsock_conn::ConnKey;
 
 /// A ring in a document.
 #[derive(Debug, Serialize, Deserialize)]
@@ -122,6 +124,16 @@ impl VhostUserVsockThread {
         self.has_vmm = true;
         self.transport_reset = transport_reset;
         self.wake();
+    }
+
+    /// Lists the ports of connections in `journal`.
+    pub fn set_journal(&mut self, journal: Journal) {
+        self.backend.set_journal(journal);
+    }
+
+    /// Resets connections of a process that is gone.
+    pub fn reset_lost(&mut self, keys: Vec<ConnKey>) {
+        self.backend.reset_lost(keys);
     }
 
     /// Whether the driver must still hear that all connections are gone.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use log::{info, warn};
 
+use super::crash::Left;
 use super::give::describe;
 use super::parcels::Opened;
 use super::store::{self, Stored};
@@ -44,7 +45,8 @@ enum Way {
 }
 
 impl Predecessor {
-    /// Finds what there is: among what the service manager has passed, or at `--handover-path`.
+    /// Finds what there is: among what the service manager has passed, or at `--handover-path`. If nobody has handed anything over,
+    /// what is left of a daemon that has died is returned as well.
     ///
     /// # Errors
     /// There is a daemon at `--handover-path`, and it does not hand over what can be taken over.
@@ -52,27 +54,34 @@ impl Predecessor {
         config: &ProcessConfig,
         passed: &[(RawFd, String)],
         manager: &ServiceManager,
-    ) -> Result<Option<Self>, HandoverError> {
-        let stored = Stored::take(passed);
+    ) -> Result<(Option<Self>, Left), HandoverError> {
+        let mut stored = Stored::take(passed);
         store::forget(manager, &stored.strange);
+        let left = Left::new(mem::take(&mut stored.kept));
         if !stored.parcels.is_empty() {
             let names = stored.names();
             match Self::from_store(stored, manager) {
-                Ok(found) => return Ok(Some(found)),
+                Ok(found) => {
+                    left.forget(manager);
+                    return Ok((Some(found), Left::default()));
+                }
                 Err(error) => {
                     warn!("what the service manager has stored is not taken over: {error}");
                     store::forget(manager, &names);
                 }
             }
         }
-        match &config.handover_path {
-            Some(path) => {
-                let failed = |error| HandoverError::Path(path.clone(), error);
-                let connected = path::Predecessor::connect(path).map_err(failed)?;
-                let found = connected.map(|predecessor| Self::from_path(path, predecessor, config));
-                found.transpose()
+        let Some(path) = &config.handover_path else {
+            return Ok((None, left));
+        };
+        let failed = |error| HandoverError::Path(path.clone(), error);
+        match path::Predecessor::connect(path).map_err(failed)? {
+            Some(predecessor) => {
+                let found = Self::from_path(path, predecessor, config)?;
+                left.forget(manager);
+                Ok((Some(found), Left::default()))
             }
-            None => Ok(None),
+            None => Ok((None, left)),
         }
     }
 

@@ -102,7 +102,7 @@ fn what_is_stored_is_there_until_it_is_taken_over() {
         let passed = manager.passed();
         let names: Vec<&str> = passed.iter().map(|(_, name)| &name[..]).collect();
         assert_eq!(names, ["handover-0", "handover-1", "handover-2"]);
-        let found = Predecessor::find(&config, &passed, &manager.client).unwrap();
+        let (found, _) = Predecessor::find(&config, &passed, &manager.client).unwrap();
         let mut found = found.unwrap();
         if takes_over {
             found.load(&mut [], &Siblings::default()).unwrap();
@@ -128,7 +128,7 @@ fn what_cant_be_read_is_forgotten_and_the_daemon_starts_afresh() {
         let state = state(&document);
         store(&manager.client, parcels::pack(&state, &[])).unwrap();
         let passed = manager.passed();
-        let found = Predecessor::find(&config, &passed, &manager.client).unwrap();
+        let (found, _) = Predecessor::find(&config, &passed, &manager.client).unwrap();
         assert!(found.is_none());
         assert!(manager.passed().is_empty());
     }
@@ -145,7 +145,7 @@ fn a_part_of_what_was_stored_is_forgotten() {
     let passed = manager.passed();
     let directory = TempDir::new().unwrap();
     let found = Predecessor::find(&config(directory.path()), &passed, &manager.client);
-    assert!(found.unwrap().is_none() && manager.passed().is_empty());
+    assert!(found.unwrap().0.is_none() && manager.passed().is_empty());
 }
 
 #[test]
@@ -158,7 +158,7 @@ fn names_that_make_no_sense_are_forgotten() {
     let passed = manager.passed();
     let directory = TempDir::new().unwrap();
     let found = Predecessor::find(&config(directory.path()), &passed, &manager.client);
-    assert!(found.unwrap().is_none() && manager.passed().is_empty());
+    assert!(found.unwrap().0.is_none() && manager.passed().is_empty());
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn a_state_that_cant_be_taken_over_is_refused_and_the_predecessor_goes_on() {
         thread::scope(|scope| {
             let taken = scope.spawn(|| {
                 let manager = ServiceManager::at(Path::new("/nowhere/at/all"));
-                Predecessor::find(&config, &[], &manager).map(|found| found.is_some())
+                Predecessor::find(&config, &[], &manager).map(|found| found.0.is_some())
             });
             let successor = loop {
                 match Successor::accept(socket.as_fd(), geteuid(), stop.as_fd()).unwrap() {

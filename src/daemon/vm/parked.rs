@@ -101,8 +101,12 @@ impl<'vm> Parts<'vm> {
 
 /// Keeps what a VM's session consists of outside of the process, for a successor after a crash.
 pub(in crate::daemon) trait Keep: Send {
-    /// The session has begun, changed or ended. The VM stands still until this returns, so it must not wait for anybody.
+    /// Takes a copy of a session that has begun, changed or ended. The VM stands still until this returns, so it must not wait for
+    /// anybody.
     fn keep(&mut self, vm: Parts<'_>);
+
+    /// Puts the copy where it is safe. Only the session waits for that.
+    fn store(&mut self);
 }
 
 /// A VM that is parked. It goes on when this is dropped.

@@ -188,18 +188,27 @@ impl SessionThread {
         }
     }
 
+    /// Shows the keeper what there is before anything is served.
+    pub(super) fn keep_first(&mut self) {
+        let session = self.session.clone();
+        self.keep(session.lock().as_ref());
+    }
+
     /// Shows the keeper what the session is now. The caller has the session's lock.
     fn keep(&mut self, session: Option<&Session>) {
-        if let Some(keeper) = &mut self.keeper {
-            let worker = self.device.worker();
-            let sockets = self.sockets.lock();
-            keeper.keep(Parts {
-                guest_cid: self.guest_cid,
-                session,
-                worker: &worker,
-                sockets: &sockets,
-            });
-        }
+        let Some(keeper) = &mut self.keeper else {
+            return;
+        };
+        let worker = self.device.worker();
+        let sockets = self.sockets.lock();
+        keeper.keep(Parts {
+            guest_cid: self.guest_cid,
+            session,
+            worker: &worker,
+            sockets: &sockets,
+        });
+        drop((worker, sockets));
+        keeper.store();
     }
 }
 

@@ -484,6 +484,8 @@ impl Keep for Keeper {
             (file, fds, text)
         });
     }
+
+    fn store(&mut self) {}
 }
 
 #[test]
