@@ -259,6 +259,66 @@ fn the_package_has_news_of_this_version() {
     assert!(news.unwrap().starts_with(version), "no entry for {version}");
 }
 
+/// A field of the package's control file.
+fn field(name: &str) -> String {
+    let mut dpkg = Command::new(installed("dpkg-deb"));
+    output(dpkg.arg("--field").arg(package()).arg(name))
+}
+
+#[test]
+fn the_package_says_what_it_is_and_what_it_takes() {
+    let description = field("Description");
+    let synopsis = description.lines().next().unwrap();
+    // Whole, and as Debian wants it.
+    assert_eq!(synopsis, env!("CARGO_PKG_DESCRIPTION"));
+    assert!(synopsis.len() < 80 && !synopsis.ends_with('.'));
+    assert!(!synopsis.starts_with("A ") && !synopsis.starts_with("The "));
+    assert_eq!(field("Homepage").trim(), env!("CARGO_PKG_HOMEPAGE"));
+    assert_eq!(field("Maintainer").trim(), env!("CARGO_PKG_AUTHORS"));
+    assert!(field("Depends").contains("libc6 (>= "));
+    let news = output(
+        Command::new("tail")
+            .args(["-n", "1", "dist/debian/changelog"])
+            .current_dir(env!("CARGO_MANIFEST_DIR")),
+    );
+    let maintainer = format!(" -- {}  ", env!("CARGO_PKG_AUTHORS"));
+    assert!(news.starts_with(&maintainer), "{news}");
+}
+
+/// The programs of ours that README's commands call, with or without a prompt before them.
+fn programs_of_the_readme() -> BTreeSet<String> {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"));
+    let mut programs = BTreeSet::new();
+    for block in text.unwrap().split("```sh\n").skip(1) {
+        let block = &block[..block.find("```").unwrap()];
+        for word in block.split([' ', '\n', '\'', '"', '(', '|', ';']) {
+            let word = word.rsplit_once('/').map_or(word, |(_, name)| name);
+            let in_name = |c: char| c.is_ascii_lowercase() || c == '-';
+            if word.starts_with("vhost-user-") && word.chars().all(in_name) {
+                programs.insert(word.to_owned());
+            }
+        }
+    }
+    programs
+}
+
+#[test]
+fn programs_that_the_readme_calls_are_in_the_package() {
+    let listing = output(
+        Command::new(installed("dpkg-deb"))
+            .arg("--contents")
+            .arg(package()),
+    );
+    let programs = programs_of_the_readme();
+    assert!(programs.contains(NAME));
+    for program in programs {
+        let path = format!(" ./usr/bin/{program}");
+        let file = listing.lines().find(|line| line.ends_with(&path));
+        let file = file.unwrap_or_else(|| panic!("no {program} in\n{listing}"));
+        assert!(file.starts_with("-rwxr-xr-x "), "{file}");
+    }
+}
+
 #[test]
 fn lintian_finds_no_error_in_the_package() {
     let lintian = Command::new(installed("lintian"))

@@ -140,10 +140,8 @@ fn serve_ssh(guest: &Uml, key: &Path) -> GuestProcess {
         "/run/sshd_config",
         "HostKey /run/host_key\nAuthorizedKeysFile /run/authorized_keys\nStrictModes no\nUsePAM no\n",
     );
-    let sshd = installed("sshd");
-    let sshd = sshd.display();
     guest.spawn(&format!(
-        "exec socat VSOCK-LISTEN:{SSH},fork EXEC:'{sshd} -i -f /run/sshd_config'"
+        "exec socat VSOCK-LISTEN:{SSH},fork EXEC:'/usr/sbin/sshd -i -f /run/sshd_config'"
     ))
 }
 

@@ -5,7 +5,9 @@
 
 pub mod daemon;
 pub mod guest;
+pub mod handover;
 pub mod host;
+pub mod manager;
 pub mod messages;
 pub mod qemu;
 pub mod scenarios;

@@ -28,7 +28,7 @@ pub fn spawn_peer(guest: &Guest, arguments: &str) -> GuestProcess {
 
 /// The guest listens with nc and the host connects with nc: lines flow both ways.
 pub fn guest_listens_with_nc(guest: &Guest, daemon: &Daemon) {
-    let listening = guest.spawn("nc --vsock -l 1234");
+    let listening = guest.spawn("nc --vsock -l -p 1234");
     let mut client = connect_with_nc(daemon, 1234);
     client.write("from the host\n");
     listening.write("from the guest\n");

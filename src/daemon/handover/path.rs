@@ -38,6 +38,7 @@ use crate::syscalls::{Argument, Syscall};
 /// To accept a successor, and to talk to it or to the predecessor.
 pub(super) const SYSCALLS: &[Syscall] = &[
     Syscall::any(libc::SYS_accept4),
+    Syscall::any(libc::SYS_geteuid),
     #[cfg(target_arch = "x86_64")]
     Syscall::any(libc::SYS_poll),
     Syscall::any(libc::SYS_ppoll),

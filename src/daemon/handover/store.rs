@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 use log::warn;
 use nix::sys::socket::MsgFlags;
+use rustix::net::RecvFlags;
 
 use super::names::StoredName;
 use super::parcels::{self, Opened, Parcel, ParcelError};
@@ -105,5 +106,14 @@ impl Stored {
             opened.open(&label, fds)?;
         }
         Ok(opened)
+    }
+
+    /// Closes what is in the parcels. The service manager has copies of their sockets for some time yet, and what listens at this
+    /// process's paths would be taken for another daemon.
+    pub(super) fn discard(&self) {
+        for socket in self.parcels.values() {
+            // What can't be received has no descriptors.
+            let _ = parcels::receive_message(socket.as_fd(), RecvFlags::DONTWAIT);
+        }
     }
 }

@@ -59,15 +59,17 @@ impl Predecessor {
         store::forget(manager, &stored.strange);
         let left = Left::new(mem::take(&mut stored.kept));
         if !stored.parcels.is_empty() {
-            let names = stored.names();
-            match Self::from_store(stored, manager) {
-                Ok(found) => {
+            match stored.open().map_err(Into::into).and_then(load) {
+                Ok((state, loader)) => {
                     left.forget(manager);
-                    return Ok((Some(found), Left::default()));
+                    let manager = manager.clone();
+                    let way = Way::Store { manager, stored };
+                    return Ok((Some(Self::new(way, state, loader)), Left::default()));
                 }
                 Err(error) => {
                     warn!("what the service manager has stored is not taken over: {error}");
-                    store::forget(manager, &names);
+                    stored.discard();
+                    store::forget(manager, &stored.names());
                 }
             }
         }
@@ -83,12 +85,6 @@ impl Predecessor {
             }
             None => Ok((None, left)),
         }
-    }
-
-    fn from_store(stored: Stored, manager: &ServiceManager) -> Result<Self, HandoverError> {
-        let (state, loader) = load(stored.open()?)?;
-        let manager = manager.clone();
-        Ok(Self::new(Way::Store { manager, stored }, state, loader))
     }
 
     fn from_path(
