@@ -284,6 +284,8 @@ impl VhostUserVsockThread {
     pub fn turn(&mut self, vrings: &[VsockVring]) -> Wait {
         self.busy_poll.woke();
         self.backend.set_vmm(self.has_vmm);
+        // Before the connections that it ends are reset: it tells programs of an error, and a reset of the end.
+        let has_more = self.serve_events(vrings);
         let memory = self.rings.memory().map(GuestMemoryHandle::memory);
         let (mut rx, mut tx) = (vrings[RX_RING].get_mut(), vrings[TX_RING].get_mut());
         let mut queues = memory.as_deref().map(|memory| Queues {
@@ -294,7 +296,6 @@ impl VhostUserVsockThread {
             ],
         });
         let wait = self.rounds(queues.as_mut());
-        let has_more = self.serve_events(vrings);
         self.set_timer();
         if has_more { Wait::Not } else { wait }
     }

@@ -13,6 +13,7 @@ pub mod qemu;
 pub mod scenarios;
 pub mod siblings;
 pub mod sim;
+pub mod ssh;
 pub mod tracer;
 pub mod uml;
 pub mod uml_proxy;
