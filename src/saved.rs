@@ -293,7 +293,10 @@ mod tests {
         let (file, document) = saved();
         let mut loader = Loader::open(file, vec![None]).unwrap();
         assert!(matches!(loader.take_fd(document.fd), Err(LoadError::Lost)));
-        assert!(matches!(loader.take_fd(SavedFd(1)), Err(LoadError::Missing)));
+        assert!(matches!(
+            loader.take_fd(SavedFd(1)),
+            Err(LoadError::Missing)
+        ));
     }
 
     #[test]

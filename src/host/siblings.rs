@@ -470,7 +470,11 @@ mod tests {
         assert!(taken.iter().all(|call| call.caller == addr(4, 7)));
         assert!(!new_six.has_calls() && !new_five.has_calls());
         let refused: Vec<_> = ends.iter().map(HostSocket::peer_closed).collect();
-        assert_eq!(refused, [false, false, true, false, true], "siblings no more");
+        assert_eq!(
+            refused,
+            [false, false, true, false, true],
+            "siblings no more"
+        );
         drop(taken);
         assert_eq!(new_four.calls.load(Ordering::Relaxed), 0);
     }

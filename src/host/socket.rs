@@ -32,8 +32,8 @@ use std::os::unix::net::UnixStream;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    MsgFlags, SockType, SockaddrStorage, UnixAddr, getpeername, getsockopt, recv, recvmsg, send, sendmsg,
-    setsockopt, shutdown, sockopt,
+    MsgFlags, SockType, SockaddrStorage, UnixAddr, getpeername, getsockopt, recv, recvmsg, send,
+    sendmsg, setsockopt, shutdown, sockopt,
 };
 
 use serde::{Deserialize, Serialize};

@@ -208,12 +208,7 @@ impl VsockThreadBackend {
             && let Some(oldest) = self.clients.remove(oldest)
         {
             let why = "too many without a CONNECT line, this is the oldest";
-            self.drop_client(
-                oldest.side(),
-                Some(&oldest.socket),
-                CallFailure::Limit,
-                why,
-            );
+            self.drop_client(oldest.side(), Some(&oldest.socket), CallFailure::Limit, why);
         }
         self.add_to_clients(client);
     }
@@ -328,11 +323,7 @@ impl VsockThreadBackend {
     }
 
     /// A key for a new connection to the guest's `port`, with the next host port that is free with it.
-    fn free_key(
-        &mut self,
-        port: GuestPort,
-        packet_type: PacketType,
-    ) -> Result<ConnKey, OpenError> {
+    fn free_key(&mut self, port: GuestPort, packet_type: PacketType) -> Result<ConnKey, OpenError> {
         self.check_type(packet_type)?;
         self.check_limit(Side::Host)?;
         let free = (0..HOST_PORTS).find_map(|_| {

@@ -149,11 +149,7 @@ impl Resets {
         self.gave_up
     }
 
-    pub(super) fn push(
-        &mut self,
-        header: VsockHeader,
-        held: Held,
-    ) -> Result<(), Dropped> {
+    pub(super) fn push(&mut self, header: VsockHeader, held: Held) -> Result<(), Dropped> {
         self.waiting.push_back((header, held));
         if self.gave_up && self.waiting.len() > MAX_RESETS {
             // The guest may offer buffers just now, and wait for the newest.

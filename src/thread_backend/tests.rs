@@ -511,7 +511,10 @@ fn a_connection_that_is_reset_is_listed_until_the_guest_has_the_reset() {
     table.send(7, Op::Request);
     // The second one ends it.
     table.send(7, Op::Request);
-    assert_eq!((table.backend.connections(), listed(&journal)), (0, vec![7]));
+    assert_eq!(
+        (table.backend.connections(), listed(&journal)),
+        (0, vec![7])
+    );
     table.backend.rx_starved();
     assert_eq!(listed(&journal), [7]);
     assert!(table.take_reset());

@@ -110,7 +110,9 @@ impl VhostUserVsockThread {
                 let memory = self.rings.memory().map(GuestMemoryHandle::memory);
                 queue.set_ready(true);
                 if !memory.is_some_and(|memory| queue.is_valid(&*memory)) {
-                    return Err(LoadError::Invalid("a ring that is not in the guest's memory"));
+                    return Err(LoadError::Invalid(
+                        "a ring that is not in the guest's memory",
+                    ));
                 }
                 self.rings.start(index, queue);
             }

@@ -127,10 +127,7 @@ impl MemoryTable {
     }
 
     /// Maps the regions that were saved. What lies past the end of a file is not mapped: access to it would end the daemon.
-    pub(super) fn load(
-        regions: Vec<RegionState>,
-        loader: &mut Loader,
-    ) -> Result<Self, LoadError> {
+    pub(super) fn load(regions: Vec<RegionState>, loader: &mut Loader) -> Result<Self, LoadError> {
         let mut table = Self::default();
         for region in regions {
             let file = File::from(loader.take_fd(region.file)?);

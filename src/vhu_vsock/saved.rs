@@ -78,7 +78,9 @@ impl Session {
     ) -> Result<Self, LoadError> {
         let features = state.features | state.accepted.unwrap_or_default();
         if features & !device.features() != 0 {
-            return Err(LoadError::Invalid("features that this device does not offer"));
+            return Err(LoadError::Invalid(
+                "features that this device does not offer",
+            ));
         }
         if state.rings.len() > device.num_queues() {
             return Err(LoadError::Invalid("more rings than the device has"));

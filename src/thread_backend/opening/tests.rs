@@ -68,7 +68,8 @@ impl Table {
     }
 
     fn expire(&mut self) {
-        self.backend.expire(Instant::now() + Duration::from_secs(120));
+        self.backend
+            .expire(Instant::now() + Duration::from_secs(120));
     }
 
     fn failed(&self, failure: CallFailure) -> u64 {

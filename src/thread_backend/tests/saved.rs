@@ -72,7 +72,15 @@ impl Table {
             packet_type: PacketType::Stream,
         };
         let token = self.backend.connections.find(&key).unwrap();
-        let buffered = |table: &Self| table.backend.connections.get(token).unwrap().conn.buffered();
+        let buffered = |table: &Self| {
+            table
+                .backend
+                .connections
+                .get(token)
+                .unwrap()
+                .conn
+                .buffered()
+        };
         while buffered(self) < 2000 {
             self.guest_sends(port, Op::Rw, 0, &[port as u8; 1000]);
             self.take_packets();
@@ -108,12 +116,13 @@ impl Table {
     /// Lets the guest take a REQUEST for `port` and answer it.
     fn answer(&mut self, port: u32, op: Op) {
         let requests = self.take_packets();
-        let request = requests.into_iter().find(|header| {
-            (header.op, header.guest_port) == (Op::Request, GuestPort(port))
-        });
+        let request = requests
+            .into_iter()
+            .find(|header| (header.op, header.guest_port) == (Op::Request, GuestPort(port)));
         let mut answer = request.unwrap();
         (answer.op, answer.buf_alloc) = (op, WINDOW);
-        self.backend.send_pkts(&tx_batch(&memory(), &[(answer, b"")]));
+        self.backend
+            .send_pkts(&tx_batch(&memory(), &[(answer, b"")]));
     }
 
     fn serve_clients(&mut self) {
@@ -206,7 +215,10 @@ fn a_table_goes_on_in_another_process() {
         let connections = &backend.connections;
         (
             (connections.len(), connections.open()),
-            (connections.lingering().count(), connections.deserted().count()),
+            (
+                connections.lingering().count(),
+                connections.deserted().count(),
+            ),
             (backend.clients.handshaking(), backend.clients.waiting()),
             backend.pending.resets.len(),
             backend.counters.clone(),
@@ -223,7 +235,10 @@ fn a_table_goes_on_in_another_process() {
     ends.half.write_all(b"4\n").unwrap();
     next.serve_clients();
     let requests = next.take_packets();
-    let ports: Vec<_> = requests.iter().map(|header| (header.op, header.guest_port.0)).collect();
+    let ports: Vec<_> = requests
+        .iter()
+        .map(|header| (header.op, header.guest_port.0))
+        .collect();
     assert_eq!(ports, [(Op::Request, 95), (Op::Request, 94)]);
     assert!(ends.waiting.iter().all(is_open) && is_open(&ends.requested));
     ends.sibling.write_all(b"7\n").unwrap();
@@ -274,10 +289,15 @@ fn deadlines_are_those_from_before() {
     let (before, after) = (table.backend.next_deadline(), next.backend.next_deadline());
     let passed = before.unwrap().saturating_duration_since(after.unwrap());
     assert!(passed <= Duration::from_millis(1), "whole milliseconds");
-    next.backend.expire(Instant::now() + Duration::from_secs(120));
+    next.backend
+        .expire(Instant::now() + Duration::from_secs(120));
     assert_eq!(next.backend.next_deadline(), None);
     assert_eq!(next.backend.clients.len(), 0);
-    assert_eq!(next.backend.connections.open(), 3, "those that are established");
+    assert_eq!(
+        next.backend.connections.open(),
+        3,
+        "those that are established"
+    );
 }
 
 #[test]
@@ -363,13 +383,12 @@ fn connections_whose_sockets_got_lost_are_reset() {
 #[test]
 fn connections_whose_process_is_gone_are_reset() {
     let mut table = Table::new();
-    let keys = [(1, PacketType::Stream), (2, PacketType::Seqpacket)].map(|(port, packet_type)| {
-        ConnKey {
+    let keys =
+        [(1, PacketType::Stream), (2, PacketType::Seqpacket)].map(|(port, packet_type)| ConnKey {
             guest: GuestPort(port),
             peer: PEER,
             packet_type,
-        }
-    });
+        });
     table.backend.reset_lost(keys.to_vec());
     for key in keys {
         let reset = table.backend.pending.resets.pop().unwrap();
@@ -392,7 +411,9 @@ fn forwarded_messages_are_reset() {
     let programs = [7, 8].map(|port| {
         let (vsock, program) = socketpair(family, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let vsock = HostSocket::vsock(PacketType::Seqpacket, vsock);
-        table.backend.add_client(Entry::Vsock(GuestPort(port)), vsock);
+        table
+            .backend
+            .add_client(Entry::Vsock(GuestPort(port)), vsock);
         if port == 7 {
             table.take_packets();
         }
@@ -401,15 +422,24 @@ fn forwarded_messages_are_reset() {
     let now = Instant::now();
     let mut loader = table.saved(now);
     let mut next = Table::new();
-    next.load(loader.document().unwrap(), &mut loader, now).unwrap();
+    next.load(loader.document().unwrap(), &mut loader, now)
+        .unwrap();
     assert_eq!(next.backend.connections.len(), 0);
     let reset = next.backend.pending.resets.pop().unwrap();
-    assert_eq!(reset.guest_port, GuestPort(7), "the other is unknown to the guest");
+    assert_eq!(
+        reset.guest_port,
+        GuestPort(7),
+        "the other is unknown to the guest"
+    );
     assert!(next.has_nothing_pending());
     let counters = &next.backend.counters;
     assert_eq!(counters.ended[CloseReason::HostGone as usize], 2);
     assert_eq!(counters.opened.iter().sum::<u64>(), 2);
-    assert_eq!(table.backend.connections.len(), 2, "the predecessor may go on");
+    assert_eq!(
+        table.backend.connections.len(),
+        2,
+        "the predecessor may go on"
+    );
     drop(programs);
 }
 

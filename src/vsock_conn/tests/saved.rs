@@ -167,7 +167,10 @@ fn halves_that_are_over_stay_so() {
     assert_eq!(ends.guest(&shutdown(ShutdownFlags::RECEIVE)), Verdict::Open);
     ends.hand_over();
     assert_eq!(ends.guest_writes(b"still"), Verdict::Open);
-    assert_eq!(ends.guest(&shutdown(ShutdownFlags::SEND)), Verdict::Reset(CloseReason::Done));
+    assert_eq!(
+        ends.guest(&shutdown(ShutdownFlags::SEND)),
+        Verdict::Reset(CloseReason::Done)
+    );
 
     let mut ends = Ends::established(WINDOW);
     ends.program.shutdown(std::net::Shutdown::Write).unwrap();
@@ -262,7 +265,13 @@ fn a_document_of_the_first_version_is_understood() {
     // A later version may say more, and need not say what has a default.
     let mut other = sample;
     other["new"] = 1.into();
-    for field in ["deadline", "pending", "credit_requested", "client_left", "shutdown"] {
+    for field in [
+        "deadline",
+        "pending",
+        "credit_requested",
+        "client_left",
+        "shutdown",
+    ] {
         other.as_object_mut().unwrap().remove(field);
     }
     serde_json::from_value::<ConnectionState>(other).unwrap();
@@ -342,7 +351,11 @@ fn exercise(ends: &mut Ends) {
                 is_open &= ends.conn.recv_pkt(&mut batch) == Verdict::Open;
             }
         }
-        let _ = (ends.conn.stats(), ends.conn.too_long(), ends.conn.is_flushing());
+        let _ = (
+            ends.conn.stats(),
+            ends.conn.too_long(),
+            ends.conn.is_flushing(),
+        );
         is_open &= match step {
             0 => ends.guest_writes(b"hello") == Verdict::Open,
             1 => ends.flush_once() == Verdict::Open,
@@ -397,7 +410,8 @@ fn moved(steps: &[(u8, usize)]) {
     let mut ends = Ends::established(1 << 16);
     ends.program.set_nonblocking(true).unwrap();
     let [mut to_host, mut to_guest, mut at_host, mut at_guest] = [const { Vec::<u8>::new() }; 4];
-    let bytes = |from: usize, len: usize| -> Vec<u8> { (from..from + len).map(|i| i as u8).collect() };
+    let bytes =
+        |from: usize, len: usize| -> Vec<u8> { (from..from + len).map(|i| i as u8).collect() };
     let mut steps = Vec::from(steps);
     steps.extend([(5, 0), (2, 1 << 16)]);
     // The guest takes the rest, a window at a time.
@@ -433,5 +447,8 @@ fn moved(steps: &[(u8, usize)]) {
             _ => ends.hand_over(),
         }
     }
-    assert!(at_host == to_host && at_guest == to_guest, "lost or repeated");
+    assert!(
+        at_host == to_host && at_guest == to_guest,
+        "lost or repeated"
+    );
 }
