@@ -87,7 +87,7 @@ demo:
 test:
 	@tests/check-rust.sh tests
 	@tests/install-guests.sh tests
-	cargo test --release --locked
+	cargo test --profile tests --locked
 
 # Compares the daemon with vhost-device-vsock 0.3.0, on a machine that does nothing else. BENCH takes more options.
 bench:
@@ -104,8 +104,8 @@ bench:
 soak:
 	@tests/check-rust.sh tests
 	@tests/install-guests.sh guests
-	cargo test --release --locked --test soak --no-run
-	trap '' INT; SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --release --locked --test soak
+	cargo test --profile tests --locked --test soak --no-run
+	trap '' INT; SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --profile tests --locked --test soak
 
 # Every target for FUZZ_SECONDS, in a copy of its corpus. What crashes is left in fuzz/artifacts. All unsafe code is for packet to
 # reach, with AddressSanitizer; without it, and without traced comparisons, the larger targets are more than twice as fast.
