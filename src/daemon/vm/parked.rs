@@ -74,7 +74,7 @@ pub(in crate::daemon) struct Parts<'vm> {
 
 impl<'vm> Parts<'vm> {
     /// Whether a VMM is connected.
-    #[allow(dead_code)] // PLACEHOLDER until daemon/handover.rs calls it.
+    #[cfg(test)]
     pub(in crate::daemon) fn has_session(&self) -> bool {
         self.session.is_some()
     }
