@@ -97,6 +97,8 @@ fn iperf3_goes_on(guest: &Guest, service: &mut Service) {
         [
             format!("TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr"),
             format!("UNIX-CONNECT:{}", socket.display()),
+            // It says when a program leaves first.
+            "-lf/dev/null".to_owned(),
         ],
     );
     let iperf3 = |options: &[&str]| {
@@ -161,6 +163,7 @@ struct Ends {
 fn a_guest_loses_its_connections_alone_in_ten_crashes() {
     let mut service = start(Way::Manager);
     let guest = Uml::boot(&service);
+    let mut chat = Chat::start(&guest, &service);
     for round in 0..10 {
         let opener = [Opener::Guest, Opener::Host][round % 2];
         let ends = crash_under_load(&guest, &mut service, opener, &|_| ());
@@ -168,7 +171,9 @@ fn a_guest_loses_its_connections_alone_in_ten_crashes() {
         assert!(ends.transfer.contains("ConnectionResetError"), "{ends:?}");
         assert_eq!(ends.stream, "ECONNRESET\n", "{ends:?}");
         assert_eq!(ends.messages, "ECONNRESET\ndone\n", "{ends:?}");
-        scenarios::works(&guest, &service);
+        // In the next round the guest connects.
+        chat.start_again(&service);
+        chat.answers();
     }
     service.hand_over();
     scenarios::works(&guest, &service);

@@ -88,6 +88,26 @@ has_restarted() {
 eventually has_restarted
 eventually connects member $run/web/vm.vsock
 
+# The VMM and the listening sockets stay over a restart and a crash. Once the VMM has left, nothing of it is stored.
+has_started() {
+    says $name@web.service 'CID 77: serving the VMM of' | grep -c . | grep -Fx "$1"
+}
+stores() {
+    [ "$(systemctl show -P NFileDescriptorStore $name@web.service)" = "$1" ]
+}
+stored=$(systemctl show -P NFileDescriptorStore $name@web.service)
+as member socat -u UNIX-CONNECT:$run/web/vhost.socket - &
+eventually stores $((stored + 1))
+sockets=$(stat -c %i $run/web/{vhost.socket,vm.vsock,stats})
+systemctl restart $name@web.service
+eventually has_started 1
+eventually stores $((stored + 1))
+systemctl kill --signal=KILL $name@web.service
+eventually has_started 2
+[ "$(stat -c %i $run/web/{vhost.socket,vm.vsock,stats})" = "$sockets" ]
+kill $!
+eventually stores "$stored"
+
 # A mistake in the options is not tried again.
 echo 'OPTIONS=--no-such-option' >/etc/$name/9.env
 fails systemctl start $name@9.service

@@ -14,7 +14,7 @@ use super::common::guest::{Guest, GuestProcess};
 use super::common::host::{
     EchoServer, HostProgram, Pattern, assert_is_ok, connect, new_port, try_connect_at,
 };
-use super::common::sim::host::{connect_for_messages, read_message, write_message};
+use super::common::sim::host::{assert_closed, connect_for_messages, read_message, write_message};
 use super::common::ssh;
 use super::common::{messages, scenarios::spawn_peer};
 
@@ -69,10 +69,11 @@ impl Session {
     }
 }
 
-/// A connection without words until it is asked.
+/// A connection to an echo in the guest, without words until it is asked.
 pub struct Chat {
     stream: UnixStream,
     _echo: GuestProcess,
+    port: u32,
     pattern: Pattern,
     exchanged: usize,
 }
@@ -84,9 +85,17 @@ impl Chat {
         Self {
             stream: connect(daemon, port),
             _echo: echo,
+            port,
             pattern: Pattern::new("host"),
             exchanged: 0,
         }
+    }
+
+    /// The connection ends, and there is another.
+    #[track_caller]
+    pub fn start_again(&mut self, daemon: &Daemon) {
+        assert_closed(&self.stream);
+        self.stream = connect(daemon, self.port);
     }
 
     #[track_caller]
