@@ -84,11 +84,13 @@ impl<'vm> Parts<'vm> {
     /// # Errors
     /// The system refuses.
     pub(in crate::daemon) fn save(self, saver: &mut Saver<'vm>) -> io::Result<VmState> {
+        // What is always there comes first: a keeper gives it the same numbers in every process.
+        let listeners = self.listeners(saver);
         let session = self.session.map(|session| session.save(self.worker, saver));
         Ok(VmState {
             guest_cid: self.guest_cid,
             session: session.transpose()?,
-            listeners: self.listeners(saver),
+            listeners,
             table: None,
         })
     }
