@@ -360,9 +360,10 @@ fn lintian_finds_no_error_in_the_package() {
 /// container may allow no systemd: then what `service` shows without one must do, and that is said past the test's capture.
 #[test]
 fn services_start_serve_end_and_leave_nothing() {
-    // In memory, as /run is: elsewhere systemd does not remove the files in a runtime directory.
     let directory = TempDir::with_prefix_in("vsock-test-", "/dev/shm").unwrap();
     let at = |name: &str| directory.path().join(name);
+    // In memory, as /run is: elsewhere systemd does not remove the files in a runtime directory.
+    let sockets = TempDir::with_prefix_in("sockets-", &directory).unwrap();
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
     let mut probe = Command::new(scripts.join("machine.sh"));
     let probe = probe.arg("--probe").output().unwrap();
@@ -383,8 +384,13 @@ fn services_start_serve_end_and_leave_nothing() {
     let log = File::create(at("log")).unwrap();
     let mut command = Command::new(scripts.join("machine.sh"));
     command.arg(at("service.sh"));
-    let mut machine = Daemon::start_by(&mut command, directory, log, BOOT);
+    fs::write(sockets.path().join("log"), "").unwrap();
+    let mut machine = Daemon::start_by(&mut command, sockets, log, BOOT);
     assert_serves(&machine, &mut SimGuest::start(&machine, Setup::default()));
     File::create(served).unwrap();
-    assert_eq!(machine.wait_exit().code(), Some(0), "{}", machine.log());
+    let status = machine.wait_exit();
+    // It is gone with the runtime directory.
+    fs::write(machine.directory().join("log"), "").unwrap();
+    let log = fs::read_to_string(at("log")).unwrap();
+    assert_eq!(status.code(), Some(0), "{log}");
 }
