@@ -73,13 +73,14 @@ fn a_guest_notices_none_of_ten_upgrades(way: Way) {
         messages.finish()
     );
     session.finish();
-    iperf3_goes_on(&guest, &mut service);
     scenarios::driver_comes_back(&guest, &service);
+    iperf3_goes_on(&guest, &mut service);
     service.hand_over();
     scenarios::works(&guest, &service);
 }
 
-/// `iperf3` in both directions at once, through socat at both ends, over some upgrades.
+/// `iperf3` in each direction, through socat at both ends, over some upgrades. In both at once it would need connections that are
+/// accepted in the order in which they are made, and socats that fork make them in any.
 fn iperf3_goes_on(guest: &Guest, service: &mut Service) {
     guest.run_ok("busybox ip link set lo up");
     let _servers = [
@@ -113,19 +114,21 @@ fn iperf3_goes_on(guest: &Guest, service: &mut Service) {
         let tried = iperf3(&["-n", "1K"]).stderr(Stdio::null()).output();
         tried.unwrap().status.success()
     });
-    let client = iperf3(&["--json", "--bidir", "-t", "2"]).spawn().unwrap();
-    for _ in 0..3 {
-        sleep(Duration::from_millis(400));
-        service.hand_over();
+    for direction in [&[][..], &["-R"]] {
+        let options = [&["--json", "-t", "1"], direction].concat();
+        let client = iperf3(&options).spawn().unwrap();
+        for _ in 0..2 {
+            sleep(Duration::from_millis(400));
+            service.hand_over();
+        }
+        let output = client.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{text}");
+        let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let moved = report["end"]["sum_received"]["bytes"].as_u64().unwrap();
+        assert!(moved > 0, "{text}");
+        println!("iperf3 {direction:?} over two upgrades: {moved} bytes");
     }
-    let output = client.wait_with_output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{text}");
-    let report: serde_json::Value = serde_json::from_str(&text).unwrap();
-    let moved = ["sum_received", "sum_received_bidir_reverse"]
-        .map(|sum| report["end"][sum]["bytes"].as_u64().unwrap());
-    assert!(moved.iter().all(|bytes| *bytes > 0), "{text}");
-    println!("iperf3 over three upgrades: {moved:?} bytes into and out of the guest");
 }
 
 /// Connections of either type that are there when the daemon dies, and the guest's view of their ends.
