@@ -1,5 +1,5 @@
-# demo, test, soak and bench install what they need; as root, or through sudo. deb builds cargo-deb if it is missing, fuzz
-# cargo-fuzz, and needs a nightly toolchain.
+# demo, test, soak and bench install what they need before they build anything; as root, or through sudo. deb builds cargo-deb if
+# it is missing, fuzz cargo-fuzz, and needs a nightly toolchain.
 
 .PHONY: bench build deb demo fuzz install lint manual soak test uninstall
 
@@ -11,6 +11,8 @@ PREFIX = /usr/local
 bindir = $(PREFIX)/bin
 datadir = $(PREFIX)/share
 unitdir = $(PREFIX)/lib/systemd/system
+userunitdir = $(PREFIX)/lib/systemd/user
+exampledir = $(datadir)/doc/$(name)/examples
 sysusersdir = $(PREFIX)/lib/sysusers.d
 zshdir = $(datadir)/zsh/site-functions
 
@@ -27,13 +29,20 @@ files = \
 	dist/systemd/$(name)-host@.socket:$(unitdir)/$(name)-host@.socket \
 	dist/systemd/$(name)-metrics.service:$(unitdir)/$(name)-metrics.service \
 	dist/systemd/$(name)-metrics.timer:$(unitdir)/$(name)-metrics.timer \
+	dist/systemd/user/$(name)@.service:$(userunitdir)/$(name)@.service \
+	dist/examples/alerts.yml:$(exampledir)/alerts.yml \
+	dist/examples/$(name)-part-of-vm.conf:$(exampledir)/$(name)-part-of-vm.conf \
+	dist/examples/libvirt-hook:$(exampledir)/libvirt-hook \
+	dist/examples/vm@.service:$(exampledir)/vm@.service \
 	dist/systemd/sysusers.conf:$(sysusersdir)/$(name).conf
 
 build:
+	@tests/check-rust.sh linker
 	cargo build --release --locked
 
 # The manual page, and completions for shells.
 manual:
+	@tests/check-rust.sh linker
 	cargo run --release --locked --example manual -- target/manual
 
 # Once build and manual have run, this takes no cargo: it may be another user's, who has none.
@@ -55,24 +64,36 @@ target/manual/$(name).1:
 uninstall:
 	rm -f $(addprefix $(DESTDIR)$(bindir)/,$(name)) $(foreach file,$(files),$(DESTDIR)$(lastword $(subst :, ,$(file))))
 
-# Makes target/vhost-user-vsock.deb.
-deb: build manual
+# Makes target/vhost-user-vsock.deb. Without dpkg-shlibdeps, cargo-deb would leave out the libraries that the package depends on.
+deb:
+	@tests/check-rust.sh
+	@command -v dpkg-shlibdeps >/dev/null || \
+		{ echo "error: make deb needs dpkg-shlibdeps; on Debian and Ubuntu: apt-get install dpkg-dev" >&2; exit 1; }
+	$(MAKE) --no-print-directory build manual
 	test -x $(cargo_deb)/bin/cargo-deb || cargo install cargo-deb --version 3.8.0 --locked --root $(cargo_deb)
 	rm -rf target/deb-root
 	$(MAKE) install DESTDIR=target/deb-root PREFIX=/usr zshdir=/usr/share/zsh/vendor-completions
+	rm -f target/$(name).deb
 	$(cargo_deb)/bin/cargo-deb --no-build --strip --output target/$(name).deb
+	@dpkg-deb --field target/$(name).deb Depends | grep -q libc6 || \
+		{ rm target/$(name).deb; echo "error: cargo-deb found no library that the program depends on" >&2; exit 1; }
 
-demo: build
-	tests/install-guests.sh
-	tests/demo.sh
+demo:
+	@tests/check-rust.sh
+	@tests/install-guests.sh demo
+	@$(MAKE) --no-print-directory build
+	@tests/demo.sh
 
 test:
-	tests/install-guests.sh fish lintian man-db mandoc procps systemd zsh
-	cargo test --release --locked
+	@tests/check-rust.sh tests
+	@tests/install-guests.sh tests
+	cargo test --profile tests --locked
 
 # Compares the daemon with vhost-device-vsock 0.3.0, on a machine that does nothing else. BENCH takes more options.
-bench: build
-	tests/install-guests.sh linux-perf
+bench:
+	@tests/check-rust.sh tests
+	@tests/install-guests.sh bench
+	$(MAKE) build
 	test -x $(rival)/bin/vhost-device-vsock || cargo install vhost-device-vsock --version 0.3.0 --root $(rival)
 	cargo bench --locked --bench vsock -- --binary ours=target/release/vhost-user-vsock \
 		--binary existing=$(rival)/bin/vhost-device-vsock \
@@ -81,9 +102,10 @@ bench: build
 # Lets a simulated and a real guest do all that guests do, at random, for SOAK_SECONDS. SOAK_SEED repeats a run. The first
 # interrupt is for the soak alone, which then comes to its end.
 soak:
-	tests/install-guests.sh
-	cargo test --release --locked --test soak --no-run
-	trap '' INT; SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --release --locked --test soak
+	@tests/check-rust.sh tests
+	@tests/install-guests.sh guests
+	cargo test --profile tests --locked --test soak --no-run
+	trap '' INT; SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --profile tests --locked --test soak
 
 # Every target for FUZZ_SECONDS, in a copy of its corpus. What crashes is left in fuzz/artifacts. All unsafe code is for packet to
 # reach, with AddressSanitizer; without it, and without traced comparisons, the larger targets are more than twice as fast.

@@ -5,8 +5,8 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
-use clap::{Arg, CommandFactory};
-use clap_complete::{Shell, generate_to};
+use clap::{Arg, Command, CommandFactory, ValueHint};
+use clap_complete::{Shell, generate, generate_to};
 use clap_mangen::Man;
 use vhost_user_vsock::cli::Args;
 
@@ -25,10 +25,41 @@ fn main() -> io::Result<()> {
     let directory = Path::new(&directory);
     fs::create_dir_all(directory)?;
     write_page(&mut File::create(directory.join(format!("{NAME}.1")))?)?;
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        generate_to(shell, &mut Args::command(), NAME, directory)?;
+    let mut command = Args::command().mut_args(hint);
+    command = command.mut_subcommands(|command| command.mut_args(hint));
+    generate_to(Shell::Zsh, &mut command, NAME, directory)?;
+    let bash = bash(&script(Shell::Bash, &mut command));
+    fs::write(directory.join(format!("{NAME}.bash")), bash)?;
+    let fish = fish(&script(Shell::Fish, &mut command));
+    fs::write(directory.join(format!("{NAME}.fish")), fish)
+}
+
+fn script(shell: Shell, command: &mut Command) -> String {
+    let mut text = Vec::new();
+    generate(shell, command, NAME, &mut text);
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+/// clap_complete 4.6 has two names for the subcommands of a program with a hyphen, one where it sets them and one where it looks
+/// for them.
+fn bash(script: &str) -> String {
+    let [looked_for, set] = ["__subcmd__", "__"].map(|hyphen| NAME.replace('-', hyphen));
+    script.replace(&looked_for, &set)
+}
+
+/// It does not know its options either where the last one has no value yet.
+fn fish(script: &str) -> String {
+    let parse = "-- $cmd 2>/dev/null\n    or return";
+    script.replace(&format!("{parse}\n"), &format!("{parse} 0\n"))
+}
+
+/// What is typed for an option that is neither a path nor one of a few words can't be completed. Shells offer files otherwise.
+fn hint(option: Arg) -> Arg {
+    let is_free = option.get_action().takes_values() && option.get_possible_values().is_empty();
+    match option.get_value_hint() {
+        ValueHint::Unknown if is_free => option.value_hint(ValueHint::Other),
+        _ => option,
     }
-    Ok(())
 }
 
 /// Writes the manual page: what clap generates, and the other sections.

@@ -14,7 +14,7 @@ pub use self::activation::Activation;
 use crate::commands::connect::ConnectArgs;
 use crate::commands::list::ListArgs;
 use crate::commands::stats::StatsArgs;
-use crate::config::file::{self, VmSource};
+use crate::config::file::{self, ProcessOptions, VmSource};
 use crate::config::options::{OptionReader, VmOptions};
 use crate::config::{ConfigError, Mistake, ProcessConfig, Sandbox};
 
@@ -73,6 +73,11 @@ pub struct Args {
     /// Path of a Unix socket that serves statistics, in Prometheus text format or JSON
     #[arg(long, value_name = "STATS_PATH")]
     stats_path: Option<PathBuf>,
+
+    /// Path of a Unix socket at which a new daemon takes the VMs over from this one. A daemon that is started with the path of one
+    /// that runs does so
+    #[arg(long, value_name = "HANDOVER_PATH")]
+    handover_path: Option<PathBuf>,
 
     /// Drop privileges before serving: all that the kernel supports, all or fail, or none
     #[arg(long, value_name = "SANDBOX", default_value_t,
@@ -159,7 +164,7 @@ impl Args {
     /// # Errors
     /// Options that clap accepts and that make no configuration, or a configuration file that can't be read.
     pub fn config(&self, activation: &Activation) -> Result<ProcessConfig, ConfigError> {
-        let sources = self.sources()?;
+        let (sources, of_file) = self.sources()?;
         activation.check(sources.iter().filter_map(|vm| vm.options.guest_cid))?;
         let is_only = sources.len() == 1;
         let mut vms = Vec::new();
@@ -170,6 +175,7 @@ impl Args {
         }
         let config = ProcessConfig {
             stats_path: self.stats_path.clone(),
+            handover_path: self.handover_path.clone().or(of_file.handover_path),
             access: self.options.access(),
             sandbox: self.sandbox,
             ..ProcessConfig::new(vms)
@@ -186,10 +192,15 @@ impl Args {
         Ok(config)
     }
 
-    /// The options of each VM, with the defaults, and where they come from.
-    fn sources(&self) -> Result<Vec<VmSource>, ConfigError> {
+    /// The options of each VM, with the defaults, and where they come from. Those of the process come from the file.
+    fn sources(&self) -> Result<(Vec<VmSource>, ProcessOptions), ConfigError> {
+        let mut of_process = ProcessOptions::default();
         let mut sources = match (&self.config, &self.vm[..]) {
-            (Some(path), _) => file::read(path)?,
+            (Some(path), _) => {
+                let (vms, options) = file::read(path)?;
+                of_process = options;
+                vms
+            }
             (None, []) => vec![VmSource::only(VmOptions::default())],
             (None, [vm]) => vec![VmSource::only(vm.0.clone())],
             (None, vms) => {
@@ -201,7 +212,7 @@ impl Args {
         for source in &mut sources {
             source.options = mem::take(&mut source.options).or(&self.options);
         }
-        Ok(sources)
+        Ok((sources, of_process))
     }
 }
 
@@ -213,11 +224,17 @@ pub fn one_line(error: &clap::Error) -> String {
         .take_while(|line| !line.starts_with("Usage:"))
         .collect();
     let about_help = "For more information, try '--help'.";
-    let message = lines
-        .into_iter()
-        .filter(|line| *line != about_help)
-        .collect::<Vec<_>>()
-        .join(" ");
+    let mut message = String::new();
+    for line in lines.into_iter().filter(|line| *line != about_help) {
+        let (separator, line) = match line.strip_prefix("tip: ") {
+            Some(tip) => ("; ", tip),
+            None => (" ", line),
+        };
+        if !message.is_empty() {
+            message += separator;
+        }
+        message += line;
+    }
     let hint = if error.kind() == ErrorKind::MissingRequiredArgument {
         " (try --help)"
     } else {

@@ -30,6 +30,8 @@ pub struct ProcessConfig {
     pub vms: Vec<VmConfig>,
     /// Path of the statistics socket. The default is none.
     pub stats_path: Option<PathBuf>,
+    /// Path of the socket at which a successor takes the VMs over. The default is none.
+    pub handover_path: Option<PathBuf>,
     /// Who may connect to the statistics socket.
     pub access: SocketAccess,
     /// What the process gives up before it serves.
@@ -204,6 +206,7 @@ impl ProcessConfig {
         Self {
             vms,
             stats_path: None,
+            handover_path: None,
             access: SocketAccess::default(),
             sandbox: Sandbox::default(),
         }

@@ -30,17 +30,19 @@
 //! main, cli                      arguments, signals, exit code
 //! commands/                      connect, list and stats: clients, which know metrics/ and host/connect_line
 //! config (+ config/)             what a process and its VMs are told to do: options, a file of them, what can be wrong
-//! daemon/                        server (a process), vm (one VM), threads, descriptors, service, sandbox, log_writer
-//! vhu_vsock                      the device, and the session of a VMM (+ message, session, memory, state)
-//! vhost_user_vsock_thread        the worker: epoll, rings, timer   (+ acceptor, busy_poll, epoll, one file for each ring)
+//! daemon/                        server (a process), vm (one VM), handover (from one process to the next), threads, descriptors,
+//!                                service, sandbox, log_writer
+//! vhu_vsock                      the device, and a VMM's session (+ channel, message, session, memory, state, saved)
+//! vhost_user_vsock_thread        the worker: epoll, rings, timer   (+ acceptor, busy_poll, epoll, saved, one file for each ring)
 //! thread_backend                 the table of connections          (+ one file for each concern of it)
 //! vsock_conn                     one connection: its states        (+ credit, shutdown, and a mover for each type)
 //! rxqueue, rxops, txbuf          what is pending for the guest, and bytes that wait for the host
 //! host/                          the host's side: sockets, listeners, the CONNECT line, routes, siblings
 //! metrics/                       counters, and the texts that show them
 //! packet (+ header, chain, iov)  packets in guest memory; iov is the only unsafe code
+//! saved                          what goes from one process to the next: a document, bytes and descriptors
 //! memory                         how it goes back to the system
-//! log_limit                      how often a line is logged
+//! log_limit, log_vm              how often a line is logged, and which VM it is about
 //! syscalls                       how a file lists the system calls that it makes
 //! ```
 //!
@@ -75,6 +77,7 @@ macro_rules! internal {
 internal! {
     host
     log_limit
+    log_vm
     memory
     packet
     rxops

@@ -42,14 +42,16 @@ fn main() -> ExitCode {
         }
     };
     let done = match &args.command {
-        Some(Command::Connect(args)) => connect::run(args).map_err(|error| error.to_string()),
-        Some(Command::List(args)) => list::run(args).map_err(|error| error.to_string()),
-        Some(Command::Stats(args)) => stats::run(args).map_err(|error| error.to_string()),
+        Some(Command::Connect(args)) => {
+            connect::run(args).map_err(|error| (error.to_string(), error.exit_code()))
+        }
+        Some(Command::List(args)) => list::run(args).map_err(|error| (error.to_string(), 1)),
+        Some(Command::Stats(args)) => stats::run(args).map_err(|error| (error.to_string(), 1)),
         None => return serve(&args, &activation),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(message) => fail(io::stderr(), &message, 1),
+        Err((message, code)) => fail(io::stderr(), &message, code),
     }
 }
 
@@ -57,7 +59,7 @@ fn main() -> ExitCode {
 fn serve(args: &Args, activation: &Activation) -> ExitCode {
     let mut log = LogWriter::install(args.verbose);
     let config = args.config(activation).map_err(ServerError::from);
-    let started = config.and_then(|config| start(&config));
+    let started = config.and_then(|config| start(&config, activation));
     // A thread that was there before would not be in the sandbox.
     if let Err(error) = log.start(io::stderr()) {
         return fail(io::stderr(), &format!("can't log: {error}"), 1);
@@ -79,12 +81,15 @@ fn print(text: &str) -> ExitCode {
 }
 
 /// Starts the server. A signal that comes meanwhile waits until it runs.
-fn start(config: &ProcessConfig) -> Result<(Server, UnixStream), ServerError> {
+fn start(
+    config: &ProcessConfig,
+    activation: &Activation,
+) -> Result<(Server, UnixStream), ServerError> {
     let (signalled, signal) = UnixStream::pair()?;
     for number in [SIGTERM, SIGINT, SIGHUP] {
         signal_hook::low_level::pipe::register(number, signal.try_clone()?)?;
     }
-    Ok((Server::start(config)?, signalled))
+    Ok((Server::start(config, activation.stored())?, signalled))
 }
 
 fn fail(mut out: impl Write, message: &str, code: u8) -> ExitCode {

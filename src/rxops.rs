@@ -1,8 +1,11 @@
 //! The operations that a connection sends to its guest.
 
+use serde::{Deserialize, Serialize};
+
 /// An operation that a connection has pending for its guest. RST is not among them: the connection that it ends is gone by
 /// then, so resets wait in a queue of their own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[repr(u8)]
 pub enum RxOps {
     /// Ask for a connection.

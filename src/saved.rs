@@ -14,6 +14,7 @@
 
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
@@ -49,6 +50,9 @@ pub enum LoadError {
     /// It names bytes or a descriptor that are not there.
     #[error("it is not complete")]
     Missing,
+    /// It names a descriptor that got lost on the way. Whoever can do without it goes on.
+    #[error("a descriptor of it got lost")]
+    Lost,
     /// It says what can't be.
     #[error("it is wrong: {0}")]
     Invalid(&'static str),
@@ -71,7 +75,7 @@ pub struct SavedBytes {
 
 impl SavedBytes {
     /// How many bytes there are.
-    pub fn len(self) -> u64 {
+    pub fn len(&self) -> u64 {
         self.len
     }
 
@@ -143,7 +147,15 @@ pub struct Loader {
     file: File,
     len: u64,
     document: Vec<u8>,
-    fds: Vec<Option<OwnedFd>>,
+    fds: Vec<SentFd>,
+}
+
+/// A place in the list of descriptors.
+#[derive(Debug)]
+enum SentFd {
+    Here(OwnedFd),
+    Lost,
+    Taken,
 }
 
 impl Loader {
@@ -161,6 +173,8 @@ impl Loader {
         if magic != MAGIC {
             return Err(LoadError::Magic);
         }
+        let sent = |fd: Option<OwnedFd>| fd.map_or(SentFd::Lost, SentFd::Here);
+        let fds = fds.into_iter().map(sent).collect();
         let mut loader = Self {
             file,
             len,
@@ -186,10 +200,24 @@ impl Loader {
     /// Takes a descriptor out of the list.
     ///
     /// # Errors
-    /// It is not there, or was taken before.
+    /// It is not there, got lost, or was taken before.
     pub fn take_fd(&mut self, fd: SavedFd) -> Result<OwnedFd, LoadError> {
         let place = self.fds.get_mut(fd.0 as usize);
-        place.and_then(Option::take).ok_or(LoadError::Missing)
+        match place.map(|place| mem::replace(place, SentFd::Taken)) {
+            Some(SentFd::Here(fd)) => Ok(fd),
+            Some(SentFd::Lost) => Err(LoadError::Lost),
+            Some(SentFd::Taken) | None => Err(LoadError::Missing),
+        }
+    }
+
+    /// The descriptors that nobody has taken.
+    pub fn into_fds(self) -> Vec<OwnedFd> {
+        let fds = self.fds.into_iter();
+        fds.filter_map(|fd| match fd {
+            SentFd::Here(fd) => Some(fd),
+            SentFd::Lost | SentFd::Taken => None,
+        })
+        .collect()
     }
 
     /// Copies bytes to `place`, which has their length.
@@ -258,6 +286,17 @@ mod tests {
         assert_eq!(loader.read(loaded.bytes).unwrap(), b"two parts");
         loader.take_fd(loaded.fd).unwrap();
         assert!(matches!(loader.take_fd(loaded.fd), Err(LoadError::Missing)));
+    }
+
+    #[test]
+    fn a_descriptor_that_got_lost_is_told_from_one_that_never_was() {
+        let (file, document) = saved();
+        let mut loader = Loader::open(file, vec![None]).unwrap();
+        assert!(matches!(loader.take_fd(document.fd), Err(LoadError::Lost)));
+        assert!(matches!(
+            loader.take_fd(SavedFd(1)),
+            Err(LoadError::Missing)
+        ));
     }
 
     #[test]

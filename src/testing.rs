@@ -1,11 +1,16 @@
-//! A configuration, guest memory and descriptor chains for the unit tests.
+//! A configuration, guest memory, descriptor chains and documents for the unit tests.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use proptest::prelude::*;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -17,6 +22,7 @@ use crate::config::VmConfig;
 use crate::host::socket::HostSocket;
 use crate::packet::header::{Cid, PacketType, VsockHeader};
 use crate::packet::{RxBatch, RxStorage, TxBatch, TxChains, TxStorage};
+use crate::saved::{Loader, Saver};
 
 /// The size of the rings these chains are from.
 pub(crate) const RING_SIZE: u16 = 64;
@@ -154,4 +160,86 @@ pub(crate) fn received(
         .iter()
         .map(|buffer| packet(buffer.used()))
         .collect()
+}
+
+/// Saves something in `file`, and opens it as a successor would, with copies of the descriptors. Returns the document as well.
+pub(crate) fn reload<'a, T: Serialize + DeserializeOwned>(
+    file: &'a File,
+    save: impl FnOnce(&mut Saver<'a>) -> T,
+) -> (Loader, T) {
+    let loader = loader(file, save);
+    let document = loader.document().unwrap();
+    (loader, document)
+}
+
+/// What another process gets of what `save` has put into `file`.
+pub(crate) fn loader<'fd, D: Serialize>(
+    file: &'fd File,
+    save: impl FnOnce(&mut Saver<'fd>) -> D,
+) -> Loader {
+    let mut saver = Saver::new(file).unwrap();
+    let document = save(&mut saver);
+    let fds = saver.finish(&document).unwrap();
+    let fds = fds
+        .iter()
+        .map(|fd| Some(fd.try_clone_to_owned().unwrap()))
+        .collect();
+    Loader::open(file.try_clone().unwrap(), fds).unwrap()
+}
+
+/// How a document is made wrong: a place in it, and what is put there.
+pub(crate) type Mutation = (prop::sample::Index, Value);
+
+/// Any mutation.
+pub(crate) fn mutation() -> impl Strategy<Value = Mutation> {
+    let value = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        (0u64..40).prop_map(Value::from),
+        (0u32..33).prop_map(|bit| Value::from((1u64 << bit) - 1)),
+        Just(Value::from(-1)),
+        Just(Value::from(u64::MAX)),
+        prop::sample::select(vec![
+            "requested",
+            "established",
+            "flushing",
+            "closing",
+            "request",
+            "shutdown",
+            "stream",
+            "seqpacket",
+            "vsock",
+            "guest",
+            "host",
+        ])
+        .prop_map(Value::from),
+        Just(Value::Array(Vec::new())),
+        prop::collection::vec(0u64..3000, 1..4).prop_map(Value::from),
+    ];
+    (any::<prop::sample::Index>(), value)
+}
+
+/// Makes a document wrong.
+pub(crate) fn mutate(document: &mut Value, (place, new): Mutation) {
+    fn count(value: &Value) -> usize {
+        1 + match value {
+            Value::Array(values) => values.iter().map(count).sum(),
+            Value::Object(members) => members.values().map(count).sum(),
+            _ => 0,
+        }
+    }
+    fn find<'v>(value: &'v mut Value, place: &mut usize) -> Option<&'v mut Value> {
+        if *place == 0 {
+            return Some(value);
+        }
+        *place -= 1;
+        match value {
+            Value::Array(values) => values.iter_mut().find_map(|value| find(value, place)),
+            Value::Object(members) => members.values_mut().find_map(|value| find(value, place)),
+            _ => None,
+        }
+    }
+    let mut place = place.index(count(document));
+    *find(document, &mut place).unwrap() = new;
 }

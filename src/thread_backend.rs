@@ -12,6 +12,7 @@
 //! deadlines     when connections are reset                    slots, slot_list   the tables and queues that these are made of
 //! pending       packets for the guest, by kind                event_source       what an epoll event belongs to
 //! resets        RSTs for the guest                             siblings           how other guests come into the table
+//! journal       the ports, for the daemon after a crash        saved              how all of it goes to another process
 //! ```
 
 mod clients;
@@ -19,9 +20,11 @@ mod connections;
 pub mod cost;
 mod deadlines;
 pub mod event_source;
+pub mod journal;
 mod opening;
 mod pending;
 mod resets;
+pub mod saved;
 mod siblings;
 mod slot_list;
 mod slots;
@@ -40,15 +43,19 @@ use clients::Clients;
 use connections::{Connections, Places};
 use deadlines::Deadlines;
 use event_source::{EventSource, Token};
+use journal::Journal;
 use pending::Pending;
 pub use pending::RxSource;
+use resets::Held;
 use slot_list::SlotList;
 
 use crate::config::VmConfig;
+use crate::host::connect_line;
 use crate::host::routes::Routes;
-use crate::host::socket::HostSocket;
 use crate::log_limit::LogLimit;
-use crate::metrics::counters::{CloseReason, Counters, VmSnapshot};
+use crate::metrics::counters::{
+    CallFailure, CloseReason, ConnectionStats, Counters, Side, VmSnapshot,
+};
 use crate::packet::header::{Cid, Op, PacketType, PeerAddr, VsockHeader};
 use crate::packet::{RxBatch, RxBuffer, TxBatch, VsockPacket};
 use crate::rxops::RxOps;
@@ -99,6 +106,8 @@ pub struct VsockThreadBackend {
     clients: Clients,
     /// How long they wait for the guest.
     wait_for_guest: Duration,
+    /// A VMM is connected.
+    has_vmm: bool,
     /// The guest's driver has started the device.
     has_guest: bool,
     deadlines: Deadlines,
@@ -127,6 +136,7 @@ impl VsockThreadBackend {
             connections: Connections::new(Places::new(config.max_connections)),
             clients: Clients::new(config.max_clients),
             wait_for_guest: config.wait_for_guest,
+            has_vmm: false,
             has_guest: false,
             deadlines: Deadlines::default(),
             pending: Pending::default(),
@@ -137,6 +147,17 @@ impl VsockThreadBackend {
             cost: 0,
             counters: Counters::default(),
         }
+    }
+
+    /// Lists the ports of the connections in `journal`, from now on and those that there are.
+    pub fn set_journal(&mut self, journal: Journal) {
+        self.connections.set_journal(journal);
+        self.list_resets();
+    }
+
+    fn list_resets(&mut self) {
+        let connections = &self.connections;
+        self.pending.resets.list_all(|key| connections.list(key));
     }
 
     /// Takes the types of connections that the driver has chosen.
@@ -166,6 +187,7 @@ impl VsockThreadBackend {
 
     /// The state at this moment.
     pub fn snapshot(&self, vmm_connected: bool) -> VmSnapshot {
+        let now = Instant::now();
         VmSnapshot {
             cid: self.guest_cid,
             vmm_connected,
@@ -176,7 +198,10 @@ impl VsockThreadBackend {
             connections: self
                 .connections
                 .iter()
-                .map(|(_, conn)| conn.stats())
+                .map(|(token, conn)| ConnectionStats {
+                    age: self.connections.age(token, now),
+                    ..conn.stats()
+                })
                 .collect(),
         }
     }
@@ -297,13 +322,16 @@ impl VsockThreadBackend {
     fn refuse(&mut self, header: &VsockHeader) {
         // An RST is never answered, or two ends could go on answering each other.
         if header.op != Op::Rst {
-            self.push_reset(header.reset(), None);
+            self.push_reset(header.reset(), Held::default());
         }
     }
 
-    fn push_reset(&mut self, reset: VsockHeader, socket: Option<HostSocket>) {
+    fn push_reset(&mut self, reset: VsockHeader, mut held: Held) {
         self.counters.resets += 1;
-        if self.pending.resets.push(reset, socket).is_err() {
+        if !held.listed.is_some() {
+            held.listed = self.connections.list(ConnKey::of(&reset));
+        }
+        if self.pending.resets.push(reset, held).is_err() {
             self.counters.resets_lost += 1;
             let lost = self.counters.resets_lost;
             debug!("{lost} resets lost so far: the guest takes none");
@@ -387,11 +415,20 @@ impl VsockThreadBackend {
         }
         while let Some(token) = self.clients.expired(now) {
             if !self.clients.retry(token, now) {
-                let what = match self.clients.remove(token) {
-                    Some(client) if client.has_line() => "the guest has not accepted it in time",
-                    _ => "no CONNECT line in time",
+                let Some(client) = self.clients.remove(token) else {
+                    continue;
                 };
-                self.drop_client(what);
+                if !client.has_line() {
+                    self.drop_without_line(&client, "no CONNECT line in time");
+                    continue;
+                }
+                // Where there is a guest, it has refused each of the REQUESTs.
+                let failure = match self.has_guest {
+                    true => CallFailure::NobodyListens,
+                    false => self.no_guest(),
+                };
+                let why = "the guest has not accepted it in time";
+                self.drop_client(client.side(), Some(&client.socket), failure, why);
             }
         }
         self.pending.resets.expire(now);
@@ -410,12 +447,15 @@ impl VsockThreadBackend {
 
     /// There is no guest any more: closes its connections, and the clients that do not wait for the next one.
     pub fn disconnect(&mut self) {
+        self.has_vmm = false;
         while let Some(token) = self
             .clients
             .oldest_that_leaves(!self.wait_for_guest.is_zero())
         {
-            self.clients.remove(token);
-            self.drop_client("the VMM is gone");
+            if let Some(client) = self.clients.remove(token) {
+                let (side, socket) = (client.side(), Some(&client.socket));
+                self.drop_client(side, socket, CallFailure::NoVmm, "the VMM is gone");
+            }
         }
         self.reset();
     }
@@ -476,18 +516,21 @@ impl VsockThreadBackend {
         let is_known = entry.conn.known_to_guest() || reason == CloseReason::Protocol;
         let header =
             (is_known && !self.connections.is_lingering(token)).then(|| entry.conn.reset_header());
-        let socket = self.release(token, reason);
+        let held = self.release(token, reason);
         if let Some(header) = header {
-            self.push_reset(header, socket);
+            self.push_reset(header, held);
         }
     }
 
-    /// Takes a connection out of the table, and returns its socket to be closed. One that has bytes for its host program
+    /// Takes a connection out of the table, and returns its socket to be closed, and its entry in the journal. One that has bytes for its host program
     /// stays and lingers until they are sent, or until it is released once more. The client of one that the guest has not accepted
     /// may wait on.
-    fn release(&mut self, token: Token, reason: CloseReason) -> Option<HostSocket> {
-        let entry = self.connections.get_mut(token)?;
+    fn release(&mut self, token: Token, reason: CloseReason) -> Held {
+        let Some(entry) = self.connections.get_mut(token) else {
+            return Held::default();
+        };
         let deadline = entry.deadline.take();
+        let listed = std::mem::take(&mut entry.listed);
         let (key, is_flushing) = (entry.conn.key(), entry.conn.is_flushing());
         let can_flush = entry.conn.can_flush();
         self.deadlines.remove(token, deadline);
@@ -495,9 +538,10 @@ impl VsockThreadBackend {
         self.flushable.remove(token.slot);
         if let Some(waiting) = self.waits_on(token, reason) {
             debug!("{} not accepted: {}", name(key), reason.name());
-            let entry = self.connections.remove(token)?;
-            self.await_guest(entry.conn.into_socket(), waiting);
-            return None;
+            if let Some(entry) = self.connections.remove(token) {
+                self.await_guest(entry.conn.into_socket(), waiting);
+            }
+            return listed.into();
         }
         if !self.connections.is_lingering(token) {
             debug!("{} closed: {}", name(key), reason.name());
@@ -507,15 +551,23 @@ impl VsockThreadBackend {
                 if can_flush {
                     self.flushable.push(token.slot);
                 }
-                return None;
+                return listed.into();
             }
         }
-        let entry = self.connections.remove(token)?;
+        let entry = self.connections.remove(token);
         if self.connections.is_empty() {
             self.pending.give_back();
             self.flushable.give_back();
         }
-        Some(entry.conn.into_socket())
+        let socket = entry.map(|entry| {
+            let is_refused = entry.conn.is_requested();
+            let socket = entry.conn.into_socket();
+            if is_refused {
+                connect_line::refuse(&socket, self.failure_of(reason));
+            }
+            socket
+        });
+        Held { socket, listed }
     }
 
     /// Counts the end of a connection. A guest's REQUEST that nobody has accepted was refused, and was none.
@@ -526,7 +578,13 @@ impl VsockThreadBackend {
         if entry.conn.is_dialing() && matches!(reason, CloseReason::Refused | CloseReason::Timeout)
         {
             self.counters.refused += 1;
+            let failure = self.failure_of(reason);
+            self.counters.failed[Side::Guest as usize][failure as usize] += 1;
             return;
+        }
+        if entry.conn.is_requested() {
+            let failure = self.failure_of(reason);
+            self.counters.failed[entry.opened_by as usize][failure as usize] += 1;
         }
         if !entry.is_counted {
             self.counters.opened[entry.opened_by as usize] += 1;

@@ -9,6 +9,7 @@ use std::io::{self, IoSlice};
 
 use memmap2::MmapMut;
 
+use crate::saved::{LoadError, Loader, SavedBytes, Saver};
 use crate::syscalls::{NOT_EXECUTABLE, Syscall};
 
 /// To map and unmap memory.
@@ -46,6 +47,35 @@ impl LocalTxBuf {
             start: 0,
             len: 0,
         }
+    }
+
+    /// Saves the bytes that are in it.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn save(&self, saver: &mut Saver<'_>) -> io::Result<SavedBytes> {
+        let (first, second) = self.parts();
+        saver.bytes(&[first, second])
+    }
+
+    /// A buffer for at most `limit` bytes with those that were saved in it.
+    ///
+    /// # Errors
+    /// There are more than `limit`, they are not there, or there is no memory for them.
+    pub fn load(limit: u32, bytes: SavedBytes, loader: &Loader) -> Result<Self, LoadError> {
+        let mut buffer = Self::new(limit);
+        if bytes.len() > limit.into() {
+            return Err(LoadError::Invalid("more bytes than a buffer holds"));
+        }
+        if bytes.is_empty() {
+            return Ok(buffer);
+        }
+        let len = bytes.len() as usize;
+        buffer.reserve(len)?;
+        let ring = buffer.ring.as_deref_mut().unwrap_or_default();
+        loader.read_to(bytes, &mut ring[..len])?;
+        buffer.len = len;
+        Ok(buffer)
     }
 
     /// How many bytes are in it.

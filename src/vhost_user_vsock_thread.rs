@@ -16,6 +16,7 @@
 
 mod acceptor;
 mod busy_poll;
+mod driver_watch;
 mod epoll;
 mod event_ring;
 mod limits;
@@ -23,6 +24,7 @@ mod ring;
 mod rings;
 mod round;
 mod rx_ring;
+pub mod saved;
 mod shares;
 #[cfg(test)]
 mod tests;
@@ -51,6 +53,7 @@ use crate::thread_backend::event_source::EventSource;
 use crate::thread_backend::{Types, VsockThreadBackend};
 use acceptor::Acceptors;
 use busy_poll::BusyPoll;
+use driver_watch::DriverWatch;
 use epoll::SocketRegistry;
 pub use epoll::{Epoll, EventBuffer, Wait};
 use limits::{MAX_POLLS, MAX_ROUNDS, MAX_TX_PACKETS};
@@ -104,6 +107,7 @@ pub struct VhostUserVsockThread {
     wake: EventFd,
     backend: VsockThreadBackend,
     has_vmm: bool,
+    driver_watch: DriverWatch,
     /// The driver must hear that all connections are gone.
     transport_reset: bool,
     notify_on_empty: bool,
@@ -135,6 +139,7 @@ impl VhostUserVsockThread {
             armed: None,
             wake,
             has_vmm: false,
+            driver_watch: DriverWatch::default(),
             transport_reset: false,
             notify_on_empty: false,
             rings: Rings::new(epoll.clone()),
@@ -186,12 +191,15 @@ impl VhostUserVsockThread {
     /// A VMM has connected.
     pub fn connect(&mut self) {
         self.has_vmm = true;
+        self.driver_watch.connected(Instant::now());
+        self.wake();
         self.backend.counters().sessions += 1;
     }
 
     /// The VMM is gone, and its memory with it.
     pub fn disconnect(&mut self) {
         self.has_vmm = false;
+        self.driver_watch.disconnected();
         self.reset();
         self.rings.clear();
         self.backend.disconnect();
@@ -210,6 +218,7 @@ impl VhostUserVsockThread {
 
     /// Takes the types of connections that the driver has chosen.
     pub fn set_types(&mut self, types: Types) {
+        self.driver_watch.accepted();
         self.backend.set_types(types);
     }
 
@@ -274,6 +283,9 @@ impl VhostUserVsockThread {
     /// Does what there is to do, and returns whether to wait before the next turn.
     pub fn turn(&mut self, vrings: &[VsockVring]) -> Wait {
         self.busy_poll.woke();
+        self.backend.set_vmm(self.has_vmm);
+        // Before the connections that it ends are reset: it tells programs of an error, and a reset of the end.
+        let has_more = self.serve_events(vrings);
         let memory = self.rings.memory().map(GuestMemoryHandle::memory);
         let (mut rx, mut tx) = (vrings[RX_RING].get_mut(), vrings[TX_RING].get_mut());
         let mut queues = memory.as_deref().map(|memory| Queues {
@@ -284,7 +296,6 @@ impl VhostUserVsockThread {
             ],
         });
         let wait = self.rounds(queues.as_mut());
-        let has_more = self.serve_events(vrings);
         self.set_timer();
         if has_more { Wait::Not } else { wait }
     }
@@ -329,11 +340,17 @@ impl VhostUserVsockThread {
         self.armed = None;
         self.acceptors.resume(now);
         self.backend.expire(now);
+        let (has_guest, has_memory) = (self.backend.has_guest(), self.rings.memory().is_some());
+        self.driver_watch.expire(now, has_guest, has_memory);
     }
 
     /// Sets the timer for the next deadline. A timer that fires too early does no harm, so it is only ever set earlier.
     fn set_timer(&mut self) {
-        let deadlines = [self.backend.next_deadline(), self.acceptors.deadline()];
+        let deadlines = [
+            self.backend.next_deadline(),
+            self.acceptors.deadline(),
+            self.driver_watch.deadline(),
+        ];
         let Some(next) = deadlines.into_iter().flatten().min() else {
             return;
         };

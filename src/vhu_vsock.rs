@@ -4,14 +4,17 @@
 //! 5.10.4) and its three rings. One worker thread does its work, in [`VhostUserVsockBackend::run`]. What a VMM negotiates and
 //! sets up is kept by [`session`], one session after the other.
 
+mod channel;
 mod memory;
 mod message;
+pub(crate) mod saved;
 pub(crate) mod session;
 mod state;
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use log::debug;
 use parking_lot::{Mutex, MutexGuard};
@@ -33,7 +36,7 @@ use crate::host::entry::EntrySocket;
 use crate::host::siblings::{Membership, Siblings};
 use crate::metrics::counters::VmSnapshot;
 use crate::packet::header::Cid;
-use crate::syscalls::{Argument, NOT_EXECUTABLE, Syscall};
+use crate::syscalls::{NOT_EXECUTABLE, Syscall};
 use crate::thread_backend::Types;
 use crate::vhost_user_vsock_thread::{
     self, Epoll, EventBuffer, GuestMemoryHandle, NUM_RINGS, VhostUserVsockThread, VsockVring, Wait,
@@ -41,9 +44,8 @@ use crate::vhost_user_vsock_thread::{
 
 /// For the guest's memory, and to end a session.
 const SYSCALLS: &[Syscall] = &[
-    Syscall::any(libc::SYS_shutdown),
     Syscall::any(libc::SYS_close),
-    Syscall::only(libc::SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC)]),
+    Syscall::any(libc::SYS_statx),
     Syscall::only(libc::SYS_mmap, NOT_EXECUTABLE),
     Syscall::any(libc::SYS_munmap),
 ];
@@ -51,7 +53,7 @@ const SYSCALLS: &[Syscall] = &[
 pub(crate) fn syscalls() -> Vec<Syscall> {
     [
         SYSCALLS,
-        message::SYSCALLS,
+        channel::SYSCALLS,
         state::SYSCALLS,
         &vhost_user_vsock_thread::syscalls(),
     ]
@@ -162,6 +164,13 @@ impl VhostUserVsockBackend {
         self.report(&worker);
     }
 
+    /// A VMM's session was handed over. It counts as no new one.
+    pub(crate) fn resume_session(&self, transport_reset: bool) {
+        let mut worker = self.worker();
+        worker.resume(transport_reset);
+        self.report(&worker);
+    }
+
     /// The VMM is gone. Nothing of it is left: its memory is unmapped, its descriptors are closed.
     pub(crate) fn end_session(&self) {
         let mut worker = self.worker();
@@ -180,6 +189,14 @@ impl VhostUserVsockBackend {
     /// The worker, between two turns.
     pub(crate) fn worker(&self) -> MutexGuard<'_, VhostUserVsockThread> {
         self.worker.lock()
+    }
+
+    /// The worker, between two turns. None if its turn does not end until then.
+    pub(crate) fn worker_until(
+        &self,
+        until: Instant,
+    ) -> Option<MutexGuard<'_, VhostUserVsockThread>> {
+        self.worker.try_lock_until(until)
     }
 
     pub(crate) fn vrings(&self) -> &[VsockVring] {

@@ -37,6 +37,7 @@ mod filling;
 mod key;
 mod mover;
 mod readiness;
+pub mod saved;
 mod seqpacket_mover;
 #[cfg(test)]
 mod seqpacket_tests;
@@ -51,6 +52,8 @@ use std::io::IoSlice;
 use std::net::Shutdown as Direction;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use crate::host::connect_line;
 use crate::host::socket::HostSocket;
@@ -86,7 +89,8 @@ pub enum Verdict {
 }
 
 /// What a client hears when the guest has accepted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Greeting {
     /// The line `OK` with its port.
     Ok,
@@ -283,6 +287,7 @@ impl VsockConnection {
             } else {
                 None
             },
+            age: None,
         }
     }
 

@@ -88,6 +88,11 @@ fn misspelled_and_missing_options_are_named() {
         USE,
         "'--sokcet'",
     );
+    assert_refused(
+        &run(&["--guest-cid=4", "--sokcet=/tmp/x"]),
+        USE,
+        "'--sokcet' found; a similar argument exists: '--socket'",
+    );
     assert_refused(&run(&["--guest-cid=4"]), USE, "--socket <SOCKET>");
     assert_refused(&run(&["surplus"]), USE, "'surplus'");
 }
@@ -121,6 +126,11 @@ fn wrong_values_are_refused() {
         let option = wrong.split('=').next().unwrap();
         assert_refused(&start("4", &socket, &uds, &[wrong]), USE, option);
     }
+    for size in ["0", "3", "32769", "65536", "70000", "18446744073709551615"] {
+        let wrong = format!("--queue-size={size}");
+        let message = format!("{wrong}: a ring has a power of two from 2 to 32768 entries");
+        assert_refused(&start("4", &socket, &uds, &[&wrong]), USE, &message);
+    }
     assert_eq!(
         fs::read_dir(directory.path()).unwrap().count(),
         0,
@@ -151,6 +161,15 @@ fn wrong_paths_are_refused() {
         USE,
         "does not exist",
     );
+    let file = path("file");
+    fs::write(&file, "").unwrap();
+    let message = format!("{} is not a directory", file.display());
+    for below in ["socket", "deeper/socket"] {
+        let below = file.join(below);
+        assert_refused(&start("4", &below, &short, &[]), USE, &message);
+        assert_refused(&start("4", &short, &below, &[]), USE, &message);
+    }
+    fs::remove_file(&file).unwrap();
     assert_eq!(
         fs::read_dir(directory.path()).unwrap().count(),
         0,
@@ -304,7 +323,7 @@ fn a_signal_ends_it_while_a_silent_vmm_is_connected() {
 }
 
 #[test]
-fn the_log_has_a_line_for_the_start_each_vmm_and_the_end() {
+fn the_log_has_lines_for_the_version_the_start_each_vmm_and_the_end() {
     let mut daemon = Daemon::start();
     drop(UnixStream::connect(daemon.vhost_socket()).unwrap());
     eventually("the VMM to be gone", || {
@@ -313,7 +332,9 @@ fn the_log_has_a_line_for_the_start_each_vmm_and_the_end() {
     daemon.signal(Signal::SIGTERM);
     daemon.wait_exit();
     let log = daemon.log();
-    assert_eq!(log.lines().count(), 4, "{log}");
+    assert_eq!(log.lines().count(), 5, "{log}");
+    let version = format!("] vhost-user-vsock {}", env!("CARGO_PKG_VERSION"));
+    assert!(log.lines().next().unwrap().ends_with(&version), "{log}");
     assert!(log.contains("CID 4: waiting for a VMM at"), "{log}");
     assert!(log.contains(daemon.uds_path().to_str().unwrap()), "{log}");
 }
@@ -383,9 +404,10 @@ fn a_mistake_in_rust_log_is_one_line_of_the_log() {
         log.seek(SeekFrom::Start(0)).unwrap();
         log.read_to_string(&mut text).unwrap();
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 3, "the mistake, the start and the end: {text}");
-        assert!(lines[0].contains("RUST_LOG is ignored: "), "{text}");
-        assert!(lines[0].contains(mistake), "{text}");
+        let what = "the version, the mistake, the start and the end";
+        assert_eq!(lines.len(), 4, "{what}: {text}");
+        assert!(lines[1].contains("RUST_LOG is ignored: "), "{text}");
+        assert!(lines[1].contains(mistake), "{text}");
 
         let full = fs::OpenOptions::new().write(true).open("/dev/full");
         let code = serve_with(("RUST_LOG", filter), full.unwrap());

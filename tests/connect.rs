@@ -15,7 +15,7 @@ use std::time::Instant;
 use common::daemon::{Daemon, PATIENCE, binary, eventually};
 use common::guest::installed;
 use common::host::Pattern;
-use common::sim::host::recv_bytes;
+use common::sim::host::{from_host, recv_bytes};
 use common::sim::{Flow, Op, Setup, SimGuest};
 use tempfile::TempDir;
 
@@ -283,6 +283,73 @@ fn a_refusal_is_told() {
             "vhost-user-vsock: nobody listens on port 1234 of the guest\n"
         );
     }
+}
+
+/// Runs `connect` for this port of a daemon's guest. It must fail; gives the exit code and what it complains of.
+fn refused(daemon: &Daemon, port: &str) -> (Option<i32>, String) {
+    let path = daemon.uds_path();
+    let program = connect(&[path.to_str().unwrap(), port]).spawn().unwrap();
+    let (status, complaint) = end(program);
+    assert_eq!(complaint.lines().count(), 1, "{complaint}");
+    (status.code(), complaint)
+}
+
+#[track_caller]
+fn assert_told((code, complaint): &(Option<i32>, String), wanted: i32, told: &str) {
+    assert_eq!(*code, Some(wanted), "{complaint}");
+    assert!(complaint.contains(told), "{complaint}");
+}
+
+#[test]
+fn a_daemon_says_why_there_is_no_connection() {
+    let daemon = Daemon::start_with(&["--max-connections=1"]);
+    assert_told(&refused(&daemon, "99"), 3, "no VMM is connected");
+    let mut guest = SimGuest::connect(&daemon, Setup::default());
+    eventually("the VMM to be served", || {
+        daemon.log().contains("a VMM connected")
+    });
+    assert_told(&refused(&daemon, "99"), 4, "driver has not started");
+    guest.start_rings();
+    guest.post_rx();
+    thread::scope(|scope| {
+        let caller = scope.spawn(|| refused(&daemon, "99"));
+        let request = guest.recv();
+        guest.send(&Flow::new(99, request.src_port).packet(Op::Rst));
+        let told = caller.join().unwrap();
+        assert_told(&told, 5, "nobody listens on port 99");
+    });
+    let (_client, _, _) = from_host(&daemon, &mut guest, 98);
+    assert_told(&refused(&daemon, "99"), 6, "a limit of the daemon");
+}
+
+#[test]
+fn what_a_daemon_says_is_an_exit_code() {
+    for (answer, code, told) in [
+        ("ERR no_vmm\n", 3, "no VMM"),
+        ("ERR timeout\n", 7, "no answer from port 1234"),
+        ("ERR other\n", 1, "refused"),
+        ("ERR what_is_not_known\n", 1, "is not a socket of"),
+    ] {
+        for line_is_read in [true, false] {
+            let mut session = Session::start();
+            if line_is_read {
+                take_line(&mut session.daemon);
+            }
+            session.answer(answer);
+            session.close();
+            let (status, complaint) = session.end();
+            assert_told(&(status.code(), complaint), code, told);
+        }
+    }
+}
+
+#[test]
+fn who_has_waited_is_told_what_the_daemon_has_said_last() {
+    let daemon = Daemon::start();
+    let path = daemon.uds_path();
+    let program = connect(&[path.to_str().unwrap(), "99", "--wait=1"]).spawn();
+    let (status, complaint) = end(program.unwrap());
+    assert_told(&(status.code(), complaint), 3, "running (tried for 1 s)");
 }
 
 #[test]

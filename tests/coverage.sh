@@ -18,11 +18,11 @@ for file in tests/*.rs; do
 	name=$(basename "$file" .rs)
 	case $name in real_*|cookbook|install) ;; *) tests+=(--test "$name") ;; esac
 done
-cargo test --release --locked --no-fail-fast "${tests[@]}"
+cargo test --profile tests --locked --no-fail-fast "${tests[@]}"
 objects=()
 while read -r binary; do
 	objects+=(--object "$binary")
-done < <(cargo test --release --locked --no-run --message-format=json "${tests[@]}" 2>/dev/null |
+done < <(cargo test --profile tests --locked --no-run --message-format=json "${tests[@]}" 2>/dev/null |
 	sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
 
 find "$profiles" -name '*.profraw' > "$profiles/list"

@@ -1,13 +1,12 @@
 #!/bin/bash
-# `make demo`: a Linux guest under QEMU and its host talk with nc in both directions, through the daemon.
+# `make demo`: a Linux guest under QEMU and its host talk with ncat in both directions, through the daemon.
 # Lines that begin with "guest |" come from the guest's console. Everything that is started here is stopped here.
 set -eu
 
 project=$(cd "$(dirname "$0")/.." && pwd)
-guests=${VSOCK_GUESTS:-$project/target/guests}
+guests=$(realpath "${VSOCK_GUESTS:-$project/target/guests}")
 daemon=$project/target/release/vhost-user-vsock
 work=$(mktemp -d)
-uds=$work/vm4.vsock
 transcript=$work/transcript
 pids=()
 
@@ -41,48 +40,48 @@ patiently() {
 }
 
 start_daemon() {
-    host "vhost-user-vsock --guest-cid=4 --uds-path=$uds --socket=$work/vhost4.socket"
-    "$daemon" --guest-cid=4 --uds-path="$uds" --socket="$work/vhost4.socket" 2> >(as daemon) &
+    local options=(--guest-cid=4 --uds-path=vm4.vsock --socket=vhost4.socket --wait-for-guest=120)
+    host "vhost-user-vsock ${options[*]}"
+    "$daemon" "${options[@]}" 2> >(as daemon) &
     pids+=($!)
-    patiently test -S "$uds"
+    patiently test -S vm4.vsock
 }
 
 start_guest() {
-    local kernel=$guests/linux-6.12 vsock
-    "$project/tests/guest/make-initramfs.sh" "$kernel" "$guests/initramfs-6.12"
+    local kernel=$guests/linux-demo initramfs=$guests/initramfs-demo vsock
+    "$project/tests/guest/make-initramfs.sh" "$kernel" "$initramfs" demo
     vsock=(-object memory-backend-memfd,id=mem0,size=512M,share=on -machine q35,memory-backend=mem0
-        -chardev "socket,id=char0,reconnect=0,path=$work/vhost4.socket"
+        -chardev "socket,id=char0,reconnect=0,path=vhost4.socket"
         -device vhost-user-vsock-pci,chardev=char0)
     host "qemu-system-x86_64 -kernel … -m 512M ${vsock[*]}"
-    qemu-system-x86_64 -accel tcg -cpu max,la57=off -smp 2 -m 512M -nodefaults -display none -no-reboot \
-        -kernel "$kernel"/boot/vmlinuz-* -initrd "$guests/initramfs-6.12" \
+    timeout 180 qemu-system-x86_64 -accel tcg -cpu max,la57=off -smp 2 -m 512M -nodefaults -display none -no-reboot \
+        -kernel "$kernel"/boot/vmlinuz-* -initrd "$initramfs" \
         -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr demo=yes" \
         "${vsock[@]}" -serial stdio </dev/null > >(as guest) &
     qemu=$!
     pids+=("$qemu")
 }
 
-# The CONNECT line and a greeting, and what comes back. Without a listener in the guest nc ends with nothing.
+# The CONNECT line and a greeting, and what comes back. The daemon waits for the guest, which is still booting.
 call_guest() {
-    printf 'CONNECT 1234\nhello from the host\n' | nc -N -U "$uds" | as host
-    grep -q '^host | OK' "$transcript"
+    host "printf 'CONNECT 1234\nhello from the host\n' | ncat -U vm4.vsock"
+    printf 'CONNECT 1234\nhello from the host\n' | ncat -U vm4.vsock | as host
 }
 
 listen() {
-    host "echo 'hello again from the host' | nc -N -l -U ${uds}_1234"
-    { echo "hello again from the host" | timeout 120 nc -N -l -U "${uds}_1234" | as host; } &
+    host "echo 'hello again from the host' | ncat -l -U vm4.vsock_1234"
+    { echo "hello again from the host" | timeout 180 ncat -l -U vm4.vsock_1234 | as host; } &
     listener=$!
-    patiently test -S "${uds}_1234"
+    patiently test -S vm4.vsock_1234
 }
 
+# The paths are as short as a person would type them.
+cd "$work"
 start_daemon
 start_guest
 listen
-
-host "printf 'CONNECT 1234\nhello from the host\n' | nc -N -U $uds"
-patiently call_guest
-
-wait "$listener" "$qemu"
+call_guest
+wait "$listener" "$qemu" || true
 host "kill <vhost-user-vsock>"
 kill "${pids[0]}"
 wait "${pids[0]}"
@@ -92,5 +91,5 @@ for line in "guest | hello from the host" "host | hello from the guest" \
     "guest | hello again from the host" "host | hello again from the guest"; do
     grep -qxF "$line" "$transcript" || { echo "demo: missing: $line" >&2; exit 1; }
 done
-[ ! -e "$uds" ] || { echo "demo: the daemon left its socket" >&2; exit 1; }
+[ ! -e vm4.vsock ] || { echo "demo: the daemon left its socket" >&2; exit 1; }
 echo "Both directions worked, and everything was stopped."

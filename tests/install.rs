@@ -21,14 +21,19 @@ use tempfile::TempDir;
 const NAME: &str = "vhost-user-vsock";
 
 /// What is installed, below the prefix, but for the programs. README and manual name these places.
-const FILES: [&str; 11] = [
+const FILES: [&str; 16] = [
     "lib/systemd/system/vhost-user-vsock-host@.socket",
     "lib/systemd/system/vhost-user-vsock-metrics.service",
     "lib/systemd/system/vhost-user-vsock-metrics.timer",
     "lib/systemd/system/vhost-user-vsock-vmm@.socket",
     "lib/systemd/system/vhost-user-vsock@.service",
+    "lib/systemd/user/vhost-user-vsock@.service",
     "lib/sysusers.d/vhost-user-vsock.conf",
     "share/bash-completion/completions/vhost-user-vsock",
+    "share/doc/vhost-user-vsock/examples/alerts.yml",
+    "share/doc/vhost-user-vsock/examples/libvirt-hook",
+    "share/doc/vhost-user-vsock/examples/vhost-user-vsock-part-of-vm.conf",
+    "share/doc/vhost-user-vsock/examples/vm@.service",
     "share/fish/vendor_completions.d/vhost-user-vsock.fish",
     "share/man/man1/vhost-user-vsock.1",
     "share/qemu/vhost-user/50-vhost-user-vsock.json",
@@ -217,24 +222,45 @@ fn shells_complete_what_is_typed() {
     package();
     let directory = target("manual");
     let file = |name: &str| directory.join(name).to_str().unwrap().to_owned();
-    let bash = r#". "$1"; COMP_WORDS=(vhost-user-vsock --so) COMP_CWORD=1
+    // The arguments are the words of the line. There is no line to change, which compopt complains of.
+    let bash = r#". "$1"; shift; COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
         [[ $(complete -p vhost-user-vsock) =~ -F\ ([^ ]+) ]]
-        ${BASH_REMATCH[1]} vhost-user-vsock --so vhost-user-vsock; echo "${COMPREPLY[@]}""#;
-    let bash = output(
-        Command::new("bash")
-            .args(["-c", bash, "bash"])
-            .arg(file("vhost-user-vsock.bash")),
-    );
-    let fish = "source $argv[1]; complete --do-complete 'vhost-user-vsock --so'";
-    let fish = output(
-        Command::new(installed("fish"))
-            .args(["--no-config", "-c", fish])
-            .arg(file("vhost-user-vsock.fish")),
-    );
-    for completed in [bash, fish] {
+        ${BASH_REMATCH[1]} vhost-user-vsock "${@: -1}" "${@: -2:1}" 2>/dev/null
+        echo "${COMPREPLY[@]}""#;
+    let bash = |words: &[&str]| {
+        output(
+            Command::new("bash")
+                .args(["-c", bash, "bash"])
+                .arg(file("vhost-user-vsock.bash"))
+                .args(words)
+                .current_dir("/"),
+        )
+    };
+    let fish = "source $argv[1]; complete --do-complete $argv[2]";
+    let fish = |words: &[&str]| {
+        output(
+            Command::new(installed("fish"))
+                .args(["--no-config", "-c", fish])
+                .arg(file("vhost-user-vsock.fish"))
+                .arg(words.join(" "))
+                .current_dir("/"),
+        )
+    };
+    type Complete<'c> = &'c dyn Fn(&[&str]) -> String;
+    for complete in [&bash as Complete<'_>, &fish] {
+        let completed = complete(&["vhost-user-vsock", "--so"]);
         for option in ["--socket", "--socket-mode", "--socket-group"] {
             assert!(completed.contains(option), "{completed}");
         }
+        let completed = complete(&["vhost-user-vsock", "stats", "--"]);
+        for option in ["--all", "--format", "--watch"] {
+            assert!(completed.contains(option), "{completed}");
+        }
+        let completed = complete(&["vhost-user-vsock", "--socket", "/et"]);
+        assert!(completed.contains("/etc"), "{completed}");
+        // A number is no file.
+        let completed = complete(&["vhost-user-vsock", "--guest-cid", ""]);
+        assert_eq!(completed.trim(), "");
     }
     // Its completions take a terminal. Here it only reads them.
     let zsh = "autoload -Uz compinit && compinit -D -u && . \"$1\" && whence -w _vhost-user-vsock";
@@ -259,6 +285,66 @@ fn the_package_has_news_of_this_version() {
     assert!(news.unwrap().starts_with(version), "no entry for {version}");
 }
 
+/// A field of the package's control file.
+fn field(name: &str) -> String {
+    let mut dpkg = Command::new(installed("dpkg-deb"));
+    output(dpkg.arg("--field").arg(package()).arg(name))
+}
+
+#[test]
+fn the_package_says_what_it_is_and_what_it_takes() {
+    let description = field("Description");
+    let synopsis = description.lines().next().unwrap();
+    // Whole, and as Debian wants it.
+    assert_eq!(synopsis, env!("CARGO_PKG_DESCRIPTION"));
+    assert!(synopsis.len() < 80 && !synopsis.ends_with('.'));
+    assert!(!synopsis.starts_with("A ") && !synopsis.starts_with("The "));
+    assert_eq!(field("Homepage").trim(), env!("CARGO_PKG_HOMEPAGE"));
+    assert_eq!(field("Maintainer").trim(), env!("CARGO_PKG_AUTHORS"));
+    assert!(field("Depends").contains("libc6 (>= "));
+    let news = output(
+        Command::new("tail")
+            .args(["-n", "1", "dist/debian/changelog"])
+            .current_dir(env!("CARGO_MANIFEST_DIR")),
+    );
+    let maintainer = format!(" -- {}  ", env!("CARGO_PKG_AUTHORS"));
+    assert!(news.starts_with(&maintainer), "{news}");
+}
+
+/// The programs of ours that README's commands call, with or without a prompt before them.
+fn programs_of_the_readme() -> BTreeSet<String> {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"));
+    let mut programs = BTreeSet::new();
+    for block in text.unwrap().split("```sh\n").skip(1) {
+        let block = &block[..block.find("```").unwrap()];
+        for word in block.split([' ', '\n', '\'', '"', '(', '|', ';']) {
+            let word = word.rsplit_once('/').map_or(word, |(_, name)| name);
+            let in_name = |c: char| c.is_ascii_lowercase() || c == '-';
+            if word.starts_with("vhost-user-") && word.chars().all(in_name) {
+                programs.insert(word.to_owned());
+            }
+        }
+    }
+    programs
+}
+
+#[test]
+fn programs_that_the_readme_calls_are_in_the_package() {
+    let listing = output(
+        Command::new(installed("dpkg-deb"))
+            .arg("--contents")
+            .arg(package()),
+    );
+    let programs = programs_of_the_readme();
+    assert!(programs.contains(NAME));
+    for program in programs {
+        let path = format!(" ./usr/bin/{program}");
+        let file = listing.lines().find(|line| line.ends_with(&path));
+        let file = file.unwrap_or_else(|| panic!("no {program} in\n{listing}"));
+        assert!(file.starts_with("-rwxr-xr-x "), "{file}");
+    }
+}
+
 #[test]
 fn lintian_finds_no_error_in_the_package() {
     let lintian = Command::new(installed("lintian"))
@@ -274,8 +360,10 @@ fn lintian_finds_no_error_in_the_package() {
 /// container may allow no systemd: then what `service` shows without one must do, and that is said past the test's capture.
 #[test]
 fn services_start_serve_end_and_leave_nothing() {
-    let directory = TempDir::with_prefix("vsock-test-").unwrap();
+    let directory = TempDir::with_prefix_in("vsock-test-", "/dev/shm").unwrap();
     let at = |name: &str| directory.path().join(name);
+    // In memory, as /run is: elsewhere systemd does not remove the files in a runtime directory.
+    let sockets = TempDir::with_prefix_in("sockets-", &directory).unwrap();
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
     let mut probe = Command::new(scripts.join("machine.sh"));
     let probe = probe.arg("--probe").output().unwrap();
@@ -296,8 +384,13 @@ fn services_start_serve_end_and_leave_nothing() {
     let log = File::create(at("log")).unwrap();
     let mut command = Command::new(scripts.join("machine.sh"));
     command.arg(at("service.sh"));
-    let mut machine = Daemon::start_by(&mut command, directory, log, BOOT);
+    fs::write(sockets.path().join("log"), "").unwrap();
+    let mut machine = Daemon::start_by(&mut command, sockets, log, BOOT);
     assert_serves(&machine, &mut SimGuest::start(&machine, Setup::default()));
     File::create(served).unwrap();
-    assert_eq!(machine.wait_exit().code(), Some(0), "{}", machine.log());
+    let status = machine.wait_exit();
+    // It is gone with the runtime directory.
+    fs::write(machine.directory().join("log"), "").unwrap();
+    let log = fs::read_to_string(at("log")).unwrap();
+    assert_eq!(status.code(), Some(0), "{log}");
 }

@@ -63,7 +63,7 @@ impl Directory {
 
     /// The merged text, checked.
     fn metrics(&self) -> Metrics {
-        Metrics::parse(&self.run("stats", &["--all", "--format=prometheus"]))
+        Metrics::parse(&self.run("stats", &["--all", "--format=prometheus", "--connections"]))
     }
 }
 
@@ -290,6 +290,8 @@ fn the_metrics_of_all_are_one_valid_text() {
     // The name of the other one, as `list` shows it.
     let other = ("name", r#"a \"b\"\\c"#);
     assert_eq!(metrics.value("driver_started", &[other, vm[1]]), 0.0);
+    let version = ("version", env!("CARGO_PKG_VERSION"));
+    assert_eq!(metrics.value("build_info", &[vm[0], version]), 1.0);
     for (name, up) in [(vm[0], 1.0), (other, 1.0), (("name", "dead"), 0.0)] {
         assert_eq!(metrics.value("up", &[name]), up);
     }
@@ -334,7 +336,11 @@ fn one_daemon_has_the_other_formats_as_well() {
     let stats = directory.socket("web", "stats");
     let stats = stats.to_str().unwrap();
     let text = run("stats", &[stats, "--format=prometheus"]);
-    assert_eq!(Metrics::parse(&text).value("vmm_connected", &[]), 0.0);
+    let cid = GUEST_CID.to_string();
+    let metrics = Metrics::parse(&text);
+    assert_eq!(metrics.value("vmm_connected", &[("cid", &cid)]), 0.0);
+    let version = ("version", env!("CARGO_PKG_VERSION"));
+    assert_eq!(metrics.value("build_info", &[version]), 1.0);
     let json = run("stats", &[stats, "--format=json"]);
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json["vms"][0]["cid"], GUEST_CID);

@@ -3,16 +3,16 @@
 
 mod common;
 
-use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::spawn;
 
 use common::daemon::{Daemon, GUEST_CID, eventually};
-use common::guest::{GuestProcess, installed};
+use common::guest::installed;
 use common::host::{HostProgram, Pattern, assert_is_ok};
 use common::scenarios::spawn_peer;
+use common::ssh;
 use common::uml::Uml;
 use tempfile::TempDir;
 
@@ -66,33 +66,16 @@ impl Ports {
         curl
     }
 
-    /// `ssh` to the guest, with a key that is made here.
+    /// `ssh` to the guest.
     fn ssh(&self, command: &str) -> Command {
         let mut ssh = Command::new(installed("ssh"));
-        let proxy = format!(
-            "{} -U {}",
-            installed("nc").display(),
-            self.file("ssh").display()
-        );
-        ssh.args(["-F", "none", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR"])
-            .args(["-o", "StrictHostKeyChecking=no"])
-            .args(["-o", "UserKnownHostsFile=/dev/null"])
-            .arg("-i")
-            .arg(self.file("key"))
-            .arg("-o")
-            .arg(format!("ProxyCommand={proxy}"))
-            .args(["root@vm", command])
-            .stderr(Stdio::piped());
+        ssh.args(ssh::arguments(
+            &self.file("ssh"),
+            &self.file("key"),
+            command,
+        ))
+        .stderr(Stdio::piped());
         ssh
-    }
-
-    /// Makes a key that the guest's sshd shall accept.
-    fn make_key(&self) {
-        let made = Command::new(installed("ssh-keygen"))
-            .args(["-q", "-t", "ed25519", "-N", "", "-C", "the-test", "-f"])
-            .arg(self.file("key"))
-            .status();
-        assert!(made.unwrap().success(), "ssh-keygen failed");
     }
 }
 
@@ -118,35 +101,6 @@ fn start(command: &mut Command) -> Child {
         .unwrap()
 }
 
-/// Writes a file in the guest.
-fn write_in_guest(guest: &Uml, path: &str, text: &str) {
-    let writer = guest.spawn(&format!("cat >{path}"));
-    writer.write(text);
-    writer.close_stdin();
-    writer.wait_ok();
-}
-
-/// Starts sshd in the guest, which has the host's files read only.
-fn serve_ssh(guest: &Uml, key: &Path) -> GuestProcess {
-    // It rejects a root without a readable password entry, or with a locked one.
-    guest.run_ok(
-        "echo 'root:*:1:0:99999:7:::' >/run/shadow && mount --bind /run/shadow /etc/shadow",
-    );
-    guest.run_ok("mkdir -p /run/sshd && ssh-keygen -q -t ed25519 -N '' -f /run/host_key");
-    let key = fs::read_to_string(key.with_extension("pub")).unwrap();
-    write_in_guest(guest, "/run/authorized_keys", &key);
-    write_in_guest(
-        guest,
-        "/run/sshd_config",
-        "HostKey /run/host_key\nAuthorizedKeysFile /run/authorized_keys\nStrictModes no\nUsePAM no\n",
-    );
-    let sshd = installed("sshd");
-    let sshd = sshd.display();
-    guest.spawn(&format!(
-        "exec socat VSOCK-LISTEN:{SSH},fork EXEC:'{sshd} -i -f /run/sshd_config'"
-    ))
-}
-
 #[test]
 fn curl_reaches_a_server_in_the_guest() {
     let ports = Ports::start(&[]);
@@ -166,9 +120,9 @@ fn curl_reaches_a_server_in_the_guest() {
 #[test]
 fn ssh_gets_in() {
     let ports = Ports::start(&["--wait-for-guest=30"]);
-    ports.make_key();
+    ssh::make_key(&ports.file("key"));
     let guest = Uml::boot(&ports.daemon);
-    let _sshd = serve_ssh(&guest, &ports.file("key"));
+    let _sshd = ssh::serve(&guest, SSH, &ports.file("key"));
     let answer = output_of(start(&mut ports.ssh("uname")));
     assert_eq!(answer, "Linux\n");
 
@@ -190,7 +144,7 @@ fn ssh_gets_in() {
 fn programs_that_know_only_a_unix_path_talk_to_each_other() {
     const LIST: &str = "ssh-add -l";
     let ports = Ports::start(&[]);
-    ports.make_key();
+    ssh::make_key(&ports.file("key"));
     let guest = Uml::boot(&ports.daemon);
 
     // The agent in the guest.
@@ -239,7 +193,7 @@ fn programs_that_know_only_a_unix_path_talk_to_each_other() {
 #[test]
 fn programs_that_start_before_the_guest_get_in() {
     let ports = Ports::start(&["--wait-for-guest=100"]);
-    ports.make_key();
+    ssh::make_key(&ports.file("key"));
     let ssh = start(&mut ports.ssh("echo in"));
     let curl = start(&mut ports.curl("early"));
     let path = ports.daemon.uds_path();
@@ -254,7 +208,7 @@ fn programs_that_start_before_the_guest_get_in() {
     assert_eq!(line.next_line().as_deref(), Some("an echo\n"));
     let _server = spawn_peer(&guest, &format!("http {HTTP}"));
     assert_eq!(output_of(curl), "vm/early in the guest\n");
-    let _sshd = serve_ssh(&guest, &ports.file("key"));
+    let _sshd = ssh::serve(&guest, SSH, &ports.file("key"));
     assert_eq!(output_of(ssh), "in\n");
 }
 

@@ -99,8 +99,8 @@ fn programs_that_came_before_the_vm_get_in() {
     line.get_mut().write_all(b"CONNECT 2301\n").unwrap();
     let guest = Uml::boot(&daemon);
     let _listeners = [
-        guest.spawn("echo for the plain socket | nc --vsock -l 2300"),
-        guest.spawn("echo for the other | nc --vsock -l 2301"),
+        guest.spawn("echo for the plain socket | nc --vsock -l -p 2300"),
+        guest.spawn("echo for the other | nc --vsock -l -p 2301"),
     ];
     let next = |stream: &mut BufReader<UnixStream>| {
         let mut text = String::new();

@@ -28,6 +28,10 @@ as() {
 connects() {
     as "$1" socat -u "UNIX-CONNECT:$2" -
 }
+# A VMM that only connects to the socket $1. To be started in the background, and killed.
+vmm() {
+    exec setpriv --reuid member --regid nogroup --init-groups socat -u "UNIX-CONNECT:$1" -
+}
 
 dpkg -i $name.deb
 units=($name@4.service $name-vmm@4.socket $name-host@4.socket $name-metrics.service $name-metrics.timer)
@@ -38,8 +42,9 @@ useradd --no-create-home --groups $name member
 useradd --no-create-home stranger
 
 # By CID. The test outside is its guest and host programs, in this directory.
+sockets=$(echo sockets-*)
 mkdir -p $run/4 /etc/$name
-mount --bind . $run/4
+mount --bind "$sockets" $run/4
 if [ -e user ]; then
     mkdir -p /etc/systemd/system/$name@4.service.d
     cp user /etc/systemd/system/$name@4.service.d/user.conf
@@ -50,9 +55,9 @@ eventually says $name@4.service 'CID 4: waiting'
 eventually test -e served
 [ "$(systemctl show -P NRestarts $name@4.service)" = 0 ]
 systemctl stop $name@4.service
-[ ! -e vhost.socket ]
-[ ! -e vm.vsock ]
-[ ! -e stats ]
+[ ! -e "$sockets/vhost.socket" ]
+[ ! -e "$sockets/vm.vsock" ]
+[ ! -e "$sockets/stats" ]
 
 # By name. Its users are in the group.
 printf 'GUEST_CID=77\nOPTIONS=-v --max-connections=5\n' >/etc/$name/web.env
@@ -70,9 +75,10 @@ grep -Fx "vhost_user_vsock_driver_started{name=\"web\",cid=\"77\"} 0" $collected
 systemctl start $name-metrics.timer
 connects member $run/web/vm.vsock
 fails connects stranger $run/web/vm.vsock
-as member socat -u UNIX-CONNECT:$run/web/vhost.socket - &
+vmm $run/web/vhost.socket &
 eventually says $name@web.service 'a VMM connected'
 kill $!
+eventually says $name@web.service 'the VMM disconnected'
 # A member's program listens there over the daemon's next life.
 as member socat -u UNIX-LISTEN:$run/web/vm.vsock_1234,mode=660 - &
 eventually test -S $run/web/vm.vsock_1234
@@ -87,6 +93,26 @@ has_restarted() {
 }
 eventually has_restarted
 eventually connects member $run/web/vm.vsock
+
+# The VMM and the listening sockets stay over a restart and a crash. Once the VMM has left, nothing of it is stored.
+has_started() {
+    says $name@web.service 'CID 77: serving the VMM of' | grep -c . | grep -Fx "$1"
+}
+stores() {
+    [ "$(systemctl show -P NFileDescriptorStore $name@web.service)" = "$1" ]
+}
+stored=$(systemctl show -P NFileDescriptorStore $name@web.service)
+vmm $run/web/vhost.socket &
+eventually stores $((stored + 1))
+inodes=$(stat -c %i $run/web/{vhost.socket,vm.vsock})
+systemctl restart $name@web.service
+eventually has_started 1
+eventually stores $((stored + 1))
+systemctl kill --signal=KILL $name@web.service
+eventually has_started 2
+[ "$(stat -c %i $run/web/{vhost.socket,vm.vsock})" = "$inodes" ]
+kill $!
+eventually stores "$stored"
 
 # A mistake in the options is not tried again.
 echo 'OPTIONS=--no-such-option' >/etc/$name/9.env

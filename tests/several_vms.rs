@@ -388,6 +388,34 @@ fn the_service_manager_is_told_of_all() {
 }
 
 #[test]
+fn lines_about_a_vm_name_its_cid() {
+    let vms = Vms::start(&["-v"]);
+    let mut guests = vms.guests();
+    for (vm, guest) in vms.vms.iter().zip(&mut guests) {
+        vm.assert_serves(guest);
+    }
+    drop(guests);
+    let log = || vms.daemon.log();
+    eventually("the VMMs to be gone", || {
+        log().matches("the VMM disconnected").count() == CIDS.len()
+    });
+    let log = log();
+    let mut texts = log.lines().filter_map(|line| line.split_once("] "));
+    let (_, first) = texts.next().unwrap();
+    assert!(first.starts_with("vhost-user-vsock "), "{first}");
+    for (_, text) in texts {
+        let cid = CIDS
+            .iter()
+            .find(|cid| text.starts_with(&format!("CID {cid}: ")));
+        assert!(cid.is_some(), "{text}");
+    }
+    for cid in CIDS {
+        let started = format!("CID {cid}: the guest's driver has started the device");
+        assert!(log.contains(&started), "{log}");
+    }
+}
+
+#[test]
 fn counters_carry_the_cid() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("stats");
@@ -403,7 +431,7 @@ fn counters_carry_the_cid() {
     }
     let mut names = text
         .lines()
-        .filter(|line| !line.starts_with('#') && line.contains('{'));
+        .filter(|line| !line.starts_with('#') && !line.contains("build_info"));
     assert!(names.all(|line| line.contains("cid=\"")), "{text}");
 }
 

@@ -9,7 +9,55 @@ use common::sim::guest::{RX, TX};
 use common::sim::host::{FLOW, assert_serves, device};
 use common::sim::packet::HEADER_LEN;
 use common::sim::ring::{F_INDIRECT, F_NEXT, Indirect, Part, TABLE_LEN};
-use common::sim::{Flow, Op, Packet, SimGuest};
+use common::sim::{Flow, Op, Packet, Setup, SimGuest};
+
+/// The lines of the log, without what is before their text.
+fn lines(daemon: &Daemon) -> Vec<String> {
+    let log = daemon.log();
+    let texts = log.lines().filter_map(|line| line.split_once("] "));
+    texts.map(|(_, text)| text.to_owned()).collect()
+}
+
+#[test]
+fn the_first_line_names_the_version() {
+    let daemon = Daemon::start();
+    eventually("a line", || !lines(&daemon).is_empty());
+    let version = format!("vhost-user-vsock {}", env!("CARGO_PKG_VERSION"));
+    assert_eq!(lines(&daemon)[0], version);
+    assert_eq!(daemon.log().matches(&version).count(), 1);
+}
+
+#[test]
+fn a_driver_that_starts_the_device_is_logged() {
+    let (daemon, guest) = device();
+    let started = "the guest's driver has started the device";
+    eventually("the start to be logged", || {
+        lines(&daemon).iter().any(|line| line == started)
+    });
+    drop(guest);
+    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
+}
+
+#[test]
+fn a_driver_that_is_missing_is_warned_of_once_and_what_to_check() {
+    let daemon = Daemon::start();
+    // It knows the device and shares memory; the guest does not start.
+    let mut guest = SimGuest::connect(&daemon, Setup::default());
+    let warnings = || {
+        let log = daemon.log();
+        let warnings = log.lines().filter(|line| line.contains("WARN"));
+        warnings.map(str::to_owned).collect::<Vec<_>>()
+    };
+    eventually("a warning", || !warnings().is_empty());
+    let warning = &warnings()[0];
+    for text in ["connected for 5 s", "has not started", "share=on"] {
+        assert!(warning.contains(text), "{warning}");
+    }
+    guest.post_rx();
+    guest.start_rings();
+    assert_serves(&daemon, &mut guest);
+    assert_eq!(warnings().len(), 1, "{}", daemon.log());
+}
 
 /// How often a guest repeats a mistake.
 const ROUNDS: usize = 500;

@@ -13,8 +13,8 @@ use std::thread;
 
 use common::daemon::{Daemon, GUEST_CID, binary, eventually};
 use common::sim::host::{
-    FLOW, PORT, accept, assert_closed, assert_moves_bytes, connect, dial, fill, from_guest,
-    from_host, read_to_end,
+    FLOW, PORT, accept, assert_closed, assert_moves_bytes, assert_serves, connect, dial, fill,
+    from_guest, from_host, read_to_end,
 };
 use common::sim::{Flow, Op, Setup, SimGuest};
 use nix::errno::Errno;
@@ -138,6 +138,8 @@ fn what_happens_is_counted() {
     let monitored = Monitored::start(&[]);
     monitored.assert_number("vmm_connected", &[], 0);
     monitored.assert_number("driver_started", &[], 0);
+    // The daemon was tried out.
+    let clients = monitored.number("clients_total", &[]);
     let mut guest = monitored.device();
     monitored.assert_number("vmm_connected", &[], 1);
     monitored.assert_number("driver_started", &[], 1);
@@ -149,7 +151,7 @@ fn what_happens_is_counted() {
     monitored.assert_number("connections", &[], 2);
     monitored.assert_number("connections_opened_total", &[("by", "guest")], 1);
     monitored.assert_number("connections_opened_total", &[("by", "host")], 1);
-    monitored.assert_number("clients_total", &[], 1);
+    monitored.assert_number("clients_total", &[], clients + 1);
     monitored.assert_number("payload_bytes_total", &[("from", "guest")], 300);
     monitored.assert_number("payload_bytes_total", &[("from", "host")], 300);
     let ports = ports(&FLOW);
@@ -182,6 +184,7 @@ fn what_happens_is_counted() {
 #[test]
 fn refusals_and_drops_are_counted() {
     let monitored = Monitored::start(&[]);
+    let dropped = monitored.number("clients_dropped_total", &[]);
     let mut guest = monitored.device();
     guest.send(&FLOW.packet(Op::Request));
     guest.recv().assert_is(Op::Rst, &FLOW);
@@ -197,12 +200,72 @@ fn refusals_and_drops_are_counted() {
     let mut garbage = connect(&monitored.daemon.uds_path());
     garbage.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
     assert_closed(&garbage);
-    monitored.assert_number("clients_dropped_total", &[], 1);
+    monitored.assert_number("clients_dropped_total", &[], dropped + 1);
 
     let mut foreign = FLOW.packet(Op::Request);
     foreign.src_cid = 77;
     guest.send(&foreign);
     monitored.assert_number("foreign_packets_total", &[], 1);
+}
+
+#[test]
+fn calls_that_fail_are_counted_by_reason() {
+    let monitored = Monitored::start(&["--max-connections=1"]);
+    let failed = |by, reason| {
+        let labels = [("by", by), ("reason", reason)];
+        monitored.number("calls_failed_total", &labels)
+    };
+    let assert_failed = |by, reason, wanted| {
+        let what = format!("{wanted} {reason} by {by}");
+        eventually(&what, || failed(by, reason) == wanted);
+    };
+    // Without a guest, the daemon may close before the line is written.
+    let call = |port: u32| {
+        let mut stream = connect(&monitored.daemon.uds_path());
+        let _ = stream.write_all(format!("CONNECT {port}\n").as_bytes());
+        stream
+    };
+    let tried_out = failed("host", "no_vmm");
+    assert_closed(&call(5));
+    assert_failed("host", "no_vmm", tried_out + 1);
+
+    let mut guest = SimGuest::connect(&monitored.daemon, Setup::default());
+    monitored.assert_number("vmm_connected", &[], 1);
+    assert_closed(&call(5));
+    assert_failed("host", "no_driver", 1);
+
+    guest.post_rx();
+    guest.start_rings();
+    monitored.assert_number("driver_started", &[], 1);
+    let client = dial(&monitored.daemon, 5);
+    let request = guest.recv();
+    guest.send(&Flow::new(5, request.src_port).packet(Op::Rst));
+    assert_closed(&client);
+    assert_failed("host", "nobody_listens", 1);
+    guest.send(&FLOW.packet(Op::Request));
+    guest.recv().assert_is(Op::Rst, &FLOW);
+    assert_failed("guest", "nobody_listens", 1);
+
+    let mut garbage = connect(&monitored.daemon.uds_path());
+    garbage.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    assert_closed(&garbage);
+    assert_failed("host", "no_line", 1);
+
+    let _one = from_host(&monitored.daemon, &mut guest, 99);
+    assert_closed(&dial(&monitored.daemon, 98));
+    assert_failed("host", "limit", 1);
+    assert_eq!(failed("host", "other") + failed("host", "timeout"), 0);
+
+    let page = String::from_utf8(show(&monitored.path).stdout).unwrap();
+    let line = page.lines().find(|line| line.starts_with("failed calls"));
+    let line = line.unwrap_or_else(|| panic!("{page}"));
+    for part in [
+        "by the guest: 1 nobody listens;",
+        "1 no driver, ",
+        "1 limit",
+    ] {
+        assert!(line.contains(part), "{line}");
+    }
 }
 
 #[test]
@@ -269,7 +332,43 @@ fn http_is_understood() {
             header.contains("Content-Type: text/plain; version=0.0.4"),
             "{header}"
         );
-        assert!(body.contains("vhost_user_vsock_vmm_connected 0"), "{body}");
+        let cid = format!("{{cid=\"{GUEST_CID}\"}}");
+        let line = format!("vhost_user_vsock_vmm_connected{cid} 0\n");
+        assert!(body.contains(&line), "{body}");
+        let version = env!("CARGO_PKG_VERSION");
+        let line = format!("vhost_user_vsock_build_info{{version=\"{version}\"}} 1\n");
+        assert!(body.contains(&line), "{body}");
+    }
+}
+
+#[test]
+fn connections_have_series_where_they_are_asked_for() {
+    let monitored = Monitored::start(&[]);
+    let mut guest = monitored.device();
+    let _stream = from_guest(&monitored.daemon, &mut guest, &FLOW);
+    monitored.assert_number("connections", &[], 1);
+    let port = format!("guest_port=\"{}\"", FLOW.guest_port);
+    for (path, listed) in [
+        ("/metrics", false),
+        ("/", false),
+        ("/metrics?connections=0", false),
+        ("/metrics?connections", false),
+        ("/metrics?connections=1", true),
+        ("/metrics?a=b&connections=1", true),
+    ] {
+        let (_, body) = monitored.get(path);
+        assert_eq!(body.contains(&port), listed, "{path}: {body}");
+        assert!(body.contains("_connections{"), "{path}: {body}");
+    }
+    assert!(monitored.text().contains(&port));
+    for (option, listed) in [("--format=prometheus", false), ("--connections", true)] {
+        let output = Command::new(binary())
+            .args(["stats", "--format=prometheus", option])
+            .arg(&monitored.path)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(text.contains(&port), listed, "{option}: {text}");
     }
 }
 
@@ -313,6 +412,7 @@ fn json_is_answered_where_it_is_asked_for() {
     assert_eq!(connection["to_guest"], 300);
     assert_eq!(connection["buffered"], 0);
     assert!(connection["credit"].is_u64(), "{connection}");
+    assert!(connection["age"].is_u64(), "{connection}");
     assert!(connection["waits_for"].is_null(), "{connection}");
 }
 
@@ -461,6 +561,7 @@ fn a_table_is_shown_again_and_again() {
         let lines = BufReader::new(shown.stdout.take().unwrap()).lines();
         let pages = lines
             .map(Result::unwrap)
+            .inspect(|line| assert!(!line.contains('\x1b'), "{line:?} is for no terminal"))
             .filter(|line| line.contains("no VMM"));
         assert_eq!(pages.take(2).count(), 2, "{watch}");
         shown.kill().unwrap();
@@ -517,6 +618,7 @@ fn an_answer_that_is_not_a_daemons_is_a_failure() {
         (ok.to_owned() + r#"{"vms":[{"cid":4}]}"#, "JSON"),
         (ok.to_owned() + r#"{"vms":["#, "JSON"),
         (ok.to_owned() + r#"{"vms":[]}{}"#, "JSON"),
+        (ok.to_owned() + r#"{"vms":[]}"#, "no VM"),
     ] {
         let (path, serving) = another_program(&folder, move |mut stream| {
             let mut request = [0; 1024];
@@ -532,6 +634,17 @@ fn an_answer_that_is_not_a_daemons_is_a_failure() {
 fn the_socket_for_host_programs_is_not_a_stats_socket() {
     let daemon = Daemon::start();
     assert_fails(&daemon.uds_path(), "not the stats socket");
+}
+
+#[test]
+fn the_socket_for_the_vmm_is_not_a_stats_socket() {
+    let mut daemon = Daemon::start();
+    assert_fails(&daemon.vhost_socket(), "not the stats socket");
+    // While a VMM is there, the next one waits.
+    let mut guest = SimGuest::start(&daemon, Setup::default());
+    assert_fails(&daemon.vhost_socket(), "no answer");
+    assert_serves(&daemon, &mut guest);
+    daemon.assert_alive();
 }
 
 #[test]

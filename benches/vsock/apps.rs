@@ -30,7 +30,13 @@ impl Sender {
         }
     }
 
-    fn run(&mut self, guest: &mut Guest) {
+    /// Whether it is the stream of this connection.
+    pub fn has(&self, conn: ConnId) -> bool {
+        self.conn == Some(conn)
+    }
+
+    /// Writes until it would block. The first time, it connects.
+    pub fn run(&mut self, guest: &mut Guest) {
         let Some(conn) = self.conn else {
             self.conn = Some(guest.connect(self.port));
             return;

@@ -1,17 +1,17 @@
-//! The cases, and one run of a case against one daemon.
+//! What a case is, and one run of a case against one daemon.
 
-use crate::apps::{After, Requests};
-use crate::daemon::{Binary, Daemon, Vms};
+use crate::apps::After;
+use crate::daemon::{Binary, Daemon, HAND_OVER, Vms};
+use crate::failure::Failure;
 use crate::floods::{self, Flood, Measured};
-use crate::guest::RING_SIZE;
 use crate::limits::Limit;
 use crate::measure::{Sample, Timing, key};
-use crate::packet::{MAX_PAYLOAD, SocketType};
+use crate::packet::SocketType;
+use crate::quiet::{self, Busy};
 use crate::session::Session;
-use crate::siblings;
 use crate::threads::catch_panics;
 use crate::traffic::{self, Direction};
-use crate::{idle, uml};
+use crate::{fairness, growth, idle, short, siblings, stand_still, uml};
 
 /// What a case does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +49,35 @@ pub enum Kind {
     Echo(usize),
     /// So many connections without traffic.
     Idle(usize),
-    /// A stream of a real guest.
+    /// Streams of a real guest.
     Uml(uml::Stream),
+    /// So many connections, one after another but for a few at the same time.
+    Short(usize),
+    /// Streams in both directions, alone and both at once.
+    Fairness {
+        /// Whose they are.
+        guests: Guests,
+        /// Bytes per write.
+        write: usize,
+    },
+    /// Connections with little traffic beside busy ones.
+    Quiet {
+        /// How many.
+        count: usize,
+        /// The busy ones.
+        busy: Busy,
+    },
+    /// As `Echo`, with the memory of each connection.
+    Growth(usize),
+    /// So many daemons, each of which has a guest that does nothing.
+    IdleDaemons(usize),
+    /// Traffic over a hand-over to another daemon.
+    StandStill {
+        /// What stands still.
+        measured: stand_still::Measured,
+        /// How many connections are handed over.
+        connections: usize,
+    },
     /// The start of a daemon.
     StartUp,
     /// Traffic beside a flood.
@@ -62,6 +89,15 @@ pub enum Kind {
     },
 }
 
+/// A kind of guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guests {
+    /// The simulated one.
+    Simulated,
+    /// Linux, as a User-Mode Linux kernel.
+    Linux,
+}
+
 /// Which cases run together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Group {
@@ -69,6 +105,12 @@ pub enum Group {
     Speed,
     /// What one program can take from another. They are for comparing versions of this daemon, and run when asked for.
     Floods,
+    /// Whether one direction, or one busy connection, leaves the others what is theirs.
+    Fairness,
+    /// What more connections and more daemons cost.
+    Growth,
+    /// How long traffic stands still when a new daemon takes a VM over.
+    HandOver,
 }
 
 impl Group {
@@ -77,6 +119,9 @@ impl Group {
         match self {
             Self::Speed => "speed",
             Self::Floods => "floods",
+            Self::Fairness => "fairness",
+            Self::Growth => "growth",
+            Self::HandOver => "hand-over",
         }
     }
 }
@@ -91,206 +136,14 @@ pub struct Case {
     pub limit: Option<Limit>,
 }
 
-const fn stream(name: &'static str, direction: Direction, write: usize) -> Case {
-    let limit = match direction {
-        Direction::Both => None,
-        // A daemon may merge small writes of the guest, so that a socket pair with the same writes is no limit.
-        Direction::ToHost if write < MAX_PAYLOAD => None,
-        _ => Some(Limit::SocketPair(write)),
-    };
-    let kind = Kind::Streams { direction, write };
-    Case { name, kind, limit }
-}
-
-const fn messages(name: &'static str, direction: Direction, size: usize) -> Case {
-    let kind = Kind::Messages { direction, size };
-    other(name, kind, Some(Limit::Messages(size)))
-}
-
-const fn siblings(name: &'static str, vms: Vms, write: usize) -> Case {
-    // Smaller writes may be merged on the way.
-    let limit = if write < MAX_PAYLOAD {
-        None
-    } else {
-        Some(Limit::SocketPair(write))
-    };
-    other(name, Kind::Siblings { vms, write }, limit)
-}
-
-const fn other(name: &'static str, kind: Kind, limit: Option<Limit>) -> Case {
-    Case { name, kind, limit }
-}
-
-const fn real(name: &'static str, to_host: bool, write: usize) -> Case {
-    other(name, Kind::Uml(uml::Stream { to_host, write }), None)
-}
-
-const fn flooded(name: &'static str, measured: Measured, flood: Flood) -> Case {
-    other(name, Kind::Flooded { measured, flood }, None)
-}
-
-/// REQUESTs to so many ports on which nobody listens, in so many descriptors of the TX ring.
-const fn refused(descriptors: u16, ports: u32) -> Flood {
-    Flood::RefusedRequests(Requests { descriptors, ports })
-}
-
-/// All cases, in the order of the report.
-pub const CASES: &[Case] = &[
-    stream("guest to host 64 KiB", Direction::ToHost, 64 << 10),
-    stream("guest to host 4 KiB", Direction::ToHost, 4 << 10),
-    stream("guest to host 256 B", Direction::ToHost, 256),
-    stream("guest to host 64 B", Direction::ToHost, 64),
-    stream("host to guest 64 KiB", Direction::ToGuest, 64 << 10),
-    stream("host to guest 4 KiB", Direction::ToGuest, 4 << 10),
-    stream("host to guest 256 B", Direction::ToGuest, 256),
-    stream("host to guest 64 B", Direction::ToGuest, 64),
-    stream("both directions 64 KiB", Direction::Both, 64 << 10),
-    other(
-        "request-response 64 B",
-        Kind::RequestResponse,
-        Some(Limit::RoundTrip),
-    ),
-    messages(
-        "messages out of the guest, 64 KiB",
-        Direction::ToHost,
-        64 << 10,
-    ),
-    messages(
-        "messages out of the guest, 4 KiB",
-        Direction::ToHost,
-        4 << 10,
-    ),
-    messages("messages out of the guest, 64 B", Direction::ToHost, 64),
-    messages(
-        "messages into the guest, 64 KiB",
-        Direction::ToGuest,
-        64 << 10,
-    ),
-    messages(
-        "messages into the guest, 4 KiB",
-        Direction::ToGuest,
-        4 << 10,
-    ),
-    messages("messages into the guest, 64 B", Direction::ToGuest, 64),
-    other(
-        "messages, round trip 64 B",
-        Kind::MessageRoundTrip,
-        Some(Limit::RoundTrip),
-    ),
-    siblings("guest to guest 64 KiB", Vms::OneProcess, 64 << 10),
-    siblings("guest to guest 4 KiB", Vms::OneProcess, 4 << 10),
-    other(
-        "guest to guest round trip 64 B",
-        Kind::SiblingRoundTrip(Vms::OneProcess),
-        None,
-    ),
-    siblings(
-        "guests of two processes 64 KiB",
-        Vms::TwoProcesses,
-        64 << 10,
-    ),
-    siblings("guests of two processes 4 KiB", Vms::TwoProcesses, 4 << 10),
-    other(
-        "guests of two processes, round trip",
-        Kind::SiblingRoundTrip(Vms::TwoProcesses),
-        None,
-    ),
-    other("connect-exchange-close", Kind::Connect, None),
-    other("100 connections echo 4 KiB", Kind::Echo(100), None),
-    other("1000 connections echo 4 KiB", Kind::Echo(1000), None),
-    other("1000 idle connections", Kind::Idle(1000), None),
-    other("start-up", Kind::StartUp, None),
-    real("Linux guest to host 64 KiB", true, 64 << 10),
-    real("Linux guest to host 4 KiB", true, 4 << 10),
-    real("host to Linux guest 64 KiB", false, 64 << 10),
-    real("host to Linux guest 4 KiB", false, 4 << 10),
-    flooded("stream out alone", Measured::ToHost, Flood::None),
-    flooded(
-        "stream out, refused REQUESTs",
-        Measured::ToHost,
-        refused(RING_SIZE, 1),
-    ),
-    flooded(
-        "stream out, REQUESTs in half the ring",
-        Measured::ToHost,
-        refused(RING_SIZE / 2, 1),
-    ),
-    flooded(
-        "stream out, REQUESTs to 1000 ports",
-        Measured::ToHost,
-        refused(RING_SIZE, 1000),
-    ),
-    flooded(
-        "stream out, 64 streams in",
-        Measured::ToHost,
-        Flood::Streams(64),
-    ),
-    flooded("stream in alone", Measured::ToGuest, Flood::None),
-    flooded(
-        "stream in, refused REQUESTs",
-        Measured::ToGuest,
-        refused(RING_SIZE, 1),
-    ),
-    flooded(
-        "stream in, REQUESTs to 1000 ports",
-        Measured::ToGuest,
-        refused(RING_SIZE, 1000),
-    ),
-    flooded(
-        "stream in, refused CONNECTs",
-        Measured::ToGuest,
-        Flood::RefusedConnects,
-    ),
-    flooded(
-        "stream in, accepted CONNECTs",
-        Measured::ToGuest,
-        Flood::AcceptedConnects,
-    ),
-    flooded(
-        "stream in, 1000 byte writers",
-        Measured::ToGuest,
-        Flood::Bytes(1000),
-    ),
-    flooded("echo alone", Measured::Echo, Flood::None),
-    flooded(
-        "echo, refused REQUESTs",
-        Measured::Echo,
-        refused(RING_SIZE, 1),
-    ),
-    flooded(
-        "echo, REQUESTs to 1000 ports",
-        Measured::Echo,
-        refused(RING_SIZE, 1000),
-    ),
-    flooded(
-        "echo, refused CONNECTs",
-        Measured::Echo,
-        Flood::RefusedConnects,
-    ),
-    flooded(
-        "echo, accepted CONNECTs",
-        Measured::Echo,
-        Flood::AcceptedConnects,
-    ),
-    flooded(
-        "echo, 1000 byte writers",
-        Measured::Echo,
-        Flood::Bytes(1000),
-    ),
-    flooded("echo, 64 streams in", Measured::Echo, Flood::Streams(64)),
-    flooded("CONNECT alone", Measured::Connect, Flood::None),
-    flooded(
-        "CONNECT, refused REQUESTs",
-        Measured::Connect,
-        refused(RING_SIZE, 1),
-    ),
-];
-
 impl Case {
     /// The group it belongs to.
     pub fn group(&self) -> Group {
         match self.kind {
             Kind::Flooded { .. } => Group::Floods,
+            Kind::Fairness { .. } | Kind::Quiet { .. } => Group::Fairness,
+            Kind::Growth(_) | Kind::IdleDaemons(_) => Group::Growth,
+            Kind::StandStill { .. } => Group::HandOver,
             _ => Group::Speed,
         }
     }
@@ -313,7 +166,12 @@ impl Kind {
             Self::RequestResponse | Self::MessageRoundTrip | Self::SiblingRoundTrip(_) => {
                 key::P50_US
             }
-            Self::Connect | Self::Echo(_) => key::OPS_PER_S,
+            Self::Connect | Self::Short(_) | Self::Echo(_) => key::OPS_PER_S,
+            Self::Growth(_) => key::US_PER_OP,
+            Self::Fairness { .. } => key::KEPT,
+            Self::Quiet { .. } => key::P99_US,
+            Self::IdleDaemons(_) => key::ANON_KIB,
+            Self::StandStill { .. } => key::STILL_P50_MS,
             Self::Idle(_) => key::ANON_KIB_PER_CONN,
             Self::StartUp => key::START_UP_MS,
         }
@@ -321,7 +179,32 @@ impl Kind {
 
     /// Whether its system calls are counted, in a run of their own.
     pub fn counts_syscalls(self) -> bool {
-        !matches!(self, Self::Idle(_) | Self::StartUp | Self::Flooded { .. })
+        match self {
+            Self::Streams { .. } | Self::Messages { .. } | Self::Siblings { .. } => true,
+            Self::RequestResponse | Self::MessageRoundTrip | Self::SiblingRoundTrip(_) => true,
+            Self::Connect | Self::Echo(_) | Self::Growth(_) | Self::Uml(_) => true,
+            Self::Short(_) | Self::Idle(_) | Self::IdleDaemons(_) | Self::StartUp => false,
+            Self::Fairness { .. } | Self::Quiet { .. } => false,
+            Self::Flooded { .. } | Self::StandStill { .. } => false,
+        }
+    }
+
+    /// Whether it takes a real guest.
+    pub fn takes_linux(self) -> bool {
+        let guests = match self {
+            Self::Uml(_) => Guests::Linux,
+            Self::Fairness { guests, .. } => guests,
+            _ => Guests::Simulated,
+        };
+        guests == Guests::Linux
+    }
+
+    /// The option without which a daemon can't run it.
+    fn option(self) -> Option<&'static str> {
+        match self {
+            Self::StandStill { .. } => Some(HAND_OVER),
+            _ => self.vms().option(),
+        }
     }
 
     /// How many VMs it takes.
@@ -341,18 +224,37 @@ impl Kind {
     }
 
     /// Runs once against a fresh daemon. With `syscalls`, they are counted, which disturbs all other results.
-    pub fn run(self, binary: &Binary, timing: &Timing, syscalls: bool) -> Result<Sample, String> {
-        catch_panics(|| {
-            let daemon = Daemon::start(binary, self.vms()).map_err(|error| error.to_string())?;
-            match self {
-                Self::StartUp => idle::start_up(&daemon),
-                Self::Uml(stream) => stream.run(daemon, timing, syscalls),
-                _ => {
-                    let session = Session::begin(daemon, self.socket_type())?;
-                    self.run_simulated(session, timing, syscalls)
-                }
+    pub fn run(self, binary: &Binary, timing: &Timing, syscalls: bool) -> Result<Sample, Failure> {
+        if let Some(option) = self.option().filter(|option| !binary.offers(option)) {
+            return Err(Failure::Unsupported(format!("no {option}")));
+        }
+        catch_panics(|| match self {
+            Self::Fairness { guests, write } => fairness::run(binary, guests, write, timing),
+            Self::IdleDaemons(count) => growth::daemons(binary, count, timing),
+            Self::StandStill {
+                measured,
+                connections,
+            } => stand_still::run(binary, measured, connections, timing),
+            _ => {
+                let daemon = match self {
+                    Self::Growth(count) => Daemon::start_for_many(binary, count),
+                    _ => Daemon::start(binary, self.vms()),
+                };
+                let daemon = daemon?;
+                self.run_one(daemon, timing, syscalls)
             }
         })
+    }
+
+    fn run_one(self, daemon: Daemon, timing: &Timing, syscalls: bool) -> Result<Sample, Failure> {
+        match self {
+            Self::StartUp => Ok(idle::start_up(&daemon)?),
+            Self::Uml(stream) => Ok(stream.run(daemon, timing, syscalls)?),
+            _ => {
+                let session = Session::begin(daemon, self.socket_type())?;
+                Ok(self.run_simulated(session, timing, syscalls)?)
+            }
+        }
     }
 
     fn run_simulated(
@@ -377,7 +279,14 @@ impl Kind {
             Self::Echo(count) => traffic::echo(session, count, timing, syscalls),
             Self::Idle(count) => idle::idle(session, count, timing),
             Self::Flooded { measured, flood } => floods::run(session, measured, flood, timing),
-            Self::StartUp | Self::Uml(_) => Err("this case has no simulated guest".into()),
+            Self::Short(count) => short::run(session, count),
+            Self::Quiet { count, busy } => quiet::run(session, count, busy, timing),
+            Self::Growth(count) => growth::connections(session, count, timing, syscalls),
+            Self::StartUp
+            | Self::Uml(_)
+            | Self::Fairness { .. }
+            | Self::IdleDaemons(_)
+            | Self::StandStill { .. } => Err("this case is not run this way".into()),
         }
     }
 }

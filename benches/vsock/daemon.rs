@@ -1,12 +1,13 @@
 //! The daemon under test: any program that takes `--guest-cid`, `--socket` and `--uds-path`, and for guests that reach each
 //! other `--vm` or `--sibling-dir`.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
+use std::{io, mem};
 
 use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::Pid;
@@ -16,8 +17,22 @@ use crate::packet::{GUEST_CID, SIBLING_CID};
 
 /// How long a daemon may take to create its sockets.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// For how much longer each further daemon may keep the others waiting.
+const START_TIMEOUT_MORE: Duration = Duration::from_millis(100);
 /// How often they are checked.
 const START_CHECK: Duration = Duration::from_micros(50);
+/// How often they are checked at least.
+const START_CHECK_LONGEST: Duration = Duration::from_millis(20);
+/// How often it is checked whether a predecessor has exited.
+const EXIT_CHECK: Duration = Duration::from_micros(500);
+/// The option of a daemon that limits the connections of a guest.
+const MAX_CONNECTIONS: &str = "--max-connections";
+/// So many are expected to be permitted without it.
+const CONNECTIONS_BY_DEFAULT: usize = 1000;
+/// Room for those that are being closed, and for what a daemon keeps for others than host programs.
+const CONNECTIONS_MORE: usize = 1000;
+/// The option of a daemon that hands over to a successor: the path of the socket between the two.
+pub const HAND_OVER: &str = "--handover-path";
 /// The flag of a listening socket in /proc/net/unix.
 const LISTENING: &str = "00010000";
 
@@ -49,7 +64,19 @@ impl Binary {
             args: parts.map(Into::into).collect(),
         })
     }
+
+    /// Whether its help has `option`, with its dashes.
+    pub fn offers(&self, option: &str) -> bool {
+        let help = Command::new(&self.path).arg("--help").output();
+        help.is_ok_and(|help| {
+            let text = String::from_utf8_lossy(&help.stdout);
+            text.split_whitespace().any(|word| word == option)
+        })
+    }
 }
+
+/// Options that are a VM's and not the process's.
+const OPTIONS_OF_A_VM: [&str; 2] = ["--tx-buffer-size", "--queue-size"];
 
 /// How many VMs there are, and how many processes serve them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,8 +94,17 @@ const GUEST_SOCKETS: [&str; 2] = ["vhost", "vm"];
 const SIBLING_SOCKETS: [&str; 2] = ["vhost-sibling", "vm-sibling"];
 
 impl Vms {
-    /// The options of each process.
-    fn options(self, directory: &Path) -> Vec<Vec<String>> {
+    /// The option that they take, beyond those of every daemon.
+    pub fn option(self) -> Option<&'static str> {
+        match self {
+            Self::One => None,
+            Self::OneProcess => Some("--vm"),
+            Self::TwoProcesses => Some("--sibling-dir"),
+        }
+    }
+
+    /// The options of each process, with the binary's own.
+    fn options(self, directory: &Path, own: &[String]) -> Vec<Vec<String>> {
         let options = |cid, [vhost, uds]: [&str; 2]| {
             [
                 format!("guest-cid={cid}"),
@@ -79,17 +115,28 @@ impl Vms {
         let one = |options: [String; 3]| options.map(|option| format!("--{option}")).to_vec();
         let guest = options(GUEST_CID, GUEST_SOCKETS);
         let sibling = options(SIBLING_CID, SIBLING_SOCKETS);
+        let with_own = |options: Vec<String>| [options, own.to_vec()].concat();
         match self {
-            Self::One => vec![one(guest)],
+            Self::One => vec![with_own(one(guest))],
             Self::OneProcess => {
-                let vm = |options: [String; 3]| format!("--vm={},groups=bench", options.join(","));
-                vec![vec![vm(guest), vm(sibling)]]
+                let (of_vms, mut all): (Vec<&String>, Vec<&String>) =
+                    own.iter().partition(|option| is_of_a_vm(option));
+                let of_vms: String = of_vms
+                    .iter()
+                    .map(|option| option.replace("--", ","))
+                    .collect();
+                let vm = |options: [String; 3]| {
+                    format!("--vm={},groups=bench{of_vms}", options.join(","))
+                };
+                let (guest, sibling) = (vm(guest), vm(sibling));
+                all.extend([&guest, &sibling]);
+                vec![all.into_iter().cloned().collect()]
             }
             Self::TwoProcesses => [guest, sibling]
                 .map(|options| {
                     let mut options = one(options);
                     options.push(format!("--sibling-dir={}", directory.display()));
-                    options
+                    with_own(options)
                 })
                 .to_vec(),
         }
@@ -108,8 +155,17 @@ impl Vms {
     }
 }
 
+/// Whether an option is a VM's, which stands within `--vm` if there are several.
+fn is_of_a_vm(option: &str) -> bool {
+    let name = option.split('=').next().unwrap_or_default();
+    OPTIONS_OF_A_VM.contains(&name)
+}
+
 /// A running daemon, of one process or two. They are killed, by pid, when this is dropped.
 pub struct Daemon {
+    program: PathBuf,
+    /// The options of each process.
+    options: Vec<Vec<String>>,
     processes: Vec<Child>,
     vms: Vms,
     directory: TempDir,
@@ -120,37 +176,126 @@ pub struct Daemon {
 impl Daemon {
     /// Starts a daemon and waits until its sockets accept connections.
     pub fn start(binary: &Binary, vms: Vms) -> io::Result<Self> {
+        Self::start_with(binary, vms, |_| None)
+    }
+
+    /// The same for a daemon with a guest that has `connections`, for which it may need an option.
+    pub fn start_for_many(binary: &Binary, connections: usize) -> io::Result<Self> {
+        let needed = connections > CONNECTIONS_BY_DEFAULT && binary.offers(MAX_CONNECTIONS);
+        let most = connections + CONNECTIONS_MORE;
+        Self::start_with(binary, Vms::One, |_| {
+            needed.then(|| format!("{MAX_CONNECTIONS}={most}"))
+        })
+    }
+
+    /// The same for a daemon that hands over to another.
+    pub fn start_replaceable(binary: &Binary, vms: Vms) -> io::Result<Self> {
+        Self::start_with(binary, vms, |directory| {
+            let path = directory.join("hand-over");
+            Some(format!("{HAND_OVER}={}", path.display()))
+        })
+    }
+
+    fn start_with(
+        binary: &Binary,
+        vms: Vms,
+        option: impl Fn(&Path) -> Option<String>,
+    ) -> io::Result<Self> {
+        let mut daemon = Self::new(binary, vms)?;
+        if let Some(option) = option(daemon.directory.path()) {
+            daemon
+                .options
+                .iter_mut()
+                .for_each(|options| options.push(option.clone()));
+        }
+        let begin = Instant::now();
+        daemon.spawn_all()?;
+        wait(
+            std::slice::from_mut(&mut daemon),
+            START_TIMEOUT,
+            START_CHECK,
+        )?;
+        daemon.start_up = begin.elapsed();
+        Ok(daemon)
+    }
+
+    /// Starts `count` daemons at the same time, and waits for all of them. Returns how long that took.
+    pub fn start_many(binary: &Binary, count: usize) -> io::Result<(Vec<Self>, Duration)> {
+        let daemons: io::Result<_> = (0..count).map(|_| Self::new(binary, Vms::One)).collect();
+        let mut daemons: Vec<Self> = daemons?;
+        let begin = Instant::now();
+        for daemon in &mut daemons {
+            daemon.spawn_all()?;
+        }
+        let more = count as u32 - 1;
+        // To look for many takes long, and they are starting meanwhile.
+        let check = (START_CHECK * count as u32).min(START_CHECK_LONGEST);
+        wait(
+            &mut daemons,
+            START_TIMEOUT + START_TIMEOUT_MORE * more,
+            check,
+        )?;
+        Ok((daemons, begin.elapsed()))
+    }
+
+    fn new(binary: &Binary, vms: Vms) -> io::Result<Self> {
         let directory = TempDir::with_prefix("vsock-bench-")?;
-        let log = File::create(directory.path().join("log"))?;
-        let options = vms.options(directory.path());
-        let mut sockets = vms.sockets(directory.path());
-        let mut daemon = Self {
+        Ok(Self {
+            program: binary.path.clone(),
+            options: vms.options(directory.path(), &binary.args),
             processes: Vec::new(),
             vms,
             directory,
             start_up: Duration::ZERO,
-        };
+        })
+    }
+
+    fn spawn_all(&mut self) -> io::Result<()> {
+        for options in &self.options {
+            self.processes.push(self.spawn(options)?);
+        }
+        Ok(())
+    }
+
+    fn spawn(&self, options: &[String]) -> io::Result<Child> {
+        let log = self.directory.path().join("log");
+        let log = File::options().create(true).append(true).open(log)?;
+        Command::new(&self.program)
+            .args(options)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+    }
+
+    /// Starts a successor of the first process with the same command line, and waits until the predecessor has exited.
+    /// Returns how long that took.
+    pub fn hand_over(&mut self) -> io::Result<Duration> {
         let begin = Instant::now();
-        for options in options {
-            let process = Command::new(&binary.path)
-                .args(options)
-                .args(&binary.args)
-                .env_remove("RUST_LOG")
-                .stdin(Stdio::null())
-                .stdout(log.try_clone()?)
-                .stderr(log.try_clone()?)
-                .spawn()?;
-            daemon.processes.push(process);
+        let successor = self.spawn(&self.options[0])?;
+        let mut predecessor = mem::replace(&mut self.processes[0], successor);
+        let result = self.wait_for_exit(&mut predecessor, begin);
+        if result.is_err() {
+            let _ = predecessor.kill();
+            let _ = predecessor.wait();
         }
-        while !all_listen(&mut sockets)? {
-            daemon.check()?;
-            if begin.elapsed() > START_TIMEOUT {
-                return Err(io::Error::other("the daemon has not created its sockets"));
+        result
+    }
+
+    fn wait_for_exit(&mut self, predecessor: &mut Child, begin: Instant) -> io::Result<Duration> {
+        loop {
+            if let Some(status) = predecessor.try_wait()? {
+                let took = begin.elapsed();
+                let why = || io::Error::other(format!("the predecessor ended, {status}"));
+                return status.success().then_some(took).ok_or_else(why);
             }
-            sleep(START_CHECK);
+            self.check()?;
+            if begin.elapsed() > START_TIMEOUT {
+                return Err(io::Error::other("the predecessor does not end"));
+            }
+            sleep(EXIT_CHECK);
         }
-        daemon.start_up = begin.elapsed();
-        Ok(daemon)
     }
 
     /// Its VMs.
@@ -245,24 +390,39 @@ impl Drop for Daemon {
     }
 }
 
-/// Whether all `sockets` accept connections. Those that do are taken out.
-fn all_listen(sockets: &mut Vec<PathBuf>) -> io::Result<bool> {
-    while let Some(socket) = sockets.last() {
-        if !listening(socket)? {
-            return Ok(false);
+/// Waits until all sockets of the daemons accept connections.
+fn wait(daemons: &mut [Daemon], timeout: Duration, check: Duration) -> io::Result<()> {
+    let sockets = daemons.iter();
+    let mut sockets: Vec<PathBuf> = sockets
+        .flat_map(|daemon| daemon.vms.sockets(daemon.directory.path()))
+        .collect();
+    let begin = Instant::now();
+    loop {
+        // Not before the last one exists: the list is longer than that question.
+        if sockets.last().is_none_or(|socket| socket.exists()) {
+            let listening = listening()?;
+            sockets.retain(|socket| !listening.contains(socket));
         }
-        sockets.pop();
+        if sockets.is_empty() {
+            return Ok(());
+        }
+        for daemon in &mut *daemons {
+            daemon.check()?;
+        }
+        if begin.elapsed() > timeout {
+            return Err(io::Error::other("the daemon has not created its sockets"));
+        }
+        sleep(check);
     }
-    Ok(true)
 }
 
-fn listening(path: &Path) -> io::Result<bool> {
-    if !path.exists() {
-        return Ok(false);
-    }
-    let path = path.to_string_lossy();
-    Ok(fs::read_to_string("/proc/net/unix")?.lines().any(|line| {
+/// All Unix sockets of this machine that listen.
+fn listening() -> io::Result<HashSet<PathBuf>> {
+    let table = fs::read_to_string("/proc/net/unix")?;
+    let paths = table.lines().filter_map(|line| {
         let mut fields = line.split_whitespace();
-        fields.nth(3) == Some(LISTENING) && fields.nth(3) == Some(&*path)
-    }))
+        let listens = fields.nth(3) == Some(LISTENING);
+        fields.nth(3).filter(|_| listens).map(PathBuf::from)
+    });
+    Ok(paths.collect())
 }

@@ -39,6 +39,13 @@ pub fn run(uds_path: &Path, count: usize, shared: &Shared) -> Result<Vec<u64>, S
     Ok(clients.iter().map(|client| client.counted).collect())
 }
 
+/// What the slowest of the connections exchanged, of what the fastest did.
+pub fn fairness(counts: &[u64]) -> f64 {
+    let slowest = counts.iter().min().copied().unwrap_or(0);
+    let fastest = counts.iter().max().copied().unwrap_or(0).max(1);
+    slowest as f64 / fastest as f64
+}
+
 fn serve(clients: &mut [Client], shared: &Shared) -> Result<(), String> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|error| error.to_string())?;
     for (i, client) in clients.iter_mut().enumerate() {

@@ -130,7 +130,7 @@ fn beside<A: App + Send + 'static>(
     let latencies = join(host)?;
     join_all(flooder.into_iter().collect())?;
     let window = window?;
-    let mut sample = window.beside_flood();
+    let mut sample = window.per_second();
     if requests.is_some() {
         sample.insert(key::FLOOD_ANSWERED, window.flood_answered());
     }

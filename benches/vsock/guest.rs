@@ -7,7 +7,7 @@
 //! write of a program makes one real system call that does nothing, in place of the one it would make.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -481,7 +481,7 @@ fn negotiate(frontend: &mut Frontend, link: &Link) -> io::Result<u64> {
     let offered = frontend.features();
     let messages = if link.has_messages() { F_SEQPACKET } else { 0 };
     if offered & messages != messages {
-        return Err(io::Error::other("no messages"));
+        return Err(io::Error::new(ErrorKind::Unsupported, "no messages"));
     }
     let known = messages | feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
     let accepted = offered & (known | F_PROTOCOL_FEATURES);

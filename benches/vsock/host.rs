@@ -38,7 +38,17 @@ pub fn accept_and_drain(
 }
 
 /// Reads and checks a stream that is written in `write` bytes until the run is over.
-pub fn drain(mut stream: UnixStream, write: usize, shared: &Shared) -> Result<(), String> {
+pub fn drain(stream: UnixStream, write: usize, shared: &Shared) -> Result<(), String> {
+    drain_noting(stream, write, shared, || {})
+}
+
+/// The same, and calls `note` after each read.
+pub fn drain_noting(
+    mut stream: UnixStream,
+    write: usize,
+    shared: &Shared,
+    mut note: impl FnMut(),
+) -> Result<(), String> {
     let mut checker = Checker::new(write);
     let mut buffer = vec![0; READ_SIZE];
     while !shared.stopped() {
@@ -48,6 +58,7 @@ pub fn drain(mut stream: UnixStream, write: usize, shared: &Shared) -> Result<()
         }
         checker.check(&buffer[..len])?;
         shared.add_to_host(len);
+        note();
     }
     Ok(())
 }
@@ -139,6 +150,7 @@ fn repeat(
             break;
         }
         result.map_err(text)?;
+        shared.note_pause(begin.elapsed());
         if shared.add_op() {
             latencies.push(latency);
         }

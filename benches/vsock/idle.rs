@@ -15,7 +15,7 @@ use crate::pattern::REQUEST_LEN;
 use crate::session::Session;
 
 /// How long a daemon gets to settle before its memory and its CPU time are read.
-const SETTLE: Duration = Duration::from_millis(300);
+pub const SETTLE: Duration = Duration::from_millis(300);
 /// How long an exchange may take.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -65,15 +65,22 @@ fn measure(daemon: &Daemon, count: usize, timing: &Timing) -> io::Result<Sample>
     Ok(sample)
 }
 
-fn exchange(uds_path: &Path) -> io::Result<UnixStream> {
+/// Opens a connection and has 64 bytes echoed.
+pub fn exchange(uds_path: &Path) -> io::Result<UnixStream> {
     let mut stream = connect(uds_path, GUEST_PORT)?;
     stream.set_read_timeout(Some(EXCHANGE_TIMEOUT))?;
+    echo(&mut stream)?;
+    Ok(stream)
+}
+
+/// Has 64 bytes echoed.
+pub fn echo(stream: &mut UnixStream) -> io::Result<()> {
     let request = [0x11; REQUEST_LEN];
     stream.write_all(&request)?;
     let mut response = [0; REQUEST_LEN];
     stream.read_exact(&mut response)?;
     if response == request {
-        Ok(stream)
+        Ok(())
     } else {
         Err(io::Error::other("a wrong echo"))
     }

@@ -2,30 +2,40 @@
 //! programs.
 //!
 //! `cargo bench --bench vsock -- --help` lists the options; `make bench` compares this crate's daemon with
-//! `vhost-device-vsock`. `guest` describes the simulated guest, `cases` lists what is measured.
+//! `vhost-device-vsock`. `guest` describes the simulated guest, `catalogue` lists what is measured.
 
 mod apps;
 mod cases;
+mod catalogue;
 mod chart;
+mod columns;
 mod common;
 mod conns;
 mod daemon;
 mod echo_clients;
+mod failure;
+mod fairness;
 mod flooders;
 mod floods;
+mod growth;
 mod guest;
 mod host;
 mod idle;
 mod limits;
+mod machine;
 mod measure;
 mod messages;
+mod mixed;
 mod packet;
 mod pattern;
+mod quiet;
 mod report;
 mod ring;
 mod session;
 mod shared;
+mod short;
 mod siblings;
+mod stand_still;
 mod threads;
 mod traffic;
 mod uml;
@@ -38,10 +48,13 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use cases::{CASES, Case, Group, Kind};
+use cases::{Case, Group};
+use catalogue::CASES;
 use daemon::Binary;
+use failure::Failure;
+use machine::Machine;
 use measure::Timing;
-use report::{CaseResult, Entry};
+use report::{CaseResult, Entry, TIMES};
 
 /// With more CPUs busy for other programs, a case is reported as disturbed.
 const FOREIGN_CPUS_TOLERATED: f64 = 0.1;
@@ -67,7 +80,8 @@ struct Options {
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     seconds: f64,
 
-    /// Run the cases with TEXT in their names, or those of a group: `speed` (the default) or `floods`; may be repeated
+    /// Run the cases with TEXT in their names, or those of a group: `speed` (the default), `fairness`, `growth`, `floods` or
+    /// `hand-over`; may be repeated
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
 
@@ -110,7 +124,7 @@ impl Options {
     fn list(&self) {
         for case in CASES {
             if self.only.is_empty() || self.chooses(case) {
-                println!("{:6}  {}", case.group().name(), case.name);
+                println!("{:9}  {}", case.group().name(), case.name);
             }
         }
     }
@@ -135,7 +149,7 @@ fn main() -> ExitCode {
     }
     if options.binaries.is_empty() {
         options.binaries.push(Binary {
-            name: "ours".into(),
+            name: env!("CARGO_PKG_NAME").into(),
             path: env!("CARGO_BIN_EXE_vhost-user-vsock").into(),
             args: Vec::new(),
         });
@@ -166,17 +180,24 @@ fn run(options: &Options) -> Result<(), String> {
     }
     let cases: Vec<&'static Case> = options
         .cases()
-        .filter(|case| missing.is_none() || !matches!(case.kind, Kind::Uml(_)))
+        .filter(|case| missing.is_none() || !case.kind.takes_linux())
         .collect();
     let last = options.binaries.last().map(|binary| &binary.name);
     let baseline = options.baseline.as_ref().or(last).cloned();
     let baseline = baseline.unwrap_or_default();
+    let machine = Machine::describe(&options.binaries);
+    println!("{}", machine.text());
+    println!(
+        "Medians of {} runs; {TIMES} is the ratio to {baseline}.",
+        options.runs
+    );
     let bar = progress_bar(&cases, options, syscalls);
     let mut results = Vec::new();
     for case in cases {
         let result = measure_case(case, options, syscalls, &bar);
         bar.suspend(|| {
             println!("{}", result.table(&baseline));
+            result.notes().for_each(|note| println!("{note}"));
             if let Some(cpus) = result
                 .foreign_cpus()
                 .filter(|&cpus| cpus > FOREIGN_CPUS_TOLERATED)
@@ -188,10 +209,11 @@ fn run(options: &Options) -> Result<(), String> {
     }
     bar.finish_and_clear();
     if let Some(path) = &options.svg {
-        chart::draw(path, &results, &baseline, options.runs).map_err(|error| error.to_string())?;
+        chart::draw(path, &results, &machine, &baseline, options.runs)
+            .map_err(|error| error.to_string())?;
     }
     if let Some(path) = &options.json {
-        let json = report::json(&results, options.runs, options.seconds);
+        let json = report::json(&results, &machine, options.runs, options.seconds);
         std::fs::write(path, format!("{json:#}\n")).map_err(|error| error.to_string())?;
     }
     Ok(())
@@ -228,18 +250,22 @@ fn measure_case(
     for _ in 0..options.runs {
         if let (Some(kind), Some(entry)) = (case.limit, limit.as_mut()) {
             step(bar, case, &entry.name);
-            entry.add(kind.measure(&timing));
+            entry.add(kind.measure(&timing).map_err(Failure::from));
         }
         for (binary, entry) in options.binaries.iter().zip(&mut entries) {
             step(bar, case, &entry.name);
-            entry.add(case.kind.run(binary, &timing, false));
+            if entry.unsupported.is_none() {
+                entry.add(case.kind.run(binary, &timing, false));
+            }
         }
     }
     if syscalls && case.kind.counts_syscalls() {
         for (binary, entry) in options.binaries.iter().zip(&mut entries) {
             step(bar, case, &entry.name);
             // If it fails, so did the runs before.
-            if let Ok(sample) = case.kind.run(binary, &timing, true) {
+            if entry.unsupported.is_none()
+                && let Ok(sample) = case.kind.run(binary, &timing, true)
+            {
                 entry.add(Ok(measure::only_syscalls(sample)));
             }
         }

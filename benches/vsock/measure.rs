@@ -24,6 +24,19 @@ pub mod key {
     pub const OPS_PER_S: &str = "ops_per_s";
     pub const P50_US: &str = "p50_us";
     pub const P99_US: &str = "p99_us";
+    pub const WORST_US: &str = "worst_us";
+    pub const US_PER_OP: &str = "us_per_op";
+    pub const OUT_ALONE_MIB_PER_S: &str = "out_alone_mib_per_s";
+    pub const IN_ALONE_MIB_PER_S: &str = "in_alone_mib_per_s";
+    pub const KEPT_OUT: &str = "out_kept_of_alone";
+    pub const KEPT_IN: &str = "in_kept_of_alone";
+    pub const KEPT: &str = "least_kept_of_alone";
+    pub const STILL_P50_MS: &str = "stand_still_p50_ms";
+    pub const STILL_WORST_MS: &str = "stand_still_worst_ms";
+    pub const PAUSE_P50_MS: &str = "undisturbed_p50_ms";
+    pub const PAUSE_WORST_MS: &str = "undisturbed_worst_ms";
+    pub const TOOK_P50_MS: &str = "hand_over_took_p50_ms";
+    pub const TOOK_WORST_MS: &str = "hand_over_took_worst_ms";
     pub const FAIRNESS: &str = "slowest_over_fastest";
     pub const CPU_S_PER_GIB: &str = "cpu_s_per_gib";
     pub const CPU_US_PER_OP: &str = "cpu_us_per_op";
@@ -37,6 +50,7 @@ pub mod key {
     pub const SYSCALLS_PER_OP: &str = "syscalls_per_op";
     pub const ANON_KIB: &str = "anon_kib";
     pub const RSS_KIB: &str = "rss_kib";
+    pub const ANON_KIB_LEFT: &str = "anon_kib_left";
     pub const ANON_KIB_PER_CONN: &str = "anon_kib_per_conn";
     pub const RSS_KIB_PER_CONN: &str = "rss_kib_per_conn";
     pub const CPU_US_PER_S: &str = "cpu_us_per_s";
@@ -57,6 +71,8 @@ pub struct Timing {
 }
 
 const CHECK: Duration = Duration::from_millis(20);
+/// How often a measurement that lasts until something is done checks whether it is.
+const DONE_CHECK: Duration = Duration::from_millis(1);
 /// After so long without a byte, traffic has stalled.
 const STALL: Duration = Duration::from_secs(1);
 /// A mebibyte in bytes.
@@ -112,26 +128,39 @@ impl Probe<'_> {
             (before, self.snapshot()?, None)
         };
         self.shared.close_window();
-        Ok(Window {
-            seconds: (after.at - before.at).as_secs_f64(),
-            counts: after.counts.since(before.counts),
-            cpu_seconds: (after.cpu - before.cpu).as_secs_f64(),
-            others_cpu_seconds: (after.others_cpu - before.others_cpu).as_secs_f64(),
-            busy_seconds: (after.busy_ticks - before.busy_ticks) as f64 / TICKS_PER_SECOND,
-            kicks: (after.kicks - before.kicks) as f64,
-            interrupts: (after.interrupts - before.interrupts) as f64,
-            syscalls,
-        })
+        Ok(Window::between(&before, &after, syscalls))
+    }
+
+    /// Measures from now until `done`.
+    pub fn until(&mut self, done: impl Fn(Counts) -> bool) -> Result<Window, String> {
+        let before = self.snapshot()?;
+        self.wait(DONE_CHECK, done)?;
+        Ok(Window::between(&before, &self.snapshot()?, None))
     }
 
     /// Waits until the traffic has begun.
     pub fn wait_for_traffic(&mut self) -> Result<(), String> {
+        self.wait_for(Counts::moved)
+    }
+
+    /// Waits until enough of the traffic has begun.
+    pub fn wait_for(&mut self, enough: impl Fn(Counts) -> bool) -> Result<(), String> {
+        self.wait(CHECK, enough)
+    }
+
+    fn wait(&mut self, check: Duration, enough: impl Fn(Counts) -> bool) -> Result<(), String> {
         let begin = Instant::now();
-        while !self.shared.counts().moved() {
+        while !enough(self.shared.counts()) {
             if begin.elapsed() > self.timeout {
-                return Err("no traffic".into());
+                let moved = self.shared.counts().moved();
+                return Err(if moved {
+                    "too little traffic"
+                } else {
+                    "no traffic"
+                }
+                .into());
             }
-            self.sleep(CHECK)?;
+            self.sleep(check)?;
         }
         Ok(())
     }
@@ -150,7 +179,7 @@ impl Probe<'_> {
     }
 
     /// Sleeps; returns at once if the daemon ends or a thread fails.
-    fn sleep(&mut self, time: Duration) -> Result<(), String> {
+    pub fn sleep(&mut self, time: Duration) -> Result<(), String> {
         let end = Instant::now() + time;
         while let Some(left) = end.checked_duration_since(Instant::now()) {
             sleep(left.min(CHECK));
@@ -247,6 +276,19 @@ fn busy_ticks() -> u64 {
 const TICKS_PER_SECOND: f64 = 100.0;
 
 impl Window {
+    fn between(before: &Snapshot, after: &Snapshot, syscalls: Option<f64>) -> Self {
+        Self {
+            seconds: (after.at - before.at).as_secs_f64(),
+            counts: after.counts.since(before.counts),
+            cpu_seconds: (after.cpu - before.cpu).as_secs_f64(),
+            others_cpu_seconds: (after.others_cpu - before.others_cpu).as_secs_f64(),
+            busy_seconds: (after.busy_ticks - before.busy_ticks) as f64 / TICKS_PER_SECOND,
+            kicks: (after.kicks - before.kicks) as f64,
+            interrupts: (after.interrupts - before.interrupts) as f64,
+            syscalls,
+        }
+    }
+
     /// How many CPUs other programs kept busy.
     fn foreign_cpus(&self) -> (&'static str, f64) {
         let foreign = self.busy_seconds - self.cpu_seconds - self.others_cpu_seconds;
@@ -290,8 +332,8 @@ impl Window {
         ])
     }
 
-    /// Results beside a flood, under which traffic may stall.
-    pub fn beside_flood(&self) -> Sample {
+    /// Results per second, for traffic that may stall beside other traffic.
+    pub fn per_second(&self) -> Sample {
         let counts = self.counts;
         let mut sample = Sample::from([
             self.foreign_cpus(),

@@ -1,15 +1,21 @@
 //! The results of all runs: medians, spreads and ratios, as a table and as JSON.
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
-use comfy_table::{CellAlignment, ContentArrangement, Table};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width};
 use serde_json::{Map, Value, json};
 
-use crate::cases::{Case, Kind};
+use crate::cases::Case;
+use crate::columns::{Column, columns, is_worst};
+use crate::failure::Failure;
+use crate::machine::Machine;
 use crate::measure::{Sample, key};
-use crate::traffic::Direction;
 
 /// The width of the tables in characters; longer rows are wrapped.
 const TABLE_WIDTH: u16 = 132;
+/// The spaces beside the content of a cell.
+const CELL_PADDING: u16 = 2;
+/// The heading of a ratio to the baseline.
+pub const TIMES: &str = "×";
 
 /// The results of a daemon or of the machine's limit in one case.
 pub struct Entry {
@@ -19,6 +25,8 @@ pub struct Entry {
     pub runs: Vec<Sample>,
     /// Why other runs failed.
     pub failures: Vec<String>,
+    /// What the daemon does not have that the case is about.
+    pub unsupported: Option<String>,
 }
 
 /// The results of one case.
@@ -49,14 +57,16 @@ impl Entry {
             name: name.into(),
             runs: Vec::new(),
             failures: Vec::new(),
+            unsupported: None,
         }
     }
 
     /// Adds the result of a run.
-    pub fn add(&mut self, result: Result<Sample, String>) {
+    pub fn add(&mut self, result: Result<Sample, Failure>) {
         match result {
             Ok(sample) => self.runs.push(sample),
-            Err(failure) => self.failures.push(failure),
+            Err(Failure::Failed(why)) => self.failures.push(why),
+            Err(Failure::Unsupported(what)) => self.unsupported = Some(what),
         }
     }
 
@@ -80,6 +90,27 @@ impl Entry {
         self.spread(key).map(|spread| spread.median)
     }
 
+    /// In place of results.
+    pub fn without_results(&self) -> String {
+        match &self.unsupported {
+            Some(_) => "not supported".into(),
+            None => failed(&self.failures),
+        }
+    }
+
+    /// What it does not have, and why runs failed, in a line each.
+    fn notes(&self) -> impl Iterator<Item = String> + '_ {
+        let unsupported = self.unsupported.iter();
+        let unsupported = unsupported.map(|what| format!("{}: not supported: {what}", self.name));
+        let mut failures: Vec<&String> = self.failures.iter().collect();
+        failures.dedup();
+        unsupported.chain(
+            failures
+                .into_iter()
+                .map(|why| format!("{}: {why}", self.name)),
+        )
+    }
+
     fn json(&self) -> Value {
         let mut keys: Vec<_> = self.runs.iter().flat_map(Sample::keys).collect();
         keys.sort_unstable();
@@ -95,7 +126,12 @@ impl Entry {
                 Some(((*key).to_string(), value))
             })
             .collect();
-        json!({ "name": self.name, "failures": self.failures, "results": results })
+        json!({
+            "name": self.name,
+            "unsupported": self.unsupported,
+            "failures": self.failures,
+            "results": results,
+        })
     }
 }
 
@@ -114,6 +150,12 @@ impl CaseResult {
         (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
     }
 
+    /// What is to be said of the case beside its table, in a line each.
+    pub fn notes(&self) -> impl Iterator<Item = String> + '_ {
+        let entries = self.limit.iter().chain(&self.entries);
+        entries.flat_map(Entry::notes)
+    }
+
     /// The case as a table.
     pub fn table(&self, baseline: &str) -> Table {
         let mut table = Table::new();
@@ -121,18 +163,28 @@ impl CaseResult {
             .load_preset(UTF8_FULL_CONDENSED)
             .set_content_arrangement(ContentArrangement::Dynamic)
             .set_width(TABLE_WIDTH);
-        let columns = columns(self.case.kind);
+        let base = self.baseline(baseline);
+        let has = |key| base.is_some_and(|base| base.median(key).is_some());
+        // No ratios to what is not there.
+        let columns = columns(self.case.kind).iter();
+        let columns = columns.map(|&(key, heading, ratio)| (key, heading, ratio && has(key)));
+        let columns = &columns.collect::<Vec<_>>();
         let mut headings = vec![self.case.name.to_string()];
         for &(key, heading, ratio) in columns {
             headings.push(heading.into());
-            headings.extend(ratio.then(|| format!("/{baseline}")));
+            headings.extend(ratio.then(|| TIMES.into()));
             let has_limit = key == self.case.kind.headline() && self.limit.is_some();
-            headings.extend(has_limit.then(|| "/limit".into()));
+            headings.extend(has_limit.then(|| "of limit".into()));
         }
         table.set_header(headings);
-        let base = self.baseline(baseline);
         for entry in self.limit.iter().chain(&self.entries) {
             table.add_row(self.row(entry, base, columns));
+        }
+        let longest = |name: &str| name.split(' ').map(str::len).max();
+        let names = self.entries.iter().filter_map(|entry| longest(&entry.name));
+        let width = names.max().unwrap_or_default() as u16 + CELL_PADDING;
+        if let Some(column) = table.column_mut(0) {
+            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(width)));
         }
         for column in table.column_iter_mut().skip(1) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -146,8 +198,9 @@ impl CaseResult {
             let headline = key == self.case.kind.headline();
             row.push(match entry.spread(key) {
                 Some(spread) if headline => headline_cell(spread, &entry.failures),
+                Some(spread) if is_worst(key) => number(spread.max),
                 Some(spread) => number(spread.median),
-                None if headline => failed(&entry.failures),
+                None if headline => entry.without_results(),
                 None => String::new(),
             });
             if ratio {
@@ -170,138 +223,15 @@ impl CaseResult {
     }
 }
 
-/// All results and the machine's kernel and CPU, as JSON.
-pub fn json(results: &[CaseResult], runs: usize, seconds: f64) -> Value {
-    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo");
-    let cpu = cpu
-        .lines()
-        .find_map(|line| line.strip_prefix("model name\t: "));
+/// All results, and what they were measured on.
+pub fn json(results: &[CaseResult], machine: &Machine, runs: usize, seconds: f64) -> Value {
     json!({
-        "kernel": read("/proc/sys/kernel/osrelease").trim(),
-        "cpu": cpu,
-        "cpus": std::thread::available_parallelism().map_or(0, usize::from),
+        "machine": machine.json(),
         "runs": runs,
         "seconds_per_run": seconds,
         "cases": results.iter().map(CaseResult::json).collect::<Vec<_>>(),
     })
 }
-
-/// A column: the key, the heading, and whether a ratio to the baseline follows.
-type Column = (&'static str, &'static str, bool);
-
-fn columns(kind: Kind) -> &'static [Column] {
-    match kind {
-        Kind::Streams {
-            direction: Direction::Both,
-            ..
-        } => BOTH_DIRECTIONS,
-        Kind::Streams { .. } | Kind::Siblings { .. } => STREAM,
-        Kind::Messages { .. } => MESSAGES,
-        Kind::Uml(_) => REAL_STREAM,
-        Kind::RequestResponse | Kind::MessageRoundTrip | Kind::SiblingRoundTrip(_) => {
-            REQUEST_RESPONSE
-        }
-        Kind::Connect => CONNECT,
-        Kind::Echo(_) => ECHO,
-        Kind::Flooded { measured, .. } if measured.is_stream() => FLOODED_STREAM,
-        Kind::Flooded { .. } => FLOODED_OPS,
-        Kind::Idle(_) => IDLE,
-        Kind::StartUp => START_UP,
-    }
-}
-
-const STREAM: &[Column] = &[
-    (key::MIB_PER_S, "MiB/s (min-max)", true),
-    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
-    (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
-    (key::KICKS_PER_MIB, "kicks/MiB", false),
-    (key::INTERRUPTS_PER_MIB, "irqs/MiB", false),
-    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
-];
-
-const MESSAGES: &[Column] = &[
-    (key::MIB_PER_S, "MiB/s (min-max)", true),
-    (key::OPS_PER_S, "messages/s", false),
-    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
-    (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
-    (key::KICKS_PER_MIB, "kicks/MiB", false),
-    (key::INTERRUPTS_PER_MIB, "irqs/MiB", false),
-    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
-];
-
-const BOTH_DIRECTIONS: &[Column] = &[
-    (key::MIB_PER_S, "MiB/s (min-max)", true),
-    (key::TO_HOST_MIB_PER_S, "out", false),
-    (key::TO_GUEST_MIB_PER_S, "in", false),
-    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
-    (key::OTHERS_CPU_S_PER_GIB, "others s/GiB", false),
-    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
-];
-
-const REAL_STREAM: &[Column] = &[
-    (key::MIB_PER_S, "MiB/s (min-max)", true),
-    (key::CPU_S_PER_GIB, "CPU s/GiB", true),
-    (key::SYSCALLS_PER_MIB, "syscalls/MiB", false),
-];
-
-const REQUEST_RESPONSE: &[Column] = &[
-    (key::P50_US, "p50 us (min-max)", true),
-    (key::P99_US, "p99 us", true),
-    (key::CPU_US_PER_OP, "CPU us", true),
-    (key::OTHERS_CPU_US_PER_OP, "others us", false),
-    (key::KICKS_PER_OP, "kicks", false),
-    (key::INTERRUPTS_PER_OP, "irqs", false),
-    (key::SYSCALLS_PER_OP, "syscalls", false),
-];
-
-const CONNECT: &[Column] = &[
-    (key::OPS_PER_S, "per second (min-max)", true),
-    (key::P99_US, "p99 us", true),
-    (key::CPU_US_PER_OP, "CPU us", true),
-    (key::OTHERS_CPU_US_PER_OP, "others us", false),
-    (key::KICKS_PER_OP, "kicks", false),
-    (key::INTERRUPTS_PER_OP, "irqs", false),
-    (key::SYSCALLS_PER_OP, "syscalls", false),
-];
-
-const ECHO: &[Column] = &[
-    (key::OPS_PER_S, "messages/s (min-max)", true),
-    (key::FAIRNESS, "slowest/fastest", false),
-    (key::CPU_US_PER_OP, "CPU us", true),
-    (key::OTHERS_CPU_US_PER_OP, "others us", false),
-    (key::KICKS_PER_OP, "kicks", false),
-    (key::INTERRUPTS_PER_OP, "irqs", false),
-    (key::SYSCALLS_PER_OP, "syscalls", false),
-];
-
-const FLOODED_STREAM: &[Column] = &[
-    (key::MIB_PER_S, "MiB/s (min-max)", true),
-    (key::FLOOD_PER_S, "flood/s", true),
-    (key::FLOOD_ANSWERED, "answered/sent", false),
-    (key::DAEMON_CPUS, "CPUs", false),
-];
-
-const FLOODED_OPS: &[Column] = &[
-    (key::P99_US, "p99 us (min-max)", true),
-    (key::P50_US, "p50 us", true),
-    (key::OPS_PER_S, "ops/s", false),
-    (key::FLOOD_PER_S, "flood/s", true),
-    (key::FLOOD_ANSWERED, "answered/sent", false),
-    (key::DAEMON_CPUS, "CPUs", false),
-];
-
-const IDLE: &[Column] = &[
-    (key::ANON_KIB_PER_CONN, "anonymous KiB each (min-max)", true),
-    (key::RSS_KIB_PER_CONN, "resident KiB each", true),
-    (key::CPU_US_PER_S, "CPU us/s", true),
-];
-
-const START_UP: &[Column] = &[
-    (key::START_UP_MS, "ms until ready (min-max)", true),
-    (key::ANON_KIB, "anonymous KiB", true),
-    (key::RSS_KIB, "resident KiB", true),
-];
 
 fn headline_cell(spread: Spread, failures: &[String]) -> String {
     let [median, min, max] = [spread.median, spread.min, spread.max].map(number);
@@ -313,9 +243,9 @@ fn headline_cell(spread: Spread, failures: &[String]) -> String {
 }
 
 fn failed(failures: &[String]) -> String {
-    match failures {
-        [] => String::new(),
-        [first, ..] => format!("{} failed: {first}", failures.len()),
+    match failures.len() {
+        0 => String::new(),
+        count => format!("{count} failed"),
     }
 }
 

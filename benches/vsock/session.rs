@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::daemon::{Daemon, Vms};
+use crate::failure::Failure;
 use crate::guest::{App, Guest};
 use crate::host::HOST_PORT;
 use crate::measure::Probe;
@@ -16,7 +17,10 @@ use crate::shared::Shared;
 use crate::threads::{self, Running};
 
 /// How long traffic may take to begin.
-const TRAFFIC_TIMEOUT: Duration = Duration::from_secs(10);
+const TRAFFIC_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The thread of a guest. It gives the guest back, whose connections would end with it.
+pub type RunningGuest<A> = Running<(Guest, A)>;
 
 /// A daemon with its guest, or two.
 pub struct Session {
@@ -32,7 +36,7 @@ pub struct Session {
 
 impl Session {
     /// Connects a guest to a daemon, or two to each other, that use sockets of this type.
-    pub fn begin(daemon: Daemon, socket_type: SocketType) -> Result<Self, String> {
+    pub fn begin(daemon: Daemon, socket_type: SocketType) -> Result<Self, Failure> {
         let notifications = Arc::new(Notifications::default());
         let start = |socket: PathBuf, own, peer| {
             let link = Link {
@@ -40,7 +44,7 @@ impl Session {
                 peer,
                 socket_type,
             };
-            Guest::start(&socket, &notifications, link).map_err(|error| error.to_string())
+            Guest::start(&socket, &notifications, link)
         };
         let (guest, sibling) = match daemon.vms() {
             Vms::One => (start(daemon.vhost_socket(), GUEST_CID, HOST_CID)?, None),
@@ -61,19 +65,25 @@ impl Session {
     }
 
     /// Starts the guest's thread.
-    pub fn start_guest<A: App + Send + 'static>(&mut self, app: A) -> Result<Running<A>, String> {
+    pub fn start_guest<A: App + Send + 'static>(
+        &mut self,
+        app: A,
+    ) -> Result<RunningGuest<A>, String> {
         let guest = self.guest.take().ok_or("the guest runs already")?;
         Ok(self.serve(guest, app))
     }
 
     /// Starts the other guest's thread.
-    pub fn start_sibling<A: App + Send + 'static>(&mut self, app: A) -> Result<Running<A>, String> {
+    pub fn start_sibling<A: App + Send + 'static>(
+        &mut self,
+        app: A,
+    ) -> Result<RunningGuest<A>, String> {
         let sibling = self.sibling.take().ok_or("there is no other guest")?;
         Ok(self.serve(sibling, app))
     }
 
-    fn serve<A: App + Send + 'static>(&self, mut guest: Guest, mut app: A) -> Running<A> {
-        self.spawn(move |shared| guest.serve(&mut app, shared).map(|()| app))
+    fn serve<A: App + Send + 'static>(&self, mut guest: Guest, mut app: A) -> RunningGuest<A> {
+        self.spawn(move |shared| guest.serve(&mut app, shared).map(|()| (guest, app)))
     }
 
     /// Starts the thread of a host program.
@@ -105,11 +115,11 @@ impl Session {
     }
 
     /// Ends the run: the guest first, then the daemon, so that every blocked host program wakes up.
-    pub fn end<A>(&mut self, guest: Running<A>) -> Result<Option<A>, String> {
+    pub fn end<A>(&mut self, guest: RunningGuest<A>) -> Result<Option<A>, String> {
         self.shared.end();
-        let app = threads::join(guest);
+        let ended = threads::join(guest);
         self.daemon.kill();
-        app
+        Ok(ended?.map(|(_, app)| app))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// The state of one run.
 #[derive(Default)]
@@ -17,6 +18,8 @@ pub struct Shared {
     ops: AtomicU64,
     flood_ops: AtomicU64,
     flood_answers: AtomicU64,
+    /// The longest pause, in nanoseconds.
+    pause: AtomicU64,
     failure: Mutex<Option<String>>,
 }
 
@@ -50,6 +53,11 @@ impl Counts {
     /// Bytes of both directions.
     pub fn bytes(self) -> u64 {
         self.to_host + self.to_guest
+    }
+
+    /// Whether bytes have moved in both directions.
+    pub fn moved_both_ways(self) -> bool {
+        self.to_host > 0 && self.to_guest > 0
     }
 
     /// Whether the measured traffic has moved; the flood does not count.
@@ -125,6 +133,17 @@ impl Shared {
     /// Sets how many of the flood's REQUESTs have been answered.
     pub fn set_flood_answers(&self, count: u64) {
         self.flood_answers.store(count, Ordering::Relaxed);
+    }
+
+    /// Notes for how long nothing came.
+    pub fn note_pause(&self, pause: Duration) {
+        let pause = pause.as_nanos() as u64;
+        self.pause.fetch_max(pause, Ordering::Relaxed);
+    }
+
+    /// The longest pause since this was last called.
+    pub fn take_pause(&self) -> Duration {
+        Duration::from_nanos(self.pause.swap(0, Ordering::Relaxed))
     }
 
     /// Ends the run with a failure. The first one is kept, and none that comes after the end of the run.

@@ -46,10 +46,10 @@ pub fn join_all(threads: Vec<Running<()>>) -> Result<(), String> {
 }
 
 /// Turns a panic into an error: the frontend panics when a daemon does not answer.
-pub fn catch_panics<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+pub fn catch_panics<T, E: From<String>>(work: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-        Err(text.unwrap_or("panicked").into())
+        Err(text.unwrap_or("panicked").to_string().into())
     })
 }

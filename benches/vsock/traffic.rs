@@ -7,6 +7,7 @@ use crate::host::{self, HOST_PORT};
 use crate::measure::{MIB, Sample, Timing, key, percentiles};
 use crate::messages;
 use crate::session::Session;
+use crate::shared::Counts;
 use crate::threads::{join, join_all};
 
 /// Where streams lead.
@@ -40,7 +41,12 @@ pub fn streams(
         let path = session.daemon.uds_path();
         threads.push(session.spawn(move |shared| host::connect_and_fill(&path, write, shared)));
     }
-    let window = session.probe().window(timing, syscalls);
+    let mut probe = session.probe();
+    let begun = match direction {
+        Direction::Both => probe.wait_for(Counts::moved_both_ways),
+        _ => Ok(()),
+    };
+    let window = begun.and_then(|()| probe.window(timing, syscalls));
     session.end(guest)?;
     join_all(threads)?;
     let window = window?;
@@ -121,9 +127,7 @@ pub fn echo(
     session.end(guest)?;
     let mut sample = window?.per_op()?;
     if let Some(counts) = counts {
-        let slowest = counts.iter().min().copied().unwrap_or(0) as f64;
-        let fastest = counts.iter().max().copied().unwrap_or(0).max(1) as f64;
-        sample.insert(key::FAIRNESS, slowest / fastest);
+        sample.insert(key::FAIRNESS, echo_clients::fairness(&counts));
     }
     Ok(sample)
 }

@@ -20,10 +20,12 @@ use crate::guest::GUEST_PORT;
 use crate::host::{self, HOST_PORT};
 use crate::measure::{Probe, Sample, Timing, key};
 use crate::ring::Notifications;
-use crate::shared::Shared;
+use crate::shared::{Counts, Shared};
 use crate::threads::{join_all, spawn};
+use crate::traffic::Direction;
 
-const KERNEL: &str = "/usr/bin/linux.uml";
+/// The kernel, a program.
+pub const KERNEL: &str = "/usr/bin/linux.uml";
 const MODULES: &str = "/usr/lib/uml/modules";
 /// The guest loads the modules with the host's program.
 const INSMOD: [&str; 2] = ["/usr/sbin/insmod", "/sbin/insmod"];
@@ -47,11 +49,11 @@ pub fn missing() -> Option<&'static str> {
         .then_some("there is no C compiler (Debian's gcc)")
 }
 
-/// One stream, out of the guest or into it.
+/// Streams of a real guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream {
-    /// Whether it leads out of the guest.
-    pub to_host: bool,
+    /// Where they lead.
+    pub direction: Direction,
     /// Bytes per write.
     pub write: usize,
 }
@@ -67,33 +69,44 @@ impl Stream {
         let shared = Arc::new(Shared::default());
         let write = self.write;
         let uds_path = daemon.uds_path();
-        let host = if self.to_host {
+        let mut hosts = Vec::new();
+        if self.direction != Direction::ToGuest {
             let listener = UnixListener::bind(daemon.host_port_path(HOST_PORT));
             let listener = listener.map_err(|error| error.to_string())?;
-            spawn(&shared, move |shared| {
+            hosts.push(spawn(&shared, move |shared| {
                 host::accept_and_drain(&listener, write, shared)
-            })
-        } else {
-            spawn(&shared, move |shared| {
+            }));
+        }
+        if self.direction != Direction::ToHost {
+            hosts.push(spawn(&shared, move |shared| {
                 connect_and_fill(&uds_path, write, shared)
-            })
-        };
+            }));
+        }
         let guest = Uml::boot(&daemon, self).map_err(|error| format!("UML: {error}"))?;
-        let window = Probe {
+        let notifications = Notifications::default();
+        let mut probe = Probe {
             daemon: &mut daemon,
             shared: &shared,
-            notifications: &Notifications::default(),
+            notifications: &notifications,
             timeout: BOOT_TIMEOUT,
-        }
-        .window(timing, syscalls);
+        };
+        let begun = match self.direction {
+            Direction::Both => probe.wait_for(Counts::moved_both_ways),
+            _ => Ok(()),
+        };
+        let window = begun.and_then(|()| probe.window(timing, syscalls));
         shared.end();
         drop(guest);
         daemon.kill();
-        join_all(vec![host])?;
-        let mut sample = window?.per_byte()?;
+        join_all(hosts)?;
+        let window = window?;
+        let mut sample = window.per_byte()?;
         // The rest is known of the simulated guest alone.
         let known = [key::MIB_PER_S, key::CPU_S_PER_GIB, key::SYSCALLS_PER_MIB];
         sample.retain(|key, _| known.contains(key));
+        if self.direction == Direction::Both {
+            sample.extend(window.per_direction());
+        }
         Ok(sample)
     }
 }
@@ -132,10 +145,10 @@ impl Uml {
         compile(&["-shared", "-fPIC"], &shim_source, &shim)?;
         let socket = directory.path().join("vhost");
         uml_proxy::start(&socket, &daemon.vhost_socket());
-        let (mode, port) = if stream.to_host {
-            ("send", HOST_PORT)
-        } else {
-            ("take", GUEST_PORT)
+        let mode = match stream.direction {
+            Direction::ToHost => "send",
+            Direction::ToGuest => "take",
+            Direction::Both => "both",
         };
         let init = sources.join("benches/vsock/uml/init.sh");
         let kernel = Command::new(KERNEL)
@@ -152,7 +165,8 @@ impl Uml {
             .arg(device(&socket))
             .arg(format!("STREAM_PROGRAM={}", program.display()))
             .arg(format!("STREAM_MODE={mode}"))
-            .arg(format!("STREAM_PORT={port}"))
+            .arg(format!("STREAM_HOST_PORT={HOST_PORT}"))
+            .arg(format!("STREAM_GUEST_PORT={GUEST_PORT}"))
             .arg(format!("STREAM_SIZE={}", stream.write))
             .env("LD_PRELOAD", shim)
             .process_group(0)

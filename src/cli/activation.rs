@@ -1,9 +1,10 @@
-//! Sockets that a service manager passes to the daemon (sd_listen_fds(3)).
+//! Sockets that a service manager passes to the daemon (sd_listen_fds(3)), and what it has stored for it.
 
 use std::os::fd::RawFd;
 
 use crate::config::ConfigError;
 use crate::config::options::InheritedSockets;
+use crate::daemon::handover;
 
 /// The name of the socket for the VMM. With several VMs, `-<CID>` is behind it.
 const VMM: &str = "vhost-user";
@@ -11,10 +12,12 @@ const VMM: &str = "vhost-user";
 /// The name of the socket for host programs.
 const HOST: &str = "host";
 
-/// The descriptors of the sockets that a service manager passes to the daemon.
+/// The descriptors that a service manager passes to the daemon.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Activation {
     sockets: Vec<Passed>,
+    /// What an earlier daemon has stored, with its names.
+    stored: Vec<(RawFd, String)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,9 +49,15 @@ impl Activation {
     }
 
     pub(super) fn new(sockets: impl Iterator<Item = (RawFd, String)>) -> Result<Self, ConfigError> {
-        let mut taken = Self::default();
-        let (named, others): (Vec<_>, Vec<_>) =
-            sockets.partition(|(_, name)| meaning(name).is_some());
+        let (stored, sockets): (Vec<_>, Vec<_>) =
+            sockets.partition(|(_, name)| handover::is_stored(name));
+        let mut taken = Self {
+            stored,
+            sockets: Vec::new(),
+        };
+        let (named, others): (Vec<_>, Vec<_>) = sockets
+            .into_iter()
+            .partition(|(_, name)| meaning(name).is_some());
         for (fd, name) in named.into_iter().chain(others) {
             let (role, cid) = meaning(&name).unwrap_or_else(|| {
                 let role = if taken.find(Role::Vmm, None).is_none() {
@@ -69,6 +78,11 @@ impl Activation {
             });
         }
         Ok(taken)
+    }
+
+    /// What an earlier daemon has stored with the service manager, with its names.
+    pub fn stored(&self) -> &[(RawFd, String)] {
+        &self.stored
     }
 
     /// Whether a socket for a VMM is among them.
@@ -161,6 +175,19 @@ mod tests {
         assert_eq!(taken(&[(3, "host-4"), (4, "vhost-user-4")]), by_name);
         assert!(new(&[(3, "host"), (4, "host")]).is_err());
         assert!(new(&[(3, "a"), (4, "b"), (5, "c")]).is_err());
+    }
+
+    #[test]
+    fn what_a_daemon_has_stored_is_no_socket_to_listen_on() {
+        let activation = new(&[(3, "handover-0"), (4, "x"), (5, "handover-4-state")]).unwrap();
+        let stored = [(3, "handover-0".into()), (5, "handover-4-state".into())];
+        assert_eq!(activation.stored(), stored);
+        assert_eq!(activation.sockets(4, true).socket, Some(4));
+        assert!(
+            !new(&stored.map(|(fd, _)| (fd, "handover-x")))
+                .unwrap()
+                .has_vmm_socket()
+        );
     }
 
     #[test]

@@ -65,6 +65,7 @@ fn options_change_the_configuration() {
     let mut args = THREE.to_vec();
     args.extend(more.iter().map(String::as_str));
     args.extend(["--sandbox=strict", "--stats-path=/tmp/c"]);
+    args.push("--handover-path=/tmp/h");
     args.extend(["--guest-port=22=/tmp/ssh", "--guest-port=81=/tmp/x=y"]);
     let config = config(&args);
     let [vm] = &config.vms[..] else { panic!() };
@@ -79,6 +80,7 @@ fn options_change_the_configuration() {
     assert_eq!(config.access, vm.access);
     assert_eq!(config.sandbox, Sandbox::Strict);
     assert_eq!(config.stats_path, Some("/tmp/c".into()));
+    assert_eq!(config.handover_path, Some("/tmp/h".into()));
 }
 
 #[test]

@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use super::socket;
 use crate::host::connect_line::{self, Line, Progress};
+use crate::metrics::counters::CallFailure;
 
 /// How long `--wait` waits before it tries again.
 const RETRY: Duration = Duration::from_millis(100);
@@ -47,9 +48,17 @@ pub enum ConnectError {
         /// What the system says.
         source: io::Error,
     },
-    /// The daemon has closed the stream without an answer.
+    /// The daemon has closed the stream without an answer, as another program that serves this protocol does.
     #[error("nobody listens on port {0} of the guest")]
     Refused(u32),
+    /// The daemon has said why there is no connection.
+    #[error("{}", told(*.why, *.port))]
+    Failed {
+        /// The guest's port.
+        port: u32,
+        /// Why.
+        why: CallFailure,
+    },
     /// The daemon, or the guest, takes too long.
     #[error("no answer from port {0} of the guest")]
     NoAnswer(u32),
@@ -83,11 +92,43 @@ pub enum ConnectError {
     Thread(io::Error),
 }
 
+/// The message for a failure that the daemon has told.
+fn told(why: CallFailure, port: u32) -> String {
+    match why {
+        CallFailure::NoVmm => "no VMM is connected to the daemon: the VM is not running".into(),
+        CallFailure::NoDriver => "the guest's driver has not started the device: the guest is booting, has no virtio-vsock driver, or \
+             its memory is not shared with the daemon"
+            .into(),
+        CallFailure::NobodyListens => format!("nobody listens on port {port} of the guest"),
+        CallFailure::Limit => format!("port {port} of the guest: a limit of the daemon is reached"),
+        CallFailure::Timeout => format!("no answer from port {port} of the guest in time"),
+        CallFailure::NoLine | CallFailure::Other => {
+            format!("the daemon has refused the connection to port {port} of the guest, its log may say why")
+        }
+    }
+}
+
 impl ConnectError {
+    /// The exit code. It tells a script what is missing.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Failed { why, .. } => match why {
+                CallFailure::NoVmm => 3,
+                CallFailure::NoDriver => 4,
+                CallFailure::NobodyListens => 5,
+                CallFailure::Limit => 6,
+                CallFailure::Timeout => 7,
+                CallFailure::NoLine | CallFailure::Other => 1,
+            },
+            Self::Waited { last, .. } => last.exit_code(),
+            _ => 1,
+        }
+    }
+
     /// Whether it may be otherwise when the daemon, the VMM, the driver or the listener has come.
     fn may_pass(&self) -> bool {
         match self {
-            Self::Refused(_) | Self::NoAnswer(_) => true,
+            Self::Refused(_) | Self::NoAnswer(_) | Self::Failed { .. } => true,
             Self::Socket { source, .. } => matches!(
                 source.kind(),
                 ErrorKind::NotFound | ErrorKind::ConnectionRefused
@@ -134,18 +175,25 @@ fn attempt(path: &Path, port: u32, limit: Option<Duration>) -> Result<UnixStream
     let limit = limit.map(|limit| limit.max(RETRY));
     let fail = |source: io::Error| match source.kind() {
         ErrorKind::WouldBlock => ConnectError::NoAnswer(port),
-        // Without a guest, the daemon closes before it has read the line.
         ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => ConnectError::Refused(port),
         _ => ConnectError::Socket {
             path: path.to_owned(),
             source,
         },
     };
-    let mut stream = socket::connect(path, limit).map_err(fail)?;
+    let mut stream = socket::connect_as(connect_line::ASKS_WHY, path, limit).map_err(fail)?;
     let sent = stream.write_all(connect_line::request(port).as_bytes());
-    sent.map_err(fail)?;
+    match sent {
+        // Without a guest, the daemon closes before it has read the line. It has said why.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => return Err(fail(error)),
+        _ => {}
+    }
     stream.set_read_timeout(limit).map_err(fail)?;
-    match read_answer(&mut stream).map_err(fail)? {
+    let answer = read_answer(&mut stream).map_err(fail)?;
+    if let Some(why) = answer.as_deref().and_then(connect_line::refusal) {
+        return Err(ConnectError::Failed { port, why });
+    }
+    match answer {
         None => {
             stream.set_nonblocking(true).map_err(fail)?;
             Ok(stream)

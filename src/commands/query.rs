@@ -39,10 +39,10 @@ pub enum QueryError {
     #[error(transparent)]
     Io(#[from] io::Error),
     /// The server does not accept the connection, or does not complete its answer.
-    #[error("no answer within {ANSWER_SECONDS} seconds")]
+    #[error("no answer within {ANSWER_SECONDS} seconds: is this the path of --stats-path?")]
     Timeout,
     /// The server is another program, or another socket of a daemon.
-    #[error("this is not the stats socket of a vhost-user-vsock daemon: {0}")]
+    #[error("this is not the stats socket of a vhost-user-vsock daemon, see --stats-path: {0}")]
     Foreign(String),
     /// Its directory has sockets of a daemon, but not this one.
     #[error("no stats socket")]
@@ -185,6 +185,10 @@ fn parse(response: &[u8]) -> Result<Snapshot, QueryError> {
     if status != Some(b"200") {
         return Err(foreign("its HTTP status is not 200"));
     }
-    serde_json::from_slice(&response[header + end.len()..])
-        .map_err(|error| QueryError::Foreign(format!("unexpected JSON: {error}")))
+    let snapshot: Snapshot = serde_json::from_slice(&response[header + end.len()..])
+        .map_err(|error| QueryError::Foreign(format!("unexpected JSON: {error}")))?;
+    match snapshot.vms.is_empty() {
+        true => Err(foreign("its JSON has no VM")),
+        false => Ok(snapshot),
+    }
 }

@@ -1,11 +1,11 @@
 //! `stats`: the statistics of one daemon or of all, as a text for a terminal, in Prometheus' text format or in JSON.
 
 mod output;
+mod screen;
+mod watch;
 
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -14,10 +14,7 @@ use thiserror::Error;
 use super::page;
 use super::query::{self, Daemon, QueryError, RUN_DIRECTORY};
 use crate::metrics::counters::{Snapshot, VmSnapshot};
-use crate::metrics::prometheus;
-
-/// Moves the cursor home and clears the terminal.
-const CLEAR: &str = "\x1b[H\x1b[2J";
+use crate::metrics::prometheus::{self, Connections};
 
 /// The arguments of `stats`.
 #[derive(Args)]
@@ -38,7 +35,11 @@ pub struct StatsArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "watch")]
     output: Option<PathBuf>,
 
-    /// Show them again every so many seconds, until interrupted
+    /// In Prometheus format, list each connection
+    #[arg(long)]
+    connections: bool,
+
+    /// Show them again every so many seconds, until interrupted, with rates and what moves most first
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "2")]
     watch: Option<u32>,
 }
@@ -91,59 +92,75 @@ impl StatsError {
 /// # Errors
 /// The one daemon does not answer, the directory of all can't be read, or the output not be written.
 pub fn run(args: &StatsArgs) -> Result<(), StatsError> {
-    loop {
-        let text = text(args)?;
-        if let Some(path) = &args.output {
-            return output::replace(path, text.as_bytes()).map_err(|source| StatsError::File {
-                path: path.clone(),
-                source,
-            });
-        }
-        let text = match (args.watch, args.format) {
-            (Some(_), Format::Table) => format!("{CLEAR}{text}"),
-            _ => text,
-        };
-        let is_read = print(&text).map_err(StatsError::Output)?;
-        let Some(seconds) = args.watch.filter(|_| is_read) else {
-            return Ok(());
-        };
-        thread::sleep(Duration::from_secs(seconds.max(1).into()));
+    if let Some(seconds) = args.watch {
+        return watch::run(args, seconds);
+    }
+    let text = ask(args)?.text(args).map_err(StatsError::Output)?;
+    match &args.output {
+        Some(path) => output::replace(path, text.as_bytes()).map_err(|source| StatsError::File {
+            path: path.clone(),
+            source,
+        }),
+        None => print(&text).map(drop).map_err(StatsError::Output),
     }
 }
 
 /// Writes to stdout. False where nobody reads it.
 pub(super) fn print(text: &str) -> io::Result<bool> {
-    match io::stdout().write_all(text.as_bytes()) {
+    let mut output = io::stdout().lock();
+    // The end of a screen is no end of a line.
+    match output
+        .write_all(text.as_bytes())
+        .and_then(|()| output.flush())
+    {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
         written => written.map(|()| true),
     }
 }
 
-fn text(args: &StatsArgs) -> Result<String, StatsError> {
-    let path = args.path.as_deref();
-    match path {
+/// What the daemons have answered.
+enum Answers {
+    /// The only one.
+    One(Snapshot),
+    /// All of a directory.
+    All(Vec<Daemon>),
+}
+
+/// Asks one daemon or all.
+fn ask(args: &StatsArgs) -> Result<Answers, StatsError> {
+    match args.path.as_deref() {
         Some(path) if !args.all => {
-            let snapshot = query::one(path).map_err(|source| StatsError::Query {
+            let answer = query::one(path).map_err(|source| StatsError::Query {
                 path: path.to_owned(),
                 source,
-            })?;
-            of_one(snapshot, args.format)
+            });
+            answer.map(Answers::One)
         }
         directory => {
             let daemons = query::all(directory);
-            of_all(
-                daemons.map_err(|error| StatsError::directory(directory, error))?,
-                args.format,
-            )
+            let daemons = daemons.map_err(|error| StatsError::directory(directory, error));
+            daemons.map(Answers::All)
         }
     }
-    .map_err(StatsError::Output)
 }
 
-fn of_one(snapshot: Snapshot, format: Format) -> io::Result<String> {
+impl Answers {
+    fn text(self, args: &StatsArgs) -> io::Result<String> {
+        let connections = match args.connections {
+            true => Connections::Listed,
+            false => Connections::Summed,
+        };
+        match self {
+            Self::One(snapshot) => of_one(snapshot, args.format, connections),
+            Self::All(daemons) => of_all(daemons, args.format, connections),
+        }
+    }
+}
+
+fn of_one(snapshot: Snapshot, format: Format, connections: Connections) -> io::Result<String> {
     Ok(match format {
         Format::Table => page::page(&snapshot) + "\n",
-        Format::Prometheus => prometheus::text(snapshot),
+        Format::Prometheus => prometheus::text(snapshot, connections),
         Format::Json => serde_json::to_string(&snapshot)? + "\n",
     })
 }
@@ -163,7 +180,7 @@ struct AllJson<'d> {
     daemons: Vec<DaemonJson<'d>>,
 }
 
-fn of_all(daemons: Vec<Daemon>, format: Format) -> io::Result<String> {
+fn of_all(daemons: Vec<Daemon>, format: Format, connections: Connections) -> io::Result<String> {
     Ok(match format {
         Format::Table => {
             let pages = daemons.iter().flat_map(pages);
@@ -173,7 +190,7 @@ fn of_all(daemons: Vec<Daemon>, format: Format) -> io::Result<String> {
             let answers = daemons
                 .into_iter()
                 .map(|daemon| (daemon.name, daemon.answer.ok()));
-            prometheus::merged(answers.collect())
+            prometheus::merged(answers.collect(), connections)
         }
         Format::Json => {
             let daemons = daemons.iter().map(|Daemon { name, answer }| DaemonJson {

@@ -92,14 +92,21 @@ impl ProcessConfig {
     }
 
     fn paths(&self) -> impl Iterator<Item = SocketPath<'_>> {
-        let stats = self.stats_path.as_deref().map(|path| SocketPath {
-            vm: None,
-            option: "--stats-path",
-            path: path.into(),
-            kind: PathKind::Bound,
+        let of_process = [
+            ("--stats-path", &self.stats_path),
+            ("--handover-path", &self.handover_path),
+        ];
+        let of_process = of_process.into_iter().filter_map(|(option, path)| {
+            Some(SocketPath {
+                vm: None,
+                option,
+                path: path.as_deref()?.into(),
+                kind: PathKind::Bound,
+            })
         });
         let vms = self.vms.iter().enumerate();
-        vms.flat_map(|(index, vm)| vm.paths(index)).chain(stats)
+        vms.flat_map(|(index, vm)| vm.paths(index))
+            .chain(of_process)
     }
 }
 
@@ -123,7 +130,7 @@ impl VmConfig {
             return Err(("tx-buffer-size", error));
         }
         if !(2..=MAX_QUEUE_SIZE).contains(&self.queue_size) || !self.queue_size.is_power_of_two() {
-            return Err(("queue-size", ConfigError::QueueSize(self.queue_size)));
+            return Err(("queue-size", ConfigError::QueueSize(self.queue_size.into())));
         }
         if self.max_connections == 0 {
             return Err(("max-connections", ConfigError::MaxConnections));
@@ -371,6 +378,26 @@ mod tests {
             assert!(error.starts_with("--stats-path"), "{error}");
             assert!(error.contains(message), "{error}");
         }
+    }
+
+    #[test]
+    fn a_successor_has_a_socket_of_its_own() {
+        for path in ["/tmp/./uds4", "/tmp/uds4_80", "/tmp/stats"] {
+            let config = ProcessConfig {
+                stats_path: Some("/tmp/stats".into()),
+                handover_path: Some(path.into()),
+                ..ProcessConfig::new(vec![vm(4)])
+            };
+            let error = config.check().unwrap_err().to_string();
+            assert!(error.starts_with("--handover-path"), "{error}");
+        }
+        let config = ProcessConfig {
+            handover_path: Some("/dev/handover".into()),
+            ..ProcessConfig::new(vec![vm(4)])
+        };
+        assert_eq!(config.check(), Ok(()));
+        let directories: Vec<_> = config.directories().collect();
+        assert!(directories.contains(&Path::new("/dev").into()));
     }
 
     #[test]

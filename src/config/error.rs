@@ -30,7 +30,7 @@ pub enum ConfigError {
     TxBufferSize(u32),
     /// A ring can't have this size (virtio 1.2, 2.7).
     #[error("--queue-size={0}: a ring has a power of two from 2 to {MAX_QUEUE_SIZE} entries")]
-    QueueSize(u16),
+    QueueSize(u64),
     /// No connection would be possible.
     #[error("--max-connections=0: at least one connection must be possible")]
     MaxConnections,
@@ -110,6 +110,7 @@ impl ConfigError {
             Self::Conflict(option, _) => Some(option),
             Self::ForwardListenAlone => Some("forward-listen"),
             Self::GroupName => Some("groups"),
+            Self::QueueSize(_) => Some("queue-size"),
             _ => None,
         }
     }

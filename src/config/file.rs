@@ -8,6 +8,7 @@
 //!     groups: [web, backup]
 //!     guest_port:
 //!       22: /tmp/vm3-ssh.socket
+//! handover_path: /tmp/vms.handover
 //! ```
 
 use std::fs::File;
@@ -23,6 +24,16 @@ const MAX_FILE: u64 = 1 << 20;
 
 /// The key of the list of VMs.
 const VMS: &str = "vms";
+
+/// The key of [`ProcessOptions::handover_path`].
+const HANDOVER_PATH: &str = "handover-path";
+
+/// The options of the process that a file has beside its VMs.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct ProcessOptions {
+    /// Path of the socket at which a successor takes the VMs over.
+    pub handover_path: Option<PathBuf>,
+}
 
 /// The options of a VM, and where they come from.
 #[derive(Debug)]
@@ -80,17 +91,17 @@ impl VmSource {
     }
 }
 
-/// Reads the VMs of a configuration file.
+/// Reads a configuration file.
 ///
 /// # Errors
 /// The file can't be read, or is wrong.
-pub fn read(path: &Path) -> Result<Vec<VmSource>, ConfigError> {
+pub fn read(path: &Path) -> Result<(Vec<VmSource>, ProcessOptions), ConfigError> {
     let unreadable =
         |mistake: String| ConfigError::File(format!("--config {}: {mistake}", path.display()));
     let bytes = read_bytes(path).map_err(|error| unreadable(error.to_string()))?;
     let text = String::from_utf8(bytes).map_err(|_| unreadable("this is not UTF-8".into()))?;
     let located = |error: YamlError| ConfigError::File(describe(path, error.at, &error.mistake));
-    vms(path, text.trim_start_matches('\u{feff}')).map_err(located)
+    parse(path, text.trim_start_matches('\u{feff}')).map_err(located)
 }
 
 fn describe(path: &Path, at: Position, mistake: &str) -> String {
@@ -108,21 +119,47 @@ fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The VMs of a text, which is that of the file at `path`.
-fn vms(path: &Path, text: &str) -> Result<Vec<VmSource>, YamlError> {
+/// What a text says, which is that of the file at `path`.
+fn parse(path: &Path, text: &str) -> Result<(Vec<VmSource>, ProcessOptions), YamlError> {
     let missing = |at| YamlError::new(at, format!("{VMS} is missing, the list of VMs"));
     let root = yaml::parse(text)?.ok_or_else(|| missing(Position::START))?;
-    let mut vms = None;
+    let mut list = None;
+    let mut handover_path = None;
     for (key, value) in pairs(&root, "the file")? {
         let name = scalar(key, "a key")?;
-        if name != VMS {
-            return Err(YamlError::new(key.at, format!("{name}: no such key")));
-        }
-        if vms.replace(value).is_some() {
+        let place = match &name.replace('_', "-")[..] {
+            VMS => &mut list,
+            HANDOVER_PATH => &mut handover_path,
+            _ => return Err(YamlError::new(key.at, format!("{name}: no such key"))),
+        };
+        if place.replace(value).is_some() {
             return Err(YamlError::new(key.at, format!("{name}: given twice")));
         }
     }
-    let vms = vms.ok_or_else(|| missing(root.at))?;
+    let list = list.ok_or_else(|| missing(root.at))?;
+    let handover_path = match handover_path {
+        Some(node) => path_of(node, HANDOVER_PATH)?,
+        None => None,
+    };
+    Ok((vms(path, list)?, ProcessOptions { handover_path }))
+}
+
+/// The path that an option has, if it has a value.
+fn path_of(node: &Node, name: &str) -> Result<Option<PathBuf>, YamlError> {
+    match &node.value {
+        Value::Null => Ok(None),
+        _ => match scalar(node, name)? {
+            "" => Err(YamlError::new(
+                node.at,
+                format!("{name}: a path is missing"),
+            )),
+            path => Ok(Some(path.into())),
+        },
+    }
+}
+
+/// The VMs of the file at `path`.
+fn vms(path: &Path, vms: &Node) -> Result<Vec<VmSource>, YamlError> {
     match &vms.value {
         Value::List(list) if !list.is_empty() => list.iter().map(|node| vm(path, node)).collect(),
         Value::List(_) | Value::Null => {
@@ -232,9 +269,10 @@ mod tests {
     }
 
     fn read(text: &str) -> Result<Vec<VmOptions>, String> {
-        let read = vms(Path::new("f"), text);
+        let read = parse(Path::new("f"), text);
         let options = |vms: Vec<VmSource>| vms.into_iter().map(|vm| vm.options).collect();
-        read.map(options).map_err(|error| error.to_string())
+        read.map(|(vms, _)| options(vms))
+            .map_err(|error| error.to_string())
     }
 
     fn one(option: &str) -> VmOptions {
@@ -291,6 +329,18 @@ mod tests {
     }
 
     #[test]
+    fn an_option_of_the_process_stands_beside_the_vms() {
+        let path = |text: &str| {
+            let text = format!("vms:\n- guest_cid: 3\n{text}\n");
+            parse(Path::new("f"), &text).unwrap().1.handover_path
+        };
+        assert_eq!(path("handover_path: /tmp/h"), Some("/tmp/h".into()));
+        assert_eq!(path("handover-path: '/tmp/h'"), Some("/tmp/h".into()));
+        assert_eq!(path("handover-path:"), None);
+        assert_eq!(path(""), None);
+    }
+
+    #[test]
     fn mistakes_have_a_place_and_a_name() {
         for (text, mistake) in [
             ("", "1:1: vms is missing"),
@@ -322,6 +372,15 @@ mod tests {
             ),
             ("vms:\n- group: x", "2:3: group: no such key"),
             ("vms:\n- stats_path: x", "2:3: stats_path: no such key"),
+            (
+                "vms:\n- handover_path: x",
+                "2:3: handover_path: no such key",
+            ),
+            ("handover-path: ''\nvms: []", "1:16: handover-path: a path"),
+            (
+                "handover-path: [a]\nvms: []",
+                "1:16: handover-path: this is a",
+            ),
             ("vms:\n- group: [x]", "2:3: group: no such key"),
             ("vms:\n- [x]: 1", "2:3: a key: this is a list"),
             (

@@ -110,7 +110,7 @@ pub struct VmOptions {
     #[arg(long, value_name = "ENTRIES", help = with_default(
         "Largest ring offered to the guest, a power of two", VmConfig::DEFAULT_QUEUE_SIZE as u64))]
     #[allow(missing_docs)]
-    pub queue_size: Option<u16>,
+    pub queue_size: Option<u64>,
 
     #[arg(long, value_name = "COUNT", help = with_default(
         "Maximum number of connections that the guest has opened, of those that host programs have, and of those that siblings \
@@ -219,7 +219,10 @@ impl VmOptions {
             seqpacket: self.seqpacket != Some(Switch::Off),
             wait_for_guest: self.wait_for_guest.map_or(default.wait_for_guest, seconds),
             tx_buffer_size: self.tx_buffer_size.unwrap_or(default.tx_buffer_size),
-            queue_size: self.queue_size.unwrap_or(default.queue_size),
+            queue_size: match self.queue_size {
+                Some(size) => u16::try_from(size).map_err(|_| ConfigError::QueueSize(size))?,
+                None => default.queue_size,
+            },
             max_connections: self.max_connections.unwrap_or(default.max_connections),
             max_clients: default.max_clients,
             busy_poll: self

@@ -4,6 +4,7 @@
 //! can name must not lead to a socket that is meant for somebody else.
 
 use std::borrow::Cow;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -60,6 +61,28 @@ pub enum PathError {
         path: PathBuf,
         /// The directory.
         directory: PathBuf,
+    },
+    /// What should be the directory of the socket is something else.
+    #[error("{option} {path}: {directory} is not a directory")]
+    NotADirectory {
+        /// The option.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// What is in the directory's place.
+        directory: PathBuf,
+    },
+    /// The directory of the socket can't be entered.
+    #[error("{option} {path}: the directory {directory}: {error}")]
+    Directory {
+        /// The option.
+        option: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The directory.
+        directory: PathBuf,
+        /// What the system says.
+        error: io::ErrorKind,
     },
     /// Two sockets have the same path.
     #[error("{option} {path}: another socket has this path, each needs its own")]
@@ -173,13 +196,32 @@ impl SocketPath<'_> {
         let Some(file) = self.path.file_name() else {
             return Err(PathError::NotAFile { option, path });
         };
-        let directory = directory_of(&self.path);
+        let directory = directory_of(&self.path).to_owned();
         match directory.canonicalize() {
             Ok(real) if real.is_dir() => Ok(real.join(file)),
-            _ => Err(PathError::NoDirectory {
+            Ok(_) => Err(PathError::NotADirectory {
                 option,
                 path,
-                directory: directory.to_owned(),
+                directory,
+            }),
+            Err(error) => Err(match error.kind() {
+                io::ErrorKind::NotFound => PathError::NoDirectory {
+                    option,
+                    path,
+                    directory,
+                },
+                // A file is above it.
+                io::ErrorKind::NotADirectory => PathError::NotADirectory {
+                    option,
+                    path,
+                    directory: file_above(&directory),
+                },
+                error => PathError::Directory {
+                    option,
+                    path,
+                    directory,
+                    error,
+                },
             }),
         }
     }
@@ -250,6 +292,13 @@ pub fn directory_of(path: &Path) -> &Path {
     parent.unwrap_or(Path::new("."))
 }
 
+/// What is in the way to a path, since it is there and no directory.
+fn file_above(path: &Path) -> PathBuf {
+    let mut above = path.ancestors();
+    let found = above.find(|path| path.exists());
+    found.unwrap_or(path).to_owned()
+}
+
 /// Whether host programs listen at `path` for the guest of `uds_path`.
 fn is_port_of(path: &Path, uds_path: &Path) -> bool {
     let path = path.as_os_str().as_bytes();
@@ -305,7 +354,9 @@ mod tests {
         let missing = message("/nowhere/at/all.socket");
         assert!(missing.contains("the directory /nowhere/at does not exist"));
         let not_a_directory = message("/dev/null/socket");
-        assert!(not_a_directory.contains("the directory /dev/null"));
+        assert!(not_a_directory.contains("/dev/null is not a directory"));
+        let below_a_file = message("/dev/null/below/socket");
+        assert!(below_a_file.contains("/dev/null is not a directory"));
         assert!(message("/").contains("not the path of a file"));
         assert!(message("/tmp/..").contains("not the path of a file"));
     }

@@ -4,14 +4,13 @@
 //! thread of its own writes the lines, which wait in a queue of bounded length. Stderr itself is not made non-blocking:
 //! other programs may share it.
 
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::env;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,7 @@ use env_logger::{
 use log::{Level, LevelFilter, Log, Metadata, Record, warn};
 use parking_lot::{Condvar, Mutex};
 
-use crate::packet::header::Cid;
+use crate::log_vm;
 use crate::syscalls::Syscall;
 
 /// The system calls of the thread that writes.
@@ -94,7 +93,10 @@ impl LogWriter {
         let logger = builder.build();
         log::set_max_level(logger.filter());
         // One that is installed already is a program's that embeds this.
-        let _ = log::set_boxed_logger(Box::new(VmLogger(logger)));
+        let _ = log::set_boxed_logger(Box::new(DaemonLogger {
+            logger,
+            begun: Once::new(),
+        }));
         if let Err(mistake) = filter {
             warn!("{DEFAULT_FILTER_ENV} is ignored: {mistake}");
         }
@@ -125,39 +127,39 @@ impl LogWriter {
     }
 }
 
-thread_local! {
-    /// The CID of the VM that this thread works for, if the log is to name it.
-    static VM: Cell<Option<Cid>> = const { Cell::new(None) };
+/// Puts the CID of the thread's VM before each line, and a line with the version before the first.
+struct DaemonLogger {
+    logger: Logger,
+    begun: Once,
 }
 
-/// From now on, lines that this thread logs begin with the CID of its VM.
-pub(super) fn name_vm(cid: Cid) {
-    VM.set(Some(cid));
-}
-
-/// Puts the CID of the thread's VM before each line.
-struct VmLogger(Logger);
-
-impl Log for VmLogger {
+impl Log for DaemonLogger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        self.0.enabled(metadata)
+        self.logger.enabled(metadata)
     }
 
     fn log(&self, record: &Record<'_>) {
-        match VM.try_with(Cell::get) {
-            Ok(Some(cid)) => {
+        self.begun.call_once(|| {
+            let version = env!("CARGO_PKG_VERSION");
+            let mut first = Record::builder();
+            first.level(Level::Info).target(env!("CARGO_CRATE_NAME"));
+            let args = format_args!("vhost-user-vsock {version}");
+            self.logger.log(&first.args(args).build());
+        });
+        match log_vm::current() {
+            Some(cid) => {
                 let metadata = record.metadata().clone();
                 let mut named = Record::builder();
                 let args = format!("CID {cid}: {}", record.args());
                 named.metadata(metadata);
-                self.0.log(&named.args(format_args!("{args}")).build());
+                self.logger.log(&named.args(format_args!("{args}")).build());
             }
-            _ => self.0.log(record),
+            None => self.logger.log(record),
         }
     }
 
     fn flush(&self) {
-        self.0.flush();
+        self.logger.flush();
     }
 }
 

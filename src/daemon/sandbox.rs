@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use caps::CapSet;
 use landlock::{
@@ -134,11 +134,15 @@ enum Missing {
 }
 
 /// Gives up everything that serving does not need, for the calling thread and those that it starts from now on. The sockets
-/// of `config` must be bound by now. Of the system calls, those of the runtime and those in `syscalls` remain; any other
+/// of `config` must be bound by now. Files may also be removed in `directories`. Of the system calls, those of the runtime and those in `syscalls` remain; any other
 /// ends the process.
 ///
 /// With [`Sandbox::Auto`], what the system lacks is logged in one line. With [`Sandbox::Strict`], it is an error.
-pub fn enter(config: &ProcessConfig, syscalls: &[Syscall]) -> Result<(), SandboxError> {
+pub fn enter(
+    config: &ProcessConfig,
+    directories: &[PathBuf],
+    syscalls: &[Syscall],
+) -> Result<(), SandboxError> {
     if config.sandbox == Sandbox::Off {
         return Ok(());
     }
@@ -147,7 +151,7 @@ pub fn enter(config: &ProcessConfig, syscalls: &[Syscall]) -> Result<(), Sandbox
     let steps = [
         setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(Missing::CoreLimit),
         set_no_new_privs().map_err(Missing::NewPrivileges),
-        restrict_files(config),
+        restrict_files(config, directories),
         drop_capabilities().map_err(Missing::Capabilities),
         set_dumpable(false).map_err(Missing::Dumpable),
         restrict_syscalls(syscalls),
@@ -179,7 +183,7 @@ fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
 
 /// Denies access to the file system with Landlock, except for removing the sockets and, on kernels that restrict it,
 /// connecting to host programs. TCP, abstract sockets and signals to other processes are denied as well.
-fn restrict_files(config: &ProcessConfig) -> Result<(), Missing> {
+fn restrict_files(config: &ProcessConfig, directories: &[PathBuf]) -> Result<(), Missing> {
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(LANDLOCK_UNIX_SOCKETS))?
         .handle_access(AccessNet::from_all(LANDLOCK))?
@@ -189,7 +193,8 @@ fn restrict_files(config: &ProcessConfig) -> Result<(), Missing> {
         (&mut ruleset).add_rule(PathBeneath::new(PathFd::new(directory)?, access))?;
         Ok(())
     };
-    for directory in config.directories() {
+    let own = config.directories();
+    for directory in own.chain(directories.iter().map(|other| other.into())) {
         allow(&directory, AccessFs::RemoveFile.into())?;
     }
     for directory in config.peer_directories() {

@@ -12,7 +12,7 @@ use log::error;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::log_writer;
+use crate::log_vm;
 use crate::packet::header::Cid;
 
 /// Whether the log names the VM that a thread works for.
@@ -41,23 +41,40 @@ impl Threads {
         }))
     }
 
-    /// Waits until all have ended, or until something can be read from `other`. When one has ended, `each` is called.
-    pub(super) fn wait(&self, other: BorrowedFd<'_>, mut each: impl FnMut()) -> io::Result<()> {
+    /// Waits until all have ended, or until something can be read from one of `others`, of which the first is returned. When a
+    /// thread has ended, `each` is called.
+    pub(super) fn wait<const N: usize>(
+        &self,
+        others: [BorrowedFd<'_>; N],
+        mut each: impl FnMut(),
+    ) -> io::Result<Option<usize>> {
         while self.running.load(Ordering::SeqCst) > 0 {
-            let ready = wait_readable(&[other, self.ended.as_fd()], PollTimeout::NONE)?;
-            if !ready[0].is_empty() {
-                break;
+            let all = others.into_iter().chain([self.ended.as_fd()]);
+            let mut fds: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+            poll_until(&mut fds, PollTimeout::NONE)?;
+            let ready = fds[..N].iter().position(|fd| fd.any() != Some(false));
+            if ready.is_some() {
+                return Ok(ready);
             }
             let _ = self.ended.read();
             each();
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Waits until all have ended. False when that takes longer than `timeout`.
     pub(super) fn wait_timeout(&self, timeout: Duration) -> io::Result<bool> {
+        self.wait_until(timeout, || self.running.load(Ordering::SeqCst) == 0)
+    }
+
+    /// Waits until enough have ended. False when that takes longer than `timeout`.
+    pub(super) fn wait_until(
+        &self,
+        timeout: Duration,
+        is_enough: impl Fn() -> bool,
+    ) -> io::Result<bool> {
         let deadline = Instant::now() + timeout;
-        while self.running.load(Ordering::SeqCst) > 0 {
+        while !is_enough() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(false);
@@ -121,7 +138,7 @@ impl VmThreads {
         thread::Builder::new().name(name).spawn(move || {
             let vm = &running.0;
             if vm.all.naming == Naming::On {
-                log_writer::name_vm(vm.cid);
+                log_vm::set(vm.cid);
             }
             // What the thread has worked on is not used again: the VM is given up.
             if catch_unwind(AssertUnwindSafe(work)).is_err() {
@@ -153,15 +170,28 @@ impl Drop for Running {
     }
 }
 
-/// Waits until something happens to one of the descriptors, or the time is over. Returns what.
+/// Waits until one of the descriptors can be read from, or the time is over. Returns what has happened to each.
 pub(super) fn wait_readable<const N: usize>(
     fds: &[BorrowedFd<'_>; N],
     timeout: PollTimeout,
 ) -> io::Result<[PollFlags; N]> {
-    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    wait_for(&fds.map(|fd| (fd, PollFlags::POLLIN)), timeout)
+}
+
+/// Waits until what is wanted of one of the descriptors happens to it, or the time is over. Returns what has happened to each.
+pub(super) fn wait_for<const N: usize>(
+    wanted: &[(BorrowedFd<'_>, PollFlags); N],
+    timeout: PollTimeout,
+) -> io::Result<[PollFlags; N]> {
+    let mut fds = wanted.map(|(fd, events)| PollFd::new(fd, events));
+    poll_until(&mut fds, timeout)?;
+    Ok(fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty())))
+}
+
+fn poll_until(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> io::Result<()> {
     loop {
-        match poll(&mut fds, timeout) {
-            Ok(_) => return Ok(fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty()))),
+        match poll(fds, timeout) {
+            Ok(_) => return Ok(()),
             Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -200,12 +230,14 @@ mod tests {
             let (signalled, signal) = UnixStream::pair().unwrap();
             let mut signal = Some(signal);
             // The closed end can be read from.
-            all.wait(signalled.as_fd(), || drop(signal.take())).unwrap();
+            all.wait([signalled.as_fd()], || drop(signal.take()))
+                .unwrap();
         }
         assert!(broken.has_panicked());
         assert!(!other.has_panicked() && !other.have_ended());
         (other.give_up)();
-        all.wait(stop.as_fd(), || {}).unwrap();
+        let ended = all.wait([stop.as_fd()], || {}).unwrap();
+        assert_eq!(ended, None);
         assert!(other.have_ended() && !other.has_panicked());
     }
 }

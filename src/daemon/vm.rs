@@ -1,34 +1,41 @@
 //! One VM: its sockets, its device, and the two threads that serve it.
 //!
 //! The *session* thread accepts a VMM and handles its messages, one VMM after the other. The *worker* thread moves the
-//! packets. The first may wait for a VMM that has sent half a message, so it is ended by shutting that VMM's socket down.
+//! packets. Both can be [parked], so that the VM can be handed over.
+
+mod parked;
+mod session_thread;
+#[cfg(test)]
+mod tests;
 
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
-use nix::poll::{PollFlags, PollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use thiserror::Error;
 
-use super::threads::{Naming, Threads, VmThreads, wait_readable};
+use super::threads::{Naming, Threads, VmThreads};
 use crate::config::{
     ConfigError, HostSide, ProcessConfig, Sandbox, Socket, VmConfig, VsockPort, sibling_path,
 };
 use crate::host::entry::{Entry, EntrySocket};
-use crate::host::listener::{Inherited, ListenerError, SocketFile};
+use crate::host::listener::{Inherited, ListenerError, LoadedListeners, SocketFile};
 use crate::host::siblings::Siblings;
 use crate::host::vsock;
 use crate::packet::header::{Cid, GuestPort, PacketType};
+use crate::saved::{LoadError, Loader};
 use crate::syscalls::Syscall;
+use crate::thread_backend::journal::Journal;
+use crate::vhost_user_vsock_thread::EVENT_RING;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
+use crate::vsock_conn::ConnKey;
+use parked::Sockets;
+pub(in crate::daemon) use parked::{Keep, ParkError, Parked, Parts, VmState};
+use session_thread::{SessionThread, Stop};
 
 /// To wait for a VMM, and for the end.
 pub(super) const SYSCALLS: &[Syscall] = &[
@@ -38,10 +45,8 @@ pub(super) const SYSCALLS: &[Syscall] = &[
     Syscall::any(libc::SYS_restart_syscall),
     Syscall::any(libc::SYS_write),
     Syscall::any(libc::SYS_read),
+    Syscall::any(libc::SYS_clock_nanosleep),
 ];
-
-/// How long no VMM is accepted after an error, in milliseconds.
-const ACCEPT_PAUSE: u16 = 100;
 
 /// How long a VM's threads may take to end.
 const STOP_TIMEOUT: Duration = Duration::from_millis(700);
@@ -71,6 +76,9 @@ pub(super) struct BoundVm {
     files: Vec<SocketFile>,
     device: Arc<VhostUserVsockBackend>,
     stop: Arc<Stop>,
+    /// One that was loaded.
+    session: Option<Session>,
+    keeper: Option<Box<dyn Keep>>,
 }
 
 /// Where VMMs come from.
@@ -81,15 +89,17 @@ enum VmmSocket {
 }
 
 impl BoundVm {
-    /// Makes the sockets of a VM, which joins `siblings`. `observer` gets its activity.
+    /// Makes the sockets of a VM, which joins `siblings`, or adopts those that a predecessor had. `observer` gets its activity.
     pub(super) fn new(
         config: &VmConfig,
         siblings: &Arc<Siblings>,
+        loaded: &mut LoadedListeners,
         observer: impl Fn(Activity) + Send + Sync + 'static,
     ) -> Result<Self, VmError> {
         let vmm = match &config.socket {
             Socket::Path(path) => {
-                let socket = SocketFile::bind(path, PacketType::Stream, config.access)?;
+                let socket =
+                    SocketFile::bind_or_adopt(path, PacketType::Stream, config.access, loaded)?;
                 VmmSocket::Listener(socket)
             }
             Socket::Inherited(fd) => match Inherited::take(*fd)? {
@@ -99,7 +109,7 @@ impl BoundVm {
         };
         let mut files = Vec::new();
         let mut entries = listen_on_vsock(config)?;
-        for (entry, file) in bind_entries(config)? {
+        for (entry, file) in bind_entries(config, loaded)? {
             entries.push(EntrySocket::new(entry, file.listener()?));
             files.push(file);
         }
@@ -110,7 +120,68 @@ impl BoundVm {
             files,
             device: Arc::new(device),
             stop: Arc::new(Stop::new()?),
+            session: None,
+            keeper: None,
         })
+    }
+
+    /// The guest's CID.
+    pub(super) fn cid(&self) -> Cid {
+        self.cid
+    }
+
+    /// Whether a VMM was handed over with it.
+    pub(super) fn has_vmm(&self) -> bool {
+        self.session.is_some()
+    }
+
+    /// Goes on with what was handed over, in the sandbox and before [`BoundVm::start`]: the session may need a thread. If
+    /// there is no table of connections, the predecessor has died, and they are gone. Those that are to be reset in the guest
+    /// are named later.
+    ///
+    /// # Errors
+    /// What was handed over is not complete, is wrong or does not fit this VM. Then the VM starts afresh.
+    pub(super) fn load(&mut self, state: VmState, loader: &mut Loader) -> Result<(), LoadError> {
+        let loaded = self.try_load(state, loader);
+        if loaded.is_err() {
+            self.device.end_session();
+        }
+        loaded
+    }
+
+    fn try_load(&mut self, state: VmState, loader: &mut Loader) -> Result<(), LoadError> {
+        if state.guest_cid != self.cid {
+            return Err(LoadError::Invalid("the CID of another guest"));
+        }
+        let is_after_crash = state.table.is_none();
+        if let Some(table) = state.table {
+            let mut worker = self.device.worker();
+            worker.load_table(table, loader, Instant::now())?;
+        }
+        if let Some(session) = state.session {
+            let session = Session::load(session, self.device.clone(), loader)?;
+            let mut worker = self.device.worker();
+            if is_after_crash && worker.is_started(EVENT_RING) {
+                worker.reset_transport();
+            }
+            self.session = Some(session);
+        }
+        Ok(())
+    }
+
+    /// Shows `keeper` the session whenever it has changed.
+    pub(super) fn set_keeper(&mut self, keeper: Box<dyn Keep>) {
+        self.keeper = Some(keeper);
+    }
+
+    /// Lists the ports of its connections in `journal`.
+    pub(super) fn set_journal(&self, journal: Journal) {
+        self.device.worker().set_journal(journal);
+    }
+
+    /// Resets connections of the guest's that a daemon had which has died.
+    pub(super) fn reset_lost(&self, keys: Vec<ConnKey>) {
+        self.device.worker().reset_lost(keys);
     }
 
     /// Starts to serve.
@@ -122,29 +193,43 @@ impl BoundVm {
         });
         let device = self.device.clone();
         threads.spawn("worker", move || device.run())?;
-        let (device, stop) = (self.device.clone(), self.stop.clone());
-        let socket = match self.vmm {
+        let session = Arc::new(Mutex::new(self.session));
+        let sockets = Arc::new(Mutex::new(Sockets(None)));
+        let mut session_thread = SessionThread {
+            guest_cid: self.cid,
+            device: self.device.clone(),
+            session: session.clone(),
+            sockets: sockets.clone(),
+            stop: self.stop.clone(),
+            keeper: self.keeper,
+        };
+        let device = self.device.clone();
+        let mut files = self.files;
+        match self.vmm {
             VmmSocket::Listener(socket) => {
                 let listener = socket.listener()?;
                 listener.set_nonblocking(true)?;
+                files.insert(0, socket);
+                sockets.lock().0 = Some(files);
+                session_thread.keep_first();
                 threads.spawn("session", move || {
-                    serve_vmms(&listener, &device, &stop);
+                    session_thread.serve_all(&listener);
                     device.stop();
                 })?;
-                Some(socket)
             }
             VmmSocket::Connected(vmm) => {
-                // Whoever has made it may have meant it for an event loop.
-                vmm.set_nonblocking(false)?;
+                sockets.lock().0 = Some(files);
+                session_thread.keep_first();
                 threads.spawn("session", move || {
-                    serve_vmm(vmm, &device, &stop);
+                    session_thread.serve_one(vmm);
                     device.stop();
                 })?;
-                None
             }
-        };
+        }
         Ok(Vm {
-            sockets: Some((socket, self.files)),
+            cid: self.cid,
+            sockets,
+            session,
             device: self.device,
             stop: self.stop,
             threads,
@@ -166,9 +251,14 @@ fn listen_on_vsock(config: &VmConfig) -> Result<Vec<EntrySocket>, ListenerError>
 }
 
 /// Makes the listening Unix sockets through which a guest is reached.
-fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
+fn bind_entries(
+    config: &VmConfig,
+    loaded: &mut LoadedListeners,
+) -> Result<Vec<(Entry, SocketFile)>, ListenerError> {
     let mut entries = Vec::new();
-    let bind = |path: &Path, packet_type| SocketFile::bind(path, packet_type, config.access);
+    let mut bind = |path: &Path, packet_type| {
+        SocketFile::bind_or_adopt(path, packet_type, config.access, loaded)
+    };
     if let HostSide::Unix { path, fd } = &config.host {
         let file = match fd {
             Some(fd) => SocketFile::foreign(Inherited::take_listener(*fd)?),
@@ -194,8 +284,10 @@ fn bind_entries(config: &VmConfig) -> Result<Vec<(Entry, SocketFile)>, ListenerE
 
 /// A VM that is served. When this is dropped, it no longer is.
 pub struct Vm {
+    cid: Cid,
     /// Held for their files.
-    sockets: Option<(Option<SocketFile>, Vec<SocketFile>)>,
+    sockets: Arc<Mutex<Sockets>>,
+    session: Arc<Mutex<Option<Session>>>,
     device: Arc<VhostUserVsockBackend>,
     stop: Arc<Stop>,
     threads: Arc<VmThreads>,
@@ -210,13 +302,13 @@ impl Vm {
     /// The configuration can't work, a socket can't be made, or the system has no threads or descriptors left.
     pub fn start(config: &VmConfig) -> Result<Self, VmError> {
         let process = ProcessConfig {
-            vms: vec![config.clone()],
-            stats_path: None,
             access: config.access,
             sandbox: Sandbox::Off,
+            ..ProcessConfig::new(vec![config.clone()])
         };
         process.check()?;
-        BoundVm::new(config, &Arc::default(), |_| {})?.start(Threads::new(Naming::Off)?)
+        let mut none = LoadedListeners::default();
+        BoundVm::new(config, &Arc::default(), &mut none, |_| {})?.start(Threads::new(Naming::Off)?)
     }
 
     /// Its device, for statistics for as long as the process runs.
@@ -224,11 +316,51 @@ impl Vm {
         self.device.clone()
     }
 
+    /// The guest's CID.
+    pub(super) fn cid(&self) -> Cid {
+        self.cid
+    }
+
+    /// Whether nobody serves it any more.
+    pub(super) fn has_ended(&self) -> bool {
+        self.has_panicked() || self.have_ended()
+    }
+
+    /// Whether its threads have ended.
+    pub(super) fn have_ended(&self) -> bool {
+        self.threads.have_ended()
+    }
+
+    /// Parks the VM, once its turn and the message that is being handled are done, at the latest at `until`.
+    ///
+    /// # Errors
+    /// They are not done until then, or there is no VM to park any more.
+    pub(super) fn park(&self, until: Instant) -> Result<Parked<'_>, ParkError> {
+        let session = self.session.try_lock_until(until);
+        let session = session.ok_or(ParkError::Session)?;
+        let worker = self.device.worker_until(until).ok_or(ParkError::Worker)?;
+        let sockets = self.sockets.try_lock_until(until);
+        let sockets = sockets.ok_or(ParkError::Sockets)?;
+        if self.threads.has_panicked() {
+            return Err(ParkError::GivenUp);
+        }
+        Ok(Parked {
+            guest_cid: self.cid,
+            session,
+            worker,
+            sockets,
+        })
+    }
+
     /// Removes the sockets of a VM whose threads have ended, or one of whose threads has panicked: nobody serves them.
     pub(super) fn remove_if_ended(&mut self) {
-        if self.sockets.is_some() && (self.threads.has_panicked() || self.threads.have_ended()) {
+        if self.has_sockets() && self.has_ended() {
             self.begin_stop(Instant::now() + LOCK_TIMEOUT);
         }
+    }
+
+    fn has_sockets(&self) -> bool {
+        self.sockets.lock().0.is_some()
     }
 
     /// Whether it was given up because of a panic.
@@ -238,9 +370,11 @@ impl Vm {
 
     /// Removes its sockets and tells its threads to end. From `deadline` on, locks of directories are not waited for.
     pub(super) fn begin_stop(&mut self, deadline: Instant) {
-        if let Some((vmm, others)) = self.sockets.take() {
-            let files = vmm.into_iter().chain(others);
-            files.for_each(|file| file.remove_by(deadline));
+        // A keeper may have the lock for a moment.
+        let sockets = self.sockets.try_lock_until(deadline);
+        let files = sockets.and_then(|mut sockets| sockets.0.take());
+        for file in files.into_iter().flatten() {
+            file.remove_by(deadline);
         }
         self.stop.request();
         self.device.stop();
@@ -254,115 +388,9 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        if self.sockets.is_some() {
+        if self.has_sockets() {
             self.begin_stop(Instant::now() + LOCK_TIMEOUT);
             let _ = self.threads.all().wait_timeout(STOP_TIMEOUT);
         }
-    }
-}
-
-/// Ends the session thread.
-#[derive(Debug)]
-struct Stop {
-    requested: AtomicBool,
-    event: EventFd,
-    /// The VMM that is served at the moment.
-    vmm: Mutex<Option<UnixStream>>,
-}
-
-impl Stop {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            requested: AtomicBool::new(false),
-            event: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
-            vmm: Mutex::default(),
-        })
-    }
-
-    fn request(&self) {
-        self.requested.store(true, Ordering::SeqCst);
-        let _ = self.event.write(1);
-        self.shut_down_vmm();
-    }
-
-    fn is_requested(&self) -> bool {
-        self.requested.load(Ordering::SeqCst)
-    }
-
-    fn shut_down_vmm(&self) {
-        if let Some(vmm) = self.vmm.lock().as_ref() {
-            let _ = vmm.shutdown(std::net::Shutdown::Both);
-        }
-    }
-
-    /// The VMM that is served from now on.
-    fn set_vmm(&self, vmm: Option<UnixStream>) {
-        *self.vmm.lock() = vmm;
-        if self.is_requested() {
-            self.shut_down_vmm();
-        }
-    }
-}
-
-/// Serves one VMM after the other until the end is requested.
-fn serve_vmms(listener: &UnixListener, device: &Arc<VhostUserVsockBackend>, stop: &Stop) {
-    let mut is_short = false;
-    while !stop.is_requested() {
-        let fds = [listener.as_fd(), stop.event.as_fd()];
-        let waited = wait_readable(&fds, PollTimeout::NONE);
-        if stop.is_requested() {
-            return;
-        }
-        let is_shut_down = matches!(waited, Ok([events, _]) if events.contains(PollFlags::POLLHUP));
-        match waited.and_then(|_| listener.accept()) {
-            Ok((vmm, _)) => {
-                is_short = false;
-                serve_vmm(vmm, device, stop);
-            }
-            Err(error) if is_shut_down => {
-                warn!("can't serve a VMM: the listener was shut down: {error}");
-                let _ = wait_readable(&[stop.event.as_fd()], PollTimeout::NONE);
-            }
-            Err(error) => match error.kind() {
-                // Somebody else who has the listener was faster, or the VMM has left already.
-                io::ErrorKind::WouldBlock
-                | io::ErrorKind::ConnectionAborted
-                | io::ErrorKind::Interrupted => {}
-                // Nothing left to accept with, whatever it is: it may pass.
-                _ => {
-                    if !std::mem::replace(&mut is_short, true) {
-                        warn!("can't serve a VMM: {error}");
-                    }
-                    let _ = wait_readable(&[stop.event.as_fd()], ACCEPT_PAUSE.into());
-                }
-            },
-        }
-    }
-}
-
-/// Serves a VMM until it is gone.
-fn serve_vmm(vmm: UnixStream, device: &Arc<VhostUserVsockBackend>, stop: &Stop) {
-    match vmm.try_clone() {
-        Ok(clone) => stop.set_vmm(Some(clone)),
-        Err(error) => return warn!("can't serve a VMM: {error}"),
-    }
-    info!("a VMM connected");
-    device.begin_session();
-    let mut session = Session::begin(vmm, device.clone());
-    let end = loop {
-        match session.handle_request() {
-            Ok(()) => {}
-            // A VMM that wanted an answer has it. The session goes on.
-            Err(error) if error.is_refusal() => warn!("refused the VMM: {error}"),
-            Err(error) => break error,
-        }
-    };
-    stop.set_vmm(None);
-    drop(session);
-    device.end_session();
-    if end.is_end() || stop.is_requested() {
-        info!("the VMM disconnected");
-    } else {
-        warn!("the VMM is no longer served: {end}");
     }
 }

@@ -10,15 +10,23 @@
 //! A client that asks for another guest adds its guest's address: `CONNECT 1234 5:50000\n` is the guest with CID 5 that
 //! calls from its port 50000. Servers that don't know this ignore what follows the port, as far as they read a line.
 //!
-//! A server that refuses closes instead. Firecracker has introduced this protocol. Its other implementations accept
+//! A server that refuses closes instead. To a client whose socket is bound to an abstract name that begins with
+//! `vhost-user-vsock/connect/`, as that of the command `connect` is, this one first says why: `ERR no_driver\n`, with the name of a
+//! [`CallFailure`]. Other clients know of no such line. Firecracker has introduced this protocol. Its other implementations accept
 //! more than this one writes, and so does this one: the keyword in any case, several blanks, and a blank or a carriage
 //! return before the newline.
 //!
 //! Both roles are here. The daemon is the server towards host programs, and the client where a connection leads to another
 //! daemon's guest; so is the command `connect`.
 
+use std::io::IoSlice;
+
+use serde::{Deserialize, Serialize};
+
 use super::socket::{HostSocket, ReceiveError};
+use crate::metrics::counters::CallFailure;
 use crate::packet::header::{Cid, PacketType, PeerAddr, PeerPort};
+use crate::saved::LoadError;
 
 /// The most bytes that a request line may have, its newline included.
 pub const MAX_REQUEST: usize = 32;
@@ -26,6 +34,11 @@ pub const MAX_REQUEST: usize = 32;
 pub const MAX_SIBLING_REQUEST: usize = 64;
 /// The most bytes that an answer may have, its newline included: a port has at most ten digits.
 pub const MAX_ANSWER: usize = "OK 4294967295\n".len();
+
+/// What the abstract name of a client begins with that wants to be told why it is refused.
+pub const ASKS_WHY: &str = "vhost-user-vsock/connect/";
+/// What such an answer begins with.
+const REFUSAL: &str = "ERR ";
 
 /// What is known of a line after some of its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,8 +113,56 @@ pub fn answer(port: u32) -> String {
     format!("OK {port}\n")
 }
 
+/// Says why a client is refused, if it wants to be told. To be closed then.
+pub fn refuse(socket: &HostSocket, why: CallFailure) {
+    if socket.is_peer_named(ASKS_WHY.as_bytes()) {
+        let line = format!("{REFUSAL}{}\n", why.name());
+        // Nothing was sent before, so there is room. A client that has left need not know.
+        let _ = socket.send_bytes(&[IoSlice::new(line.as_bytes())]);
+    }
+}
+
+/// Why the server has refused, if that is what this answer says.
+pub fn refusal(answer: &[u8]) -> Option<CallFailure> {
+    let why = answer.strip_prefix(REFUSAL.as_bytes())?;
+    let why = why.strip_suffix(b"\n")?;
+    CallFailure::ALL
+        .into_iter()
+        .find(|failure| failure.name().as_bytes() == why)
+}
+
+/// Whose line it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// A client's request.
+    Request,
+    /// A sibling's request: the caller's address must follow the port. In those of others it must not.
+    SiblingRequest,
+    /// A server's answer.
+    Answer,
+}
+
+impl Role {
+    fn keyword(self) -> &'static [u8] {
+        match self {
+            Self::Request | Self::SiblingRequest => b"CONNECT",
+            Self::Answer => b"OK",
+        }
+    }
+
+    fn max_len(self) -> usize {
+        match self {
+            Self::Request => MAX_REQUEST,
+            Self::SiblingRequest => MAX_SIBLING_REQUEST,
+            Self::Answer => MAX_ANSWER,
+        }
+    }
+}
+
 /// Where in its line a parser is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Part {
     /// Behind so many bytes of the keyword.
     Keyword(usize),
@@ -119,47 +180,51 @@ enum Part {
     End,
 }
 
-/// A line of either role, as far as it has come: a keyword, blanks, a port and a newline.
-#[derive(Clone, Debug)]
+/// A line of any role, as far as it has come: a keyword, blanks, a port and a newline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
-    keyword: &'static [u8],
-    max_len: usize,
+    role: Role,
     len: usize,
     part: Part,
     port: u32,
-    /// Whether the caller's address must follow the port. Where it need not, it must not.
-    has_caller: bool,
     caller: (u32, u32),
 }
 
 impl Line {
     /// A client's request, of at most [`MAX_REQUEST`] bytes.
     pub fn request() -> Self {
-        Self::new(b"CONNECT", MAX_REQUEST)
+        Self::new(Role::Request)
     }
 
     /// A sibling's request, of at most [`MAX_SIBLING_REQUEST`] bytes.
     pub fn sibling_request() -> Self {
-        Self {
-            has_caller: true,
-            ..Self::new(b"CONNECT", MAX_SIBLING_REQUEST)
-        }
+        Self::new(Role::SiblingRequest)
     }
 
     /// A server's answer, of at most [`MAX_ANSWER`] bytes.
     pub fn answer() -> Self {
-        Self::new(b"OK", MAX_ANSWER)
+        Self::new(Role::Answer)
     }
 
-    fn new(keyword: &'static [u8], max_len: usize) -> Self {
+    fn new(role: Role) -> Self {
         Self {
-            keyword,
-            max_len,
+            role,
             len: 0,
             part: Part::Keyword(0),
             port: 0,
-            has_caller: false,
             caller: (0, 0),
+        }
+    }
+
+    /// Checks a line that was loaded.
+    ///
+    /// # Errors
+    /// It is of another role, or longer than its role allows.
+    pub fn check(&self, role: Role) -> Result<(), LoadError> {
+        if self.role == role && self.len < role.max_len() {
+            Ok(())
+        } else {
+            Err(LoadError::Invalid("a line that can't be"))
         }
     }
 
@@ -174,7 +239,7 @@ impl Line {
 
     /// How many more bytes the line may have.
     pub fn room(&self) -> usize {
-        self.max_len - self.len
+        self.role.max_len() - self.len
     }
 
     /// Takes the next bytes, in pieces of any size.
@@ -190,7 +255,7 @@ impl Line {
                     consumed: index + 1,
                 };
             }
-            if self.len == self.max_len {
+            if self.len == self.role.max_len() {
                 return Progress::Invalid;
             }
             self.part = part;
@@ -200,9 +265,11 @@ impl Line {
 
     /// Where the parser is behind this byte, or nothing if it does not belong there.
     fn next(&mut self, byte: u8) -> Option<Part> {
+        let keyword = self.role.keyword();
+        let has_caller = self.role == Role::SiblingRequest;
         match (self.part, byte) {
-            (Part::Keyword(at), byte) if at < self.keyword.len() => byte
-                .eq_ignore_ascii_case(&self.keyword[at])
+            (Part::Keyword(at), byte) if at < keyword.len() => byte
+                .eq_ignore_ascii_case(&keyword[at])
                 .then_some(Part::Keyword(at + 1)),
             (Part::Keyword(_) | Part::Blanks, b' ') => Some(Part::Blanks),
             (Part::Blanks | Part::Port, b'0'..=b'9') => {
@@ -210,7 +277,7 @@ impl Line {
                 Some(Part::Port)
             }
             (Part::Port | Part::Trailer, b' ') => Some(Part::Trailer),
-            (Part::Trailer | Part::CallerCid, b'0'..=b'9') if self.has_caller => {
+            (Part::Trailer | Part::CallerCid, b'0'..=b'9') if has_caller => {
                 self.caller.0 = append(self.caller.0, byte)?;
                 Some(Part::CallerCid)
             }
@@ -219,7 +286,7 @@ impl Line {
                 self.caller.1 = append(self.caller.1, byte)?;
                 Some(Part::CallerPort)
             }
-            (Part::Port | Part::Trailer, b'\r' | b'\n') if !self.has_caller => Some(Part::Trailer),
+            (Part::Port | Part::Trailer, b'\r' | b'\n') if !has_caller => Some(Part::Trailer),
             (Part::CallerPort | Part::End, b' ' | b'\r' | b'\n') => Some(Part::End),
             _ => None,
         }
@@ -244,6 +311,19 @@ mod tests {
 
     fn complete(port: u32, consumed: usize) -> Progress {
         Progress::Complete { port, consumed }
+    }
+
+    #[test]
+    fn a_refusal_has_a_known_reason() {
+        for failure in CallFailure::ALL {
+            let line = format!("ERR {}\n", failure.name());
+            assert_eq!(refusal(line.as_bytes()), Some(failure));
+            assert_eq!(refusal(line.trim_end().as_bytes()), None);
+            assert_eq!(Line::answer().feed(line.as_bytes()), Progress::Invalid);
+        }
+        for line in ["", "ERR \n", "ERR new\n", "err limit\n", "OK 1\n"] {
+            assert_eq!(refusal(line.as_bytes()), None, "{line:?}");
+        }
     }
 
     #[test]

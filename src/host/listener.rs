@@ -9,6 +9,10 @@
 //!
 //! The sandbox lets the daemon open nothing, so the directory is opened when the socket is bound and kept open for its
 //! removal.
+//!
+//! A daemon that hands its VMs over leaves its files, and its successor adopts the sockets (`listener/saved.rs`).
+
+mod saved;
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
@@ -16,6 +20,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,6 +34,7 @@ use nix::unistd::fchownat;
 use thiserror::Error;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+pub use self::saved::{ListenerState, LoadedListeners};
 use super::socket::socket_type;
 use crate::config::{SocketAccess, directory_of};
 use crate::packet::header::PacketType;
@@ -108,6 +115,8 @@ struct OwnFile {
     /// Device and inode, to recognize a file that has taken its place. The bound socket keeps the inode from being reused.
     identity: (u64, u64),
     directory: Directory,
+    /// Whether this process may remove it. It may not before it has taken it over, and not after it has handed it over.
+    is_owned: Arc<AtomicBool>,
     /// When its removal waits no longer for the lock of the directory.
     remove_by: Option<Instant>,
 }
@@ -131,16 +140,13 @@ impl SocketFile {
         let locked = directory.lock(LOCK_AT_START);
         clear(path)?;
         let listener = listen(path, packet_type).map_err(failed)?;
-        // The file itself, even if another takes its place at the path.
-        let mut options = OpenOptions::new();
-        let options = options.read(true).custom_flags(O_PATH | O_NOFOLLOW);
-        let file = options.open(path).map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
+        let (file, identity) = open(path).map_err(failed)?;
         drop(locked);
         let own = OwnFile {
             path: path.to_owned(),
-            identity: (metadata.dev(), metadata.ino()),
+            identity,
             directory,
+            is_owned: Arc::new(true.into()),
             remove_by: None,
         };
         let socket = Self {
@@ -165,6 +171,14 @@ impl SocketFile {
     pub fn remove_by(mut self, deadline: Instant) {
         if let Some(file) = &mut self.file {
             file.remove_by = Some(deadline);
+        }
+    }
+
+    /// Stops listening here. The file stays: the socket is a successor's.
+    pub fn leave(mut self) {
+        if let Some(file) = &mut self.file {
+            // Not that of others which are taken over together.
+            file.is_owned = Arc::default();
         }
     }
 
@@ -223,6 +237,25 @@ impl Inherited {
     }
 }
 
+/// Makes a descriptor its own that the process inherited and knows by its number only. The number is closed.
+///
+/// # Errors
+/// There is no such descriptor, or the system refuses.
+pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    let owned = duplicate(fd)?;
+    nix::unistd::close(fd)?;
+    Ok(owned)
+}
+
+/// The file at a path itself, even if another takes its place there, and its device and inode.
+fn open(path: &Path) -> io::Result<(File, (u64, u64))> {
+    let mut options = OpenOptions::new();
+    let options = options.read(true).custom_flags(O_PATH | O_NOFOLLOW);
+    let file = options.open(path)?;
+    let metadata = file.metadata()?;
+    Ok((file, (metadata.dev(), metadata.ino())))
+}
+
 /// A listening, non-blocking socket at a path.
 fn listen(path: &Path, packet_type: PacketType) -> io::Result<UnixListener> {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
@@ -246,6 +279,9 @@ fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
 
 impl Drop for OwnFile {
     fn drop(&mut self) {
+        if !self.is_owned.load(Ordering::Relaxed) {
+            return;
+        }
         let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
         let patience = self.remove_by.map_or(LOCK_AT_STOP, left);
         let _locked = self.directory.lock(patience.min(LOCK_AT_STOP));

@@ -14,7 +14,8 @@
 //! ```
 //!
 //! What an end does to its socket, the threads do to the other: it ends a direction, or closes. The connection is over when the
-//! worker's end is closed and all messages in the pair are delivered.
+//! worker's end is closed and all messages in the pair are delivered. It can't be handed over to another process: its threads, and
+//! what they hold, stay in this one.
 
 use std::io;
 use std::net::Shutdown as Direction;
@@ -33,6 +34,7 @@ use thiserror::Error;
 use super::connect_line;
 use super::socket::{HostSocket, socket_type};
 use super::vsock;
+use crate::log_vm;
 use crate::packet::header::{PacketType, PeerPort};
 use crate::syscalls::{Argument, Syscall};
 
@@ -111,7 +113,7 @@ impl Relays {
         let kind = socket_type(PacketType::Seqpacket);
         let pair = socketpair(AddressFamily::Unix, kind, None, flags);
         let (ours, theirs) = pair.map_err(io::Error::from)?;
-        let ours = HostSocket::new(PacketType::Seqpacket, ours);
+        let ours = HostSocket::new(PacketType::Seqpacket, ours).relayed();
         let theirs = HostSocket::new(PacketType::Seqpacket, waiting(theirs)?);
         theirs.reserve(MAX_MESSAGE as u32);
         Ok((ours, theirs, place))
@@ -129,7 +131,7 @@ fn start(run: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let thread = thread::Builder::new()
         .name("relay".into())
         .stack_size(STACK_SIZE);
-    thread.spawn(run).map(drop)
+    thread.spawn(log_vm::inherit(run)).map(drop)
 }
 
 /// The two sockets of a connection.

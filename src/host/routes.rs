@@ -68,6 +68,14 @@ impl DialError {
             Self::Call(_) | Self::Vsock { .. } | Self::Relay(_) => false,
         }
     }
+
+    /// A limit of the daemon's is reached.
+    pub fn is_limit(&self) -> bool {
+        matches!(
+            self,
+            Self::Call(CallError::TooMany) | Self::Relay(RelayError::TooMany)
+        )
+    }
 }
 
 /// A connection that was begun.
@@ -134,6 +142,11 @@ impl Routes {
     /// The guest reaches siblings in this process from now on.
     pub fn join(&mut self, siblings: Arc<Membership>) {
         self.siblings = Some(siblings);
+    }
+
+    /// Whether there is a directory of siblings of this index.
+    pub fn has_sibling_dir(&self, index: usize) -> bool {
+        index < self.sibling_dirs.len()
     }
 
     /// Connects to the destination of a guest's REQUEST, without waiting.

@@ -16,13 +16,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::socket::{AddressFamily, SockFlag, socketpair};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::socket::{HostSocket, socket_type};
+use super::socket::{HostSocket, SocketState, socket_type};
 use crate::config::VmConfig;
 use crate::packet::header::{Cid, GuestPort, PeerAddr, PeerPort, VsockHeader};
+use crate::saved::{LoadError, Loader, Saver};
 use crate::syscalls::{Argument, Syscall};
 
 /// To call a sibling in this process. Where there is none, these calls are not made.
@@ -105,6 +107,8 @@ struct Member {
     calls: Calls,
     /// How many calls wait, for its worker: it looks often, and takes no lock where there is none.
     waiting: Arc<AtomicUsize>,
+    /// How many calls of its guest wait for other workers.
+    own_calls: Arc<AtomicUsize>,
     /// Wakes its worker.
     wake: EventFd,
 }
@@ -151,11 +155,12 @@ impl Member {
 impl Siblings {
     /// Adds the VM of `config`, whose worker is woken with `wake`. It stays until it leaves.
     pub fn join(self: &Arc<Self>, config: &VmConfig, wake: EventFd) -> Membership {
-        let waiting = Arc::new(AtomicUsize::new(0));
+        let (waiting, own_calls) = <(Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
         let member = Member {
             groups: config.groups.clone(),
             calls: Calls::default(),
             waiting: waiting.clone(),
+            own_calls: own_calls.clone(),
             wake,
         };
         self.0.lock().insert(config.guest_cid, member);
@@ -165,8 +170,77 @@ impl Siblings {
             groups: config.groups.clone(),
             waiting,
             max_calls: MAX_CALLS.min(config.max_clients.div_ceil(2)),
-            calls: Arc::default(),
+            calls: own_calls,
         }
+    }
+}
+
+/// A call that waits, in a document.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallState {
+    callee: Cid,
+    caller: PeerAddr,
+    port: GuestPort,
+    socket: SocketState,
+}
+
+/// The calls of a process, none of which is made or taken while this exists.
+#[derive(Debug)]
+pub struct ParkedCalls<'s>(MutexGuard<'s, BTreeMap<Cid, Member>>);
+
+impl ParkedCalls<'_> {
+    /// Saves the calls that wait.
+    pub fn save_calls<'fd>(&'fd self, saver: &mut Saver<'fd>) -> Vec<CallState> {
+        let mut saved = Vec::new();
+        for (callee, member) in self.0.iter() {
+            let calls = member.calls.0.iter().flat_map(|(_, calls)| calls);
+            saved.extend(calls.map(|call| CallState {
+                callee: *callee,
+                caller: call.caller,
+                port: call.port,
+                socket: call.socket.save(saver),
+            }));
+        }
+        saved
+    }
+}
+
+impl Siblings {
+    /// Lets nobody call, nor take a call, as long as what this returns exists: they wait for it, so the workers should be parked.
+    pub fn park_calls(&self) -> ParkedCalls<'_> {
+        ParkedCalls(self.0.lock())
+    }
+
+    /// Leaves the calls that were saved for their workers, where all VMs have joined. A call between VMs that are siblings no more
+    /// is refused.
+    ///
+    /// # Errors
+    /// A socket is not there.
+    pub fn load_calls(&self, calls: Vec<CallState>, loader: &mut Loader) -> Result<(), LoadError> {
+        for call in calls {
+            let socket = match HostSocket::load(&call.socket, loader) {
+                // The caller finds that it is refused.
+                Err(LoadError::Lost) => continue,
+                socket => socket?,
+            };
+            let mut members = self.0.lock();
+            let Some(caller) = members.get(&call.caller.cid) else {
+                continue;
+            };
+            let (groups, own_calls) = (caller.groups.clone(), caller.own_calls.clone());
+            if let Some(callee) = members.get_mut(&call.callee)
+                && call.callee != call.caller.cid
+                && have_common(&groups, &callee.groups)
+            {
+                callee.leave_call(Call {
+                    caller: call.caller,
+                    port: call.port,
+                    socket,
+                    _waits: Waits::new(&own_calls),
+                });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -267,6 +341,7 @@ impl Drop for Membership {
 mod tests {
     use super::*;
     use crate::packet::header::Op;
+    use crate::testing::loader;
 
     fn config(cid: u32, groups: &[&str]) -> VmConfig {
         let mut config = VmConfig::new(Cid::try_from(cid).unwrap(), "", "");
@@ -363,6 +438,45 @@ mod tests {
             MAX_CALLS - 2
         );
         assert!(!six.has_calls());
+    }
+
+    #[test]
+    fn calls_that_wait_go_to_the_next_process() {
+        let siblings: Arc<Siblings> = Arc::default();
+        let ((four, _), (five, _)) = (join(&siblings, 4, &["a"]), join(&siblings, 5, &["a"]));
+        let (six, _) = join(&siblings, 6, &["a"]);
+        let calls = [(&four, 80), (&four, 81), (&five, 82), (&four, 83)];
+        let mut ends: Vec<_> = calls
+            .iter()
+            .map(|(from, port)| from.call(&request(from, addr(6, *port))).unwrap().unwrap())
+            .collect();
+        ends.push(six.call(&request(&six, addr(5, 84))).unwrap().unwrap());
+        let file = tempfile::tempfile().unwrap();
+        let parked = siblings.park_calls();
+        let mut loader = loader(&file, |saver| parked.save_calls(saver));
+        drop(parked);
+        assert!(six.has_calls(), "they are still here");
+
+        let next: Arc<Siblings> = Arc::default();
+        let ((new_four, _), (new_six, wake)) = (join(&next, 4, &["a"]), join(&next, 6, &["a"]));
+        let (new_five, _) = join(&next, 5, &["b"]);
+        let calls = loader.document().unwrap();
+        next.load_calls(calls, &mut loader).unwrap();
+        drop((four, five, six, siblings));
+        assert_eq!(wake.read().unwrap(), 3);
+        assert_eq!(new_four.calls.load(Ordering::Relaxed), 3);
+        let taken = [(); 3].map(|()| new_six.next_call().unwrap());
+        assert_eq!(taken.each_ref().map(|call| call.port.0), [80, 81, 83]);
+        assert!(taken.iter().all(|call| call.caller == addr(4, 7)));
+        assert!(!new_six.has_calls() && !new_five.has_calls());
+        let refused: Vec<_> = ends.iter().map(HostSocket::peer_closed).collect();
+        assert_eq!(
+            refused,
+            [false, false, true, false, true],
+            "siblings no more"
+        );
+        drop(taken);
+        assert_eq!(new_four.calls.load(Ordering::Relaxed), 0);
     }
 
     #[test]

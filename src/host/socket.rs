@@ -32,12 +32,15 @@ use std::os::unix::net::UnixStream;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    MsgFlags, SockType, SockaddrStorage, getpeername, getsockopt, recv, recvmsg, send, sendmsg,
-    setsockopt, shutdown, sockopt,
+    MsgFlags, SockType, SockaddrStorage, UnixAddr, getpeername, getsockopt, recv, recvmsg, send,
+    sendmsg, setsockopt, shutdown, sockopt,
 };
+
+use serde::{Deserialize, Serialize};
 
 use crate::packet::header::PacketType;
 use crate::packet::{Payload, Received, RxBatch};
+use crate::saved::{LoadError, Loader, SavedFd, Saver};
 use crate::syscalls::{Argument, Syscall};
 
 /// To move bytes that are not in guest memory, and to look at a socket's state.
@@ -106,12 +109,22 @@ pub struct HostSocket {
     fd: OwnedFd,
     family: Family,
     packet_type: PacketType,
+    is_relayed: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Family {
     Unix,
     Vsock,
+}
+
+/// A [`HostSocket`] in a document.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketState {
+    fd: SavedFd,
+    family: Family,
+    packet_type: PacketType,
 }
 
 /// The kind of socket for connections of this type.
@@ -156,6 +169,7 @@ impl HostSocket {
             fd,
             family: Family::Unix,
             packet_type,
+            is_relayed: false,
         }
     }
 
@@ -166,7 +180,46 @@ impl HostSocket {
             fd,
             family: Family::Vsock,
             packet_type,
+            is_relayed: false,
         }
+    }
+
+    /// The same socket, with threads of this process at its other end.
+    pub(super) fn relayed(self) -> Self {
+        Self {
+            is_relayed: true,
+            ..self
+        }
+    }
+
+    /// Whether its other end is with threads of this process (see [`super::relay`]), so that it is of no use to another.
+    pub fn is_relayed(&self) -> bool {
+        self.is_relayed
+    }
+
+    /// Saves it. Its options are the kernel's to keep.
+    pub fn save<'fd>(&'fd self, saver: &mut Saver<'fd>) -> SocketState {
+        SocketState {
+            fd: saver.fd(self.as_fd()),
+            family: self.family,
+            packet_type: self.packet_type,
+        }
+    }
+
+    /// The socket that was saved. Nothing about it is changed.
+    ///
+    /// # Errors
+    /// It is not there, or is none of a connection's.
+    pub fn load(state: &SocketState, loader: &mut Loader) -> Result<Self, LoadError> {
+        if let PacketType::Unknown(_) = state.packet_type {
+            return Err(LoadError::Invalid("a socket of an unknown type"));
+        }
+        Ok(Self {
+            fd: loader.take_fd(state.fd)?,
+            family: state.family,
+            packet_type: state.packet_type,
+            is_relayed: false,
+        })
     }
 
     /// What it carries.
@@ -204,6 +257,15 @@ impl HostSocket {
     /// The user who has made the other end. It is the caller of connect(2) at a socket that was accepted.
     pub fn peer_uid(&self) -> io::Result<u32> {
         Ok(getsockopt(self, sockopt::PeerCredentials)?.uid())
+    }
+
+    /// Whether the other end is bound to an abstract name that begins so.
+    pub fn is_peer_named(&self, beginning: &[u8]) -> bool {
+        self.family == Family::Unix
+            && getpeername::<UnixAddr>(self.fd.as_raw_fd()).is_ok_and(|name| {
+                name.as_abstract()
+                    .is_some_and(|name| name.starts_with(beginning))
+            })
     }
 
     /// Sends payload from guest memory, and returns how much of it the socket took.

@@ -88,7 +88,70 @@ impl CloseReason {
             Self::MessageTooLong => "message_too_long",
         }
     }
+
+    /// What it means for a call that was not answered yet, where a VMM is connected.
+    pub fn failure(self) -> CallFailure {
+        match self {
+            Self::Refused => CallFailure::NobodyListens,
+            Self::Timeout => CallFailure::Timeout,
+            Self::Evicted => CallFailure::Limit,
+            Self::DeviceReset => CallFailure::NoDriver,
+            Self::Done
+            | Self::GuestReset
+            | Self::Protocol
+            | Self::HostGone
+            | Self::MessageTooLong => CallFailure::Other,
+        }
+    }
 }
+
+/// Why a call came to nothing: no connection was made of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CallFailure {
+    /// No VMM is connected.
+    NoVmm,
+    /// The guest's driver has not started the device.
+    NoDriver,
+    /// Nobody listens on the port, in the guest or on the host.
+    NobodyListens,
+    /// A limit of the daemon's is reached.
+    Limit,
+    /// The called side has not answered in time.
+    Timeout,
+    /// The caller has not said which port it wants: no valid CONNECT line, or none in time.
+    NoLine,
+    /// Anything else: the caller has left, it may not call, the system has failed.
+    Other,
+}
+
+impl CallFailure {
+    /// Every failure, in the order of their discriminants.
+    pub const ALL: [Self; 7] = [
+        Self::NoVmm,
+        Self::NoDriver,
+        Self::NobodyListens,
+        Self::Limit,
+        Self::Timeout,
+        Self::NoLine,
+        Self::Other,
+    ];
+
+    /// The name that it is exported by, and that a client is told.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NoVmm => "no_vmm",
+            Self::NoDriver => "no_driver",
+            Self::NobodyListens => "nobody_listens",
+            Self::Limit => "limit",
+            Self::Timeout => "timeout",
+            Self::NoLine => "no_line",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// Calls that failed, by the side that called, in the order of [`Side::ALL`], and by [`CallFailure`].
+pub type FailedCalls = [[u64; CallFailure::ALL.len()]; Side::ALL.len()];
 
 /// The packets in one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,6 +185,9 @@ pub struct Counters {
     pub ended: [u64; CloseReason::ALL.len()],
     /// Connection requests of the guest that were refused: nobody listens or answers in time, or the limit is reached.
     pub refused: u64,
+    /// Calls that came to nothing, by the side that called and the reason. Those of the guest are the ones in `refused`.
+    #[serde(with = "by_failure")]
+    pub failed: FailedCalls,
     /// Host programs and siblings that have connected.
     pub clients: u64,
     /// Those of them that were closed before they had a connection: no valid CONNECT line, or a limit was reached.
@@ -162,6 +228,9 @@ pub struct ConnectionStats {
     pub credit: usize,
     /// The side that keeps the other one waiting, if any does.
     pub waits_for: Option<Side>,
+    /// How long ago it was requested, in seconds. Older daemons do not say.
+    #[serde(default)]
+    pub age: Option<u64>,
 }
 
 /// The device of one VM at one moment.
@@ -194,13 +263,26 @@ impl Drop for VmSnapshot {
 /// Every VM of the process at one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// The VMs, in the order of the configuration.
+    /// The version of the daemon. Older ones do not say.
+    #[serde(default)]
+    pub version: Option<Cow<'static, str>>,
+    /// The VMs, in the order of the configuration. Must stay the last field, see `json`.
     pub vms: Vec<VmSnapshot>,
+}
+
+impl Snapshot {
+    /// The VMs of a daemon of this version.
+    pub fn new(vms: Vec<VmSnapshot>) -> Self {
+        Self {
+            version: Some(env!("CARGO_PKG_VERSION").into()),
+            vms,
+        }
+    }
 }
 
 impl From<VmSnapshot> for Snapshot {
     fn from(vm: VmSnapshot) -> Self {
-        Self { vms: vec![vm] }
+        Self::new(vec![vm])
     }
 }
 
@@ -266,5 +348,38 @@ mod by_reason {
         deserializer: D,
     ) -> Result<[u64; REASONS], D::Error> {
         by_name::deserialize(CloseReason::ALL.map(CloseReason::name), deserializer)
+    }
+}
+
+/// A map by side of maps by failure.
+mod by_failure {
+    use std::collections::{BTreeMap, HashMap};
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::{CallFailure, FailedCalls, Side};
+
+    pub(super) fn serialize<S: Serializer>(
+        failed: &FailedCalls,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let of_side = |(side, counts): (Side, &[u64; CallFailure::ALL.len()])| {
+            let names = CallFailure::ALL.map(CallFailure::name).into_iter();
+            let counts: BTreeMap<&str, u64> = names.zip(counts.iter().copied()).collect();
+            (side.name(), counts)
+        };
+        serializer.collect_map(Side::ALL.into_iter().zip(failed).map(of_side))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<FailedCalls, D::Error> {
+        let failed = HashMap::<String, HashMap<String, u64>>::deserialize(deserializer)?;
+        let count = |side: Side, failure: CallFailure| {
+            let of_side = failed.get(side.name());
+            of_side.and_then(|counts| counts.get(failure.name()).copied())
+        };
+        Ok(Side::ALL
+            .map(|side| CallFailure::ALL.map(|failure| count(side, failure).unwrap_or_default())))
     }
 }

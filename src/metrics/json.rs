@@ -15,9 +15,24 @@ pub(super) const CONTENT_TYPE: &str = "application/json";
 
 /// The snapshot as JSON.
 pub(super) fn chunks(snapshot: Rc<Snapshot>) -> Chunks {
+    let opening = head(&snapshot);
     let vms = (0..snapshot.vms.len()).flat_map(move |index| vm(snapshot.clone(), index));
-    let opening = iter::once(Ok(r#"{"vms":["#.to_owned()));
-    Box::new(opening.chain(vms).chain(iter::once(Ok("]}".to_owned()))))
+    Box::new(
+        iter::once(opening)
+            .chain(vms)
+            .chain(iter::once(Ok(CLOSING.to_owned()))),
+    )
+}
+
+/// What comes before the first VM. They are the last member.
+fn head(snapshot: &Snapshot) -> io::Result<String> {
+    let without_vms = Snapshot {
+        version: snapshot.version.clone(),
+        vms: Vec::new(),
+    };
+    let mut text = serde_json::to_string(&without_vms)?;
+    text.truncate(text.len() - CLOSING.len());
+    Ok(text)
 }
 
 fn vm(snapshot: Rc<Snapshot>, vm: usize) -> impl Iterator<Item = io::Result<String>> {
@@ -32,7 +47,7 @@ fn vm(snapshot: Rc<Snapshot>, vm: usize) -> impl Iterator<Item = io::Result<Stri
         .chain(iter::once(Ok(CLOSING.to_owned())))
 }
 
-/// Ends the array of connections and the object of their VM.
+/// Ends an array, and the object whose last member it is.
 const CLOSING: &str = "]}";
 
 /// A VM up to its first connection. They are its last member.

@@ -1,8 +1,9 @@
 //! A [`Snapshot`] in Prometheus' text format (version 0.0.4).
 //!
 //! <https://prometheus.io/docs/instrumenting/exposition_formats/>: a metric is a `HELP` and a `TYPE` line and its samples,
-//! all of them together. Samples carry the label `cid` where the process serves several VMs, and `name` as well where those of
-//! several daemons are merged.
+//! all of them together. Samples of a VM carry the label `cid`, and `name` as well where those of several daemons are merged.
+//! Each connection has series of its own. A server that keeps them all would soon have millions, so they are left out where they
+//! are not asked for.
 
 use std::collections::BTreeSet;
 use std::fmt::{Display, Write};
@@ -10,7 +11,7 @@ use std::iter;
 use std::rc::Rc;
 
 use super::Chunks;
-use super::counters::{CloseReason, ConnectionStats, Side, Snapshot, VmSnapshot};
+use super::counters::{CallFailure, CloseReason, ConnectionStats, Side, Snapshot, VmSnapshot};
 use crate::packet::header::Cid;
 
 /// What every name begins with.
@@ -19,28 +20,40 @@ const PREFIX: &str = "vhost_user_vsock";
 /// The media type of [`chunks`].
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
 
+/// Whether the connections have series.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    /// Each has its own.
+    Listed,
+    /// They are in the sums of their VM alone.
+    Summed,
+}
+
 /// The snapshot as text.
-pub(super) fn chunks(snapshot: Rc<Snapshot>) -> Chunks {
-    let is_labelled = snapshot.vms.len() > 1;
+pub(super) fn chunks(snapshot: Rc<Snapshot>, connections: Connections) -> Chunks {
+    let mut build = Text::default();
+    if let Some(version) = &snapshot.version {
+        build.header(&BUILD_INFO);
+        build_info(&mut build, version, &Labels::default());
+    }
     let labels = snapshot.vms.iter().map(|vm| {
         let mut labels = Labels::default();
-        if is_labelled {
-            labels.add("cid", vm.cid.get());
-        }
+        labels.add("cid", vm.cid.get());
         labels
     });
     let labels = labels.collect();
-    labelled_chunks(snapshot, labels)
+    let vms = labelled_chunks(snapshot, labels, connections);
+    Box::new(iter::once(Ok(build.0)).chain(vms))
 }
 
 /// The snapshot as a whole text.
-pub fn text(snapshot: Snapshot) -> String {
-    whole(chunks(Rc::new(snapshot)))
+pub fn text(snapshot: Snapshot, connections: Connections) -> String {
+    whole(chunks(Rc::new(snapshot), connections))
 }
 
 /// The snapshots of several daemons in one text, with their names. One without a snapshot has not answered.
-pub fn merged(daemons: Vec<(String, Option<Snapshot>)>) -> String {
-    let mut up = Text::default();
+pub fn merged(daemons: Vec<(String, Option<Snapshot>)>, connections: Connections) -> String {
+    let (mut up, mut build) = (Text::default(), Text::default());
     if !daemons.is_empty() {
         up.header(&UP);
     }
@@ -49,6 +62,12 @@ pub fn merged(daemons: Vec<(String, Option<Snapshot>)>) -> String {
         let mut of_daemon = Labels::default();
         of_daemon.add("name", &name);
         Samples::new(&mut up, &UP, &of_daemon).value(snapshot.is_some().into());
+        if let Some(version) = snapshot.as_ref().and_then(|from| from.version.as_ref()) {
+            if build.0.is_empty() {
+                build.header(&BUILD_INFO);
+            }
+            build_info(&mut build, version, &of_daemon);
+        }
         for vm in snapshot.into_iter().flat_map(distinct) {
             let mut of_vm = of_daemon.clone();
             of_vm.add("cid", vm.cid.get());
@@ -56,7 +75,12 @@ pub fn merged(daemons: Vec<(String, Option<Snapshot>)>) -> String {
             vms.push(vm);
         }
     }
-    up.0 + &whole(labelled_chunks(Rc::new(Snapshot { vms }), labels.into()))
+    let vms = Rc::new(Snapshot::new(vms));
+    up.0 + &build.0 + &whole(labelled_chunks(vms, labels.into(), connections))
+}
+
+fn build_info(text: &mut Text, version: &str, labels: &Labels) {
+    Samples::new(text, &BUILD_INFO, labels).labelled("version", version, 1);
 }
 
 /// The VMs of a daemon and their connections, each of them once. Another program may answer in a daemon's place, and a reader
@@ -78,7 +102,11 @@ fn whole(chunks: Chunks) -> String {
 }
 
 /// The snapshot as text. Each VM has labels.
-fn labelled_chunks(snapshot: Rc<Snapshot>, labels: Rc<[Labels]>) -> Chunks {
+fn labelled_chunks(
+    snapshot: Rc<Snapshot>,
+    labels: Rc<[Labels]>,
+    connections: Connections,
+) -> Chunks {
     if snapshot.vms.is_empty() {
         return Box::new(iter::empty());
     }
@@ -91,6 +119,9 @@ fn labelled_chunks(snapshot: Rc<Snapshot>, labels: Rc<[Labels]>) -> Chunks {
         }
         Ok(text.0)
     });
+    if connections == Connections::Summed {
+        return Box::new(vms);
+    }
     let connections = CONNECTION_METRICS.iter().flat_map(move |metric| {
         let (snapshot, labels) = of_connections.clone();
         connection_chunks(metric, snapshot, labels)
@@ -168,7 +199,9 @@ const fn counter<T>(
 /// Where daemons are merged.
 static UP: Metric<()> = gauge("up", "Whether the daemon has answered", |(), _| {});
 
-static VM_METRICS: [Metric<VmSnapshot>; 21] = [
+static BUILD_INFO: Metric<()> = gauge("build_info", "The version of the daemon", |(), _| {});
+
+static VM_METRICS: [Metric<VmSnapshot>; 22] = [
     gauge("vmm_connected", "Whether a VMM is connected", |vm, out| {
         out.value(vm.vmm_connected.into());
     }),
@@ -211,8 +244,22 @@ static VM_METRICS: [Metric<VmSnapshot>; 21] = [
         |vm, out| out.value(vm.counters.refused),
     ),
     counter(
+        "calls_failed_total",
+        "Calls that came to nothing, by the side that called and the reason",
+        |vm, out| {
+            for (side, counts) in Side::ALL.into_iter().zip(vm.counters.failed) {
+                let shared = out.labels.0.len();
+                out.labels.add("by", side.name());
+                for (failure, count) in CallFailure::ALL.into_iter().zip(counts) {
+                    out.labelled("reason", failure.name(), count);
+                }
+                out.labels.0.truncate(shared);
+            }
+        },
+    ),
+    counter(
         "clients_total",
-        "Host programs that have connected",
+        "Host programs and siblings that have connected",
         |vm, out| out.value(vm.counters.clients),
     ),
     gauge(
@@ -227,7 +274,7 @@ static VM_METRICS: [Metric<VmSnapshot>; 21] = [
     ),
     counter(
         "clients_dropped_total",
-        "Host programs that were closed before they had a connection",
+        "Host programs and siblings that were closed before they had a connection",
         |vm, out| out.value(vm.counters.clients_dropped),
     ),
     counter(

@@ -1,7 +1,8 @@
 //! The stats socket of the daemon.
 //!
 //! A client that sends an HTTP request (`curl --unix-socket`) gets an HTTP response: JSON for `GET /json`, Prometheus text
-//! for any other path. A client that sends anything else, or nothing (`nc -U`), gets the bare Prometheus text.
+//! for any other path, with the connections' series for `GET /metrics?connections=1`. A client that sends anything else, or
+//! nothing (`nc -U`), gets the bare Prometheus text with these.
 //!
 //! One thread serves all clients with `poll`, so no client waits for another. A client has a deadline to send its request,
 //! then one to read the answer. When the limit of clients is reached, the deadlines of the oldest ones expire early: a
@@ -22,6 +23,7 @@ use log::{debug, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::metrics::counters::Snapshot;
+use crate::metrics::prometheus::Connections;
 use crate::metrics::{Chunks, json, prometheus};
 use crate::syscalls::{Argument, Syscall};
 
@@ -313,25 +315,38 @@ fn read_request(stream: &mut UnixStream, received: &mut Vec<u8>) -> io::Result<b
 /// The answer to a request.
 fn respond(request: &[u8], snapshot: &Rc<Snapshot>) -> io::Result<Chunks> {
     let Some(request) = request.strip_prefix(b"GET ") else {
-        return Ok(prometheus::chunks(snapshot.clone()));
+        return Ok(prometheus::chunks(snapshot.clone(), Connections::Listed));
     };
-    let path = request.split(u8::is_ascii_whitespace).next();
-    let (content_type, chunks): (_, fn(Rc<Snapshot>) -> Chunks) =
-        if path == Some(json::PATH.as_bytes()) {
-            (json::CONTENT_TYPE, json::chunks)
-        } else {
-            (prometheus::CONTENT_TYPE, prometheus::chunks)
-        };
+    let target = request.split(u8::is_ascii_whitespace).next();
+    let target = target.unwrap_or_default();
+    let is_json = target == json::PATH.as_bytes();
+    let chunks = || match is_json {
+        true => json::chunks(snapshot.clone()),
+        false => prometheus::chunks(snapshot.clone(), connections(target)),
+    };
+    let content_type = match is_json {
+        true => json::CONTENT_TYPE,
+        false => prometheus::CONTENT_TYPE,
+    };
     // Generated twice, for Content-Length first, rather than held in memory.
-    let len = chunks(snapshot.clone())
+    let len = chunks()
         .map(|chunk| chunk.map(|chunk| chunk.len()))
         .sum::<io::Result<usize>>()?;
     let header = format!(
         "HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n"
     );
-    Ok(Box::new(
-        iter::once(Ok(header)).chain(chunks(snapshot.clone())),
-    ))
+    Ok(Box::new(iter::once(Ok(header)).chain(chunks())))
+}
+
+/// Whether this target of a request asks for the connections' series.
+fn connections(target: &[u8]) -> Connections {
+    let mut parts = target.splitn(2, |byte| *byte == b'?').skip(1);
+    let query = parts.next().unwrap_or_default();
+    let mut pairs = query.split(|byte| *byte == b'&');
+    match pairs.any(|pair| pair == b"connections=1") {
+        true => Connections::Listed,
+        false => Connections::Summed,
+    }
 }
 
 impl Answer {

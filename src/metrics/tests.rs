@@ -8,8 +8,9 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::counters::{
-    CloseReason, ConnectionStats, Counters, Side, Snapshot, Traffic, VmSnapshot,
+    CallFailure, CloseReason, ConnectionStats, Counters, Side, Snapshot, Traffic, VmSnapshot,
 };
+use super::prometheus::Connections;
 use super::{json, prometheus, socket};
 use crate::packet::header::{Cid, GuestPort, PeerAddr};
 
@@ -25,6 +26,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
         buffered: 5,
         credit: 6,
         waits_for: Some(Side::Host),
+        age: Some(12),
     };
     let counters = Counters {
         sessions: 1,
@@ -34,6 +36,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
         },
         opened: [9, 10, 11],
         ended: [1, 2, 3, 4, 5, 6, 7, 8, 9],
+        failed: [[1, 2, 3, 4, 5, 6, 7], [8; 7], [9; 7]],
         shortages: 11,
         ..Counters::default()
     };
@@ -49,7 +52,7 @@ fn vm(cid: u64, connections: u32) -> VmSnapshot {
 }
 
 fn text(snapshot: &Snapshot) -> String {
-    let chunks = prometheus::chunks(Rc::new(snapshot.clone()));
+    let chunks = prometheus::chunks(Rc::new(snapshot.clone()), Connections::Listed);
     chunks.map(Result::unwrap).collect()
 }
 
@@ -71,7 +74,7 @@ fn assert_distinct(text: &str) {
 #[test]
 fn json_in_chunks_is_the_json_of_the_whole() {
     let several = [vec![], vec![vm(3, 0)], vec![vm(3, 2), vm(4, 0), vm(5, 1)]];
-    for snapshot in several.map(|vms| Snapshot { vms }) {
+    for snapshot in several.map(Snapshot::new) {
         let chunks = json::chunks(Rc::new(snapshot.clone()));
         let text: String = chunks.map(Result::unwrap).collect();
         assert_eq!(text, serde_json::to_string(&snapshot).unwrap());
@@ -94,17 +97,25 @@ fn json_has_names_for_sides_and_reasons() {
         let expected = vm(3, 1).counters.ended[reason as usize];
         assert_eq!(json["counters"]["ended"][reason.name()], expected);
     }
+    for (side, counts) in Side::ALL.into_iter().zip(vm(3, 1).counters.failed) {
+        for (failure, expected) in CallFailure::ALL.into_iter().zip(counts) {
+            let count = &json["counters"]["failed"][side.name()][failure.name()];
+            assert_eq!(*count, expected, "{side:?} {failure:?}");
+        }
+    }
     assert_eq!(json["connections"][0]["waits_for"], Side::Host.name());
 }
 
 #[test]
 fn json_of_another_version_is_understood() {
     let json = r#"{"vms": [{"cid": 3, "vmm_connected": false, "handshaking": 0, "new": [],
-        "counters": {"sessions": 1, "ended": {"done": 2, "new": 3}, "new": 4},
+        "counters": {"sessions": 1, "ended": {"done": 2, "new": 3}, "new": 4,
+            "failed": {"host": {"limit": 5, "new": 6}, "new": {}}},
         "connections": []}], "new": null}"#;
     let expected = Counters {
         sessions: 1,
         ended: [2, 0, 0, 0, 0, 0, 0, 0, 0],
+        failed: [[0; 7], [0, 0, 0, 5, 0, 0, 0], [0; 7]],
         ..Counters::default()
     };
     let snapshot: Snapshot = serde_json::from_str(json).unwrap();
@@ -112,14 +123,14 @@ fn json_of_another_version_is_understood() {
 }
 
 #[test]
-fn samples_carry_the_cid_where_there_are_several_vms() {
+fn samples_carry_the_cid() {
     let one = text(&Snapshot::from(vm(3, 2)));
-    assert!(samples(&one).all(|line| !line.contains("cid=")), "{one}");
-
-    let both = text(&Snapshot {
-        vms: vec![vm(3, 2), vm(4, 1)],
-    });
-    for line in samples(&both) {
+    let both = text(&Snapshot::new(vec![vm(3, 2), vm(4, 1)]));
+    let of_vms = |line: &&str| !line.contains("build_info");
+    for line in samples(&one).filter(of_vms) {
+        assert!(line.contains("{cid=\"3\""), "{line}");
+    }
+    for line in samples(&both).filter(of_vms) {
         assert!(
             line.contains("{cid=\"3\"") ^ line.contains("{cid=\"4\""),
             "{line}"
@@ -146,7 +157,7 @@ fn both_types_with_the_same_ports_are_told_apart() {
     let text = text(&Snapshot::from(vm));
     let name = "vhost_user_vsock_connection_buffered_bytes";
     for type_label in ["", ",type=\"seqpacket\""] {
-        let line = format!("{name}{{guest_port=\"80\",host_port=\"7\"{type_label}}} 5");
+        let line = format!("{name}{{cid=\"3\",guest_port=\"80\",host_port=\"7\"{type_label}}} 5");
         assert!(samples(&text).any(|sample| sample == line), "{text}");
     }
 }
@@ -165,7 +176,7 @@ fn siblings_with_the_same_port_are_told_apart() {
     let name = "vhost_user_vsock_connection_buffered_bytes";
     let labels = "guest_port=\"80\",host_port=\"7\"";
     for cid in [5, 6] {
-        let line = format!("{name}{{{labels},peer_cid=\"{cid}\"}} 5");
+        let line = format!("{name}{{cid=\"3\",{labels},peer_cid=\"{cid}\"}} 5");
         assert!(samples(&text).any(|sample| sample == line), "{text}");
     }
 }
@@ -174,10 +185,9 @@ fn siblings_with_the_same_port_are_told_apart() {
 fn a_daemon_that_repeats_itself_spoils_nothing() {
     let mut repeated = vm(3, 2);
     repeated.connections[1] = repeated.connections[0].clone();
-    let snapshot = Snapshot {
-        vms: vec![repeated.clone(), repeated],
-    };
-    let text = prometheus::merged(vec![("a".into(), Some(snapshot))]);
+    let snapshot = Snapshot::new(vec![repeated.clone(), repeated]);
+    let daemons = vec![("a".into(), Some(snapshot))];
+    let text = prometheus::merged(daemons, Connections::Listed);
     assert_distinct(&text);
 }
 
@@ -185,11 +195,26 @@ fn a_daemon_that_repeats_itself_spoils_nothing() {
 fn merged_daemons_have_names_and_spoil_nothing() {
     let mut hostile = vm(3, 1);
     hostile.connections[0].state = "\"} 1\nother 2\\".into();
-    let text = prometheus::merged(vec![
+    let old = Snapshot {
+        version: None,
+        vms: vec![vm(3, 0)],
+    };
+    let daemons = vec![
         ("a".into(), Some(Snapshot::from(hostile))),
-        ("b".into(), Some(Snapshot::from(vm(3, 0)))),
+        ("b".into(), Some(old)),
         ("c".into(), None),
-    ]);
+    ];
+    let summed = prometheus::merged(daemons.clone(), Connections::Summed);
+    let text = prometheus::merged(daemons, Connections::Listed);
+    assert!(!summed.contains("guest_port") && text.starts_with(&summed));
+    let build = "vhost_user_vsock_build_info{";
+    let builds: Vec<&str> = samples(&text)
+        .filter(|line| line.starts_with(build))
+        .collect();
+    let version = env!("CARGO_PKG_VERSION");
+    let of_a = format!("{build}name=\"a\",version=\"{version}\"}} 1");
+    assert_eq!(builds, [of_a], "an older daemon does not say");
+    assert_distinct(&text);
     for line in [
         r#"vhost_user_vsock_up{name="a"} 1"#,
         r#"vhost_user_vsock_up{name="c"} 0"#,
@@ -207,13 +232,16 @@ fn merged_daemons_have_names_and_spoil_nothing() {
 fn a_text_of_many_connections_is_never_whole_in_memory() {
     let snapshot = Rc::new(Snapshot::from(vm(3, 10_000)));
     for chunks in [
-        prometheus::chunks(snapshot.clone()),
+        prometheus::chunks(snapshot.clone(), Connections::Listed),
         json::chunks(snapshot.clone()),
     ] {
         let longest = chunks.map(|chunk| chunk.unwrap().len()).max();
         assert!(longest < Some(4096), "{longest:?}");
     }
 }
+
+/// The request for the longest text.
+const ALL: &str = "GET /metrics?connections=1 HTTP/1.1\r\n\r\n";
 
 /// How long a client in these tests waits for its answer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -239,11 +267,9 @@ fn a_client_that_reads_gets_its_answer_beside_hundreds_that_do_not() {
     let directory = TempDir::new().unwrap();
     let (path, snapshot) = serve_long_answers(&directory);
     let whole = text(&snapshot);
-    let _not_reading: Vec<UnixStream> = (0..300)
-        .map(|_| ask(&path, "GET / HTTP/1.1\r\n\r\n"))
-        .collect();
+    let _not_reading: Vec<UnixStream> = (0..300).map(|_| ask(&path, ALL)).collect();
     let mut answer = String::new();
-    let mut reading = ask(&path, "GET / HTTP/1.1\r\n\r\n");
+    let mut reading = ask(&path, ALL);
     reading.read_to_string(&mut answer).unwrap();
     let (header, body) = answer.split_once("\r\n\r\n").unwrap();
     let length = format!("Content-Length: {}", whole.len());

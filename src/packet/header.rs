@@ -114,7 +114,8 @@ impl fmt::Display for PeerAddr {
 }
 
 /// The `type` field. A number that the specification does not name is kept, since an RST repeats it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum PacketType {
     /// A stream of bytes.
     Stream,
@@ -197,12 +198,39 @@ impl From<Op> for u16 {
 
 bitflags! {
     /// The flags of SHUTDOWN: what its sender will no longer do.
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+    #[serde(from = "Directions", into = "Directions")]
     pub struct ShutdownFlags: u32 {
         /// It will receive no more.
         const RECEIVE = 1;
         /// It will send no more.
         const SEND = 2;
+    }
+}
+
+/// [`ShutdownFlags`] in a document.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Directions {
+    receive: bool,
+    send: bool,
+}
+
+impl From<Directions> for ShutdownFlags {
+    fn from(over: Directions) -> Self {
+        let mut flags = Self::empty();
+        flags.set(Self::RECEIVE, over.receive);
+        flags.set(Self::SEND, over.send);
+        flags
+    }
+}
+
+impl From<ShutdownFlags> for Directions {
+    fn from(flags: ShutdownFlags) -> Self {
+        Self {
+            receive: flags.contains(ShutdownFlags::RECEIVE),
+            send: flags.contains(ShutdownFlags::SEND),
+        }
     }
 }
 

@@ -11,12 +11,15 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::deadlines::Deadlines;
 use super::event_source::Token;
 use super::slot_list::SlotList;
 use super::slots::Slots;
 use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
+use crate::metrics::counters::Side;
 use crate::packet::header::{GuestPort, PeerAddr};
 use crate::vsock_conn::{ANSWER_TIMEOUT, Greeting};
 
@@ -27,7 +30,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What a client wants.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Wanted {
     /// The guest's port.
     pub(super) port: GuestPort,
@@ -80,7 +83,7 @@ pub(super) struct Client {
     pub(super) socket: HostSocket,
     pub(super) stage: Stage,
     /// When it is looked at whatever happens.
-    deadline: Instant,
+    pub(super) deadline: Instant,
     /// In which directory of siblings it has connected, if it is one.
     pub(super) sibling_dir: Option<usize>,
 }
@@ -123,6 +126,14 @@ impl Client {
         match &self.stage {
             Stage::Line(line) => Some(line.caller()),
             Stage::Guest { .. } => None,
+        }
+    }
+
+    /// Who it is.
+    pub(super) fn side(&self) -> Side {
+        match self.sibling_dir {
+            None => Side::Host,
+            Some(_) => Side::Sibling,
         }
     }
 
@@ -231,6 +242,21 @@ impl Clients {
             self.siblings.push(token.slot);
         }
         Ok(token)
+    }
+
+    /// Those without a line, then those that wait for the guest, each oldest first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Client> {
+        let slots = self.lines.iter().chain(self.waiting.iter());
+        slots.filter_map(|slot| self.slots.get(self.slots.token(slot)?))
+    }
+
+    /// Something may have happened to a client before it was loaded.
+    pub(super) fn look_at(&mut self, token: Token) {
+        self.ready.push(token.slot);
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self::new(self.max);
     }
 
     pub(super) fn get_mut(&mut self, token: Token) -> Option<&mut Client> {

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::clients::Waiting;
 use super::event_source::Token;
+use super::journal::{Journal, Listed};
 use super::slot_list::SlotList;
 use super::slots::Slots;
 use crate::metrics::counters::Side;
@@ -24,6 +25,10 @@ pub(super) struct Entry {
     pub(super) deadline: Option<Instant>,
     /// What its client waits for, until the guest has accepted it.
     pub(super) waiting: Option<Waiting>,
+    /// Its ports in the journal. Where an RST ends it, they stay there until the guest has that.
+    pub(super) listed: Listed,
+    /// When it was requested.
+    pub(super) since: Instant,
 }
 
 /// How many connections there may be.
@@ -46,7 +51,7 @@ impl Places {
     }
 
     /// How many there are. What one side may have leaves those that are kept for the others.
-    fn total(self) -> usize {
+    pub(super) fn total(self) -> usize {
         self.per_side + (SIDES - 1) * self.kept()
     }
 
@@ -70,6 +75,7 @@ impl Places {
 pub(super) struct Connections {
     slots: Slots<Entry>,
     by_key: BTreeMap<ConnKey, Token>,
+    journal: Journal,
     places: Places,
     /// How many places each side has taken.
     taken: [usize; SIDES],
@@ -84,11 +90,27 @@ impl Connections {
         Self {
             slots: Slots::default(),
             by_key: BTreeMap::new(),
+            journal: Journal::default(),
             places,
             taken: [0; SIDES],
             lingering: SlotList::default(),
             deserted: SlotList::default(),
         }
+    }
+
+    /// Lists the connections in `journal` from now on, and those that there are.
+    pub(super) fn set_journal(&mut self, journal: Journal) {
+        self.journal = journal;
+        for token in self.by_key.values() {
+            if let Some(entry) = self.slots.get_mut(*token) {
+                entry.listed = self.journal.list(entry.conn.key());
+            }
+        }
+    }
+
+    /// Lists the ports of a connection that there is no more.
+    pub(super) fn list(&self, key: ConnKey) -> Listed {
+        self.journal.list(key)
     }
 
     /// How many have their ports.
@@ -133,11 +155,13 @@ impl Connections {
             let conn = make(token)?;
             key = Some(conn.key());
             Ok(Entry {
+                listed: self.journal.list(conn.key()),
                 conn,
                 opened_by,
                 is_counted: false,
                 deadline: None,
                 waiting: None,
+                since: Instant::now(),
             })
         })?;
         self.by_key.extend(key.map(|key| (key, token)));
@@ -165,6 +189,12 @@ impl Connections {
         self.slots.get_mut(token)
     }
 
+    /// How long ago a connection was requested, in seconds.
+    pub(super) fn age(&self, token: Token, now: Instant) -> Option<u64> {
+        let entry = self.get(token)?;
+        Some(now.saturating_duration_since(entry.since).as_secs())
+    }
+
     pub(super) fn is_lingering(&self, token: Token) -> bool {
         self.lingering.contains(token.slot)
     }
@@ -178,7 +208,8 @@ impl Connections {
     pub(super) fn linger(&mut self, token: Token) {
         self.give_place_back(token);
         self.deserted.remove(token.slot);
-        if let Some(entry) = self.slots.get(token) {
+        if let Some(entry) = self.slots.get_mut(token) {
+            entry.listed = Listed::default();
             self.by_key.remove(&entry.conn.key());
             self.lingering.push(token.slot);
         }
@@ -222,6 +253,33 @@ impl Connections {
             self.deserted.give_back();
         }
         Some(entry)
+    }
+
+    /// Those that take a place.
+    pub(super) fn placed(&self) -> impl Iterator<Item = &Entry> {
+        let all = self.slots.iter();
+        all.filter_map(|(token, entry)| self.has_taken(token).then_some(entry))
+    }
+
+    /// Those whose client has left, oldest first.
+    pub(super) fn deserted(&self) -> impl Iterator<Item = &Entry> {
+        self.deserted.iter().filter_map(|slot| self.entry(slot))
+    }
+
+    /// Those that linger, oldest first.
+    pub(super) fn lingering(&self) -> impl Iterator<Item = &Entry> {
+        self.lingering.iter().filter_map(|slot| self.entry(slot))
+    }
+
+    fn entry(&self, slot: u32) -> Option<&Entry> {
+        self.slots.get(self.slots.token(slot)?)
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self {
+            journal: std::mem::take(&mut self.journal),
+            ..Self::new(self.places)
+        };
     }
 
     /// Those that have their ports.

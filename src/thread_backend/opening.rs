@@ -10,11 +10,11 @@ use thiserror::Error;
 use super::clients::{Client, Stage, Waiting, Wanted};
 use super::event_source::{EventSource, Token};
 use super::{VsockThreadBackend, cost, name};
-use crate::host::connect_line::{Line, Progress};
+use crate::host::connect_line::{self, Line, Progress};
 use crate::host::entry::Entry;
 use crate::host::routes::{DialError, Dialed};
 use crate::host::socket::HostSocket;
-use crate::metrics::counters::{CloseReason, Side};
+use crate::metrics::counters::{CallFailure, CloseReason, Side};
 use crate::packet::header::{GuestPort, PacketType, PeerAddr, VsockHeader};
 use crate::vsock_conn::{ConnKey, Dialing, Greeting, Readiness, Verdict, VsockConnection};
 
@@ -42,6 +42,20 @@ pub(super) enum OpenError {
     Register(#[from] io::Error),
 }
 
+impl OpenError {
+    /// As what it is counted, and what the caller is told.
+    pub(super) fn failure(&self) -> CallFailure {
+        match self {
+            Self::Limit => CallFailure::Limit,
+            Self::Dial(error) if error.is_nobody() => CallFailure::NobodyListens,
+            Self::Dial(error) if error.is_limit() => CallFailure::Limit,
+            Self::SameAsBefore => CallFailure::NobodyListens,
+            Self::NoGuest => CallFailure::NoDriver,
+            Self::Type(_) | Self::Dial(_) | Self::Taken | Self::Register(_) => CallFailure::Other,
+        }
+    }
+}
+
 // For host programs.
 impl VsockThreadBackend {
     /// Whether the guest's driver has started the device.
@@ -53,6 +67,38 @@ impl VsockThreadBackend {
     pub fn guest_started(&mut self) {
         self.has_guest = true;
         self.clients.retry_all();
+    }
+
+    /// Whether there is a VMM, for those who are told that there is no guest.
+    pub fn set_vmm(&mut self, has_vmm: bool) {
+        self.has_vmm = has_vmm;
+    }
+
+    /// Why there is no guest.
+    pub(super) fn no_guest(&self) -> CallFailure {
+        match self.has_vmm {
+            true => CallFailure::NoDriver,
+            false => CallFailure::NoVmm,
+        }
+    }
+
+    /// What the end of a call means that was not answered yet.
+    pub(super) fn failure_of(&self, reason: CloseReason) -> CallFailure {
+        match reason {
+            CloseReason::DeviceReset => self.no_guest(),
+            _ => reason.failure(),
+        }
+    }
+
+    /// Closes a host program that has just connected to `entry`: there is no guest, and it does not wait for one.
+    pub fn refuse_client(&mut self, entry: Entry, socket: &HostSocket) {
+        self.counters.clients += 1;
+        let side = match entry {
+            Entry::Host | Entry::Port(_) | Entry::Vsock(_) => Side::Host,
+            Entry::Sibling(_) => Side::Sibling,
+        };
+        let why = "the guest's driver has not started the device";
+        self.drop_client(side, Some(socket), self.no_guest(), why);
     }
 
     /// Whether a host program that connects to `entry` is taken although there is no guest.
@@ -77,7 +123,10 @@ impl VsockThreadBackend {
                 let greeting = Greeting::Nothing;
                 match self.routes.forwarded(socket) {
                     Ok(socket) => self.connect_guest(socket, Wanted { port, greeting }, None),
-                    Err(error) => self.drop_client(&format!("guest port {}: {error}", port.0)),
+                    Err(error) => {
+                        let why = format!("guest port {}: {error}", port.0);
+                        self.drop_client(Side::Host, None, CallFailure::Other, &why);
+                    }
                 }
             }
         }
@@ -88,7 +137,7 @@ impl VsockThreadBackend {
         match client.read_line() {
             Progress::Complete { port, .. } => self.admit(client, GuestPort(port)),
             Progress::Incomplete => self.await_line(client),
-            Progress::Invalid => self.drop_client("no CONNECT line"),
+            Progress::Invalid => self.drop_without_line(&client, "no CONNECT line"),
         }
     }
 
@@ -126,8 +175,9 @@ impl VsockThreadBackend {
         match client.read_line() {
             Progress::Incomplete => {}
             Progress::Invalid => {
-                self.clients.remove(token);
-                self.drop_client("no CONNECT line");
+                if let Some(client) = self.clients.remove(token) {
+                    self.drop_without_line(&client, "no CONNECT line");
+                }
             }
             Progress::Complete { port, .. } => {
                 if let Some(client) = self.clients.remove(token) {
@@ -142,7 +192,8 @@ impl VsockThreadBackend {
         let has_left = |client: &mut Client| client.socket.peer_closed();
         if self.clients.get_mut(token).is_some_and(has_left) {
             self.clients.remove(token);
-            self.drop_client("it has left while it waited for the guest");
+            let why = "it has left while it waited for the guest";
+            self.drop_client(Side::Host, None, CallFailure::Other, why);
         } else if due && self.has_guest && self.connections.has_place(Side::Host) {
             if let Some(client) = self.clients.remove(token) {
                 self.connect_guest(client.socket, waiting.wanted, Some(waiting));
@@ -153,9 +204,11 @@ impl VsockThreadBackend {
     }
 
     fn await_line(&mut self, client: Client) {
-        if let Some(oldest) = self.clients.surplus(&client) {
-            self.clients.remove(oldest);
-            self.drop_client("too many without a CONNECT line, this is the oldest");
+        if let Some(oldest) = self.clients.surplus(&client)
+            && let Some(oldest) = self.clients.remove(oldest)
+        {
+            let why = "too many without a CONNECT line, this is the oldest";
+            self.drop_client(oldest.side(), Some(&oldest.socket), CallFailure::Limit, why);
         }
         self.add_to_clients(client);
     }
@@ -165,21 +218,41 @@ impl VsockThreadBackend {
         self.add_to_clients(Client::waiting(socket, waiting, self.has_guest));
     }
 
-    /// Puts a client into the table, and its socket into the event loop.
-    fn add_to_clients(&mut self, client: Client) {
+    /// Puts a client into the table, and its socket into the event loop. None where that fails: the client is dropped.
+    pub(super) fn add_to_clients(&mut self, client: Client) -> Option<Token> {
         let registry = &self.registry;
+        let side = client.side();
         let added = self.clients.try_insert(|token| {
             registry.register(client.socket.as_fd(), EventSource::Client(token))?;
             io::Result::Ok(client)
         });
-        if let Err(error) = added {
-            self.drop_client(&format!("can't watch the socket: {error}"));
+        if let Err(error) = &added {
+            let why = format!("can't watch the socket: {error}");
+            self.drop_client(side, None, CallFailure::Other, &why);
         }
+        added.ok()
     }
 
-    pub(super) fn drop_client(&mut self, why: &str) {
+    /// Counts a client that is closed before it has a connection, and tells it why if its socket is still there and it wants to
+    /// know.
+    pub(super) fn drop_client(
+        &mut self,
+        side: Side,
+        socket: Option<&HostSocket>,
+        failure: CallFailure,
+        why: &str,
+    ) {
         self.counters.clients_dropped += 1;
+        self.counters.failed[side as usize][failure as usize] += 1;
+        if let Some(socket) = socket {
+            connect_line::refuse(socket, failure);
+        }
         debug!("a client was closed: {why}");
+    }
+
+    pub(super) fn drop_without_line(&mut self, client: &Client, why: &str) {
+        let failure = CallFailure::NoLine;
+        self.drop_client(client.side(), Some(&client.socket), failure, why);
     }
 
     /// Takes a host program that has said what it wants.
@@ -190,7 +263,8 @@ impl VsockThreadBackend {
         match waiting {
             Some(waiting) if !self.has_guest => self.await_guest(socket, waiting),
             None if waits && !self.has_guest => {
-                self.drop_client("there is no guest, and too many wait for it");
+                let why = "there is no guest, and too many wait for it";
+                self.drop_client(Side::Host, Some(&socket), CallFailure::Limit, why);
             }
             waiting => self.connect_guest(socket, wanted, waiting),
         }
@@ -208,7 +282,10 @@ impl VsockThreadBackend {
                 }
                 self.settle(token, Verdict::Open);
             }
-            Err(error) => self.drop_client(&format!("guest port {}: {error}", wanted.port.0)),
+            Err(error) => {
+                let why = format!("guest port {}: {error}", wanted.port.0);
+                self.drop_client(Side::Host, None, error.failure(), &why);
+            }
         }
     }
 
@@ -217,11 +294,8 @@ impl VsockThreadBackend {
         socket: HostSocket,
         wanted: Wanted,
     ) -> Result<Token, OpenError> {
-        let packet_type = socket.packet_type();
-        self.check_type(packet_type)?;
-        self.check_limit(Side::Host)?;
-        let key = self.free_key(wanted.port, packet_type);
-        let key = key.ok_or(OpenError::Limit)?;
+        let key = self.free_key(wanted.port, socket.packet_type());
+        let key = key.inspect_err(|error| connect_line::refuse(&socket, error.failure()))?;
         self.make_room();
         let conn = VsockConnection::requested(
             self.guest_cid,
@@ -249,8 +323,10 @@ impl VsockThreadBackend {
     }
 
     /// A key for a new connection to the guest's `port`, with the next host port that is free with it.
-    fn free_key(&mut self, port: GuestPort, packet_type: PacketType) -> Option<ConnKey> {
-        (0..HOST_PORTS).find_map(|_| {
+    fn free_key(&mut self, port: GuestPort, packet_type: PacketType) -> Result<ConnKey, OpenError> {
+        self.check_type(packet_type)?;
+        self.check_limit(Side::Host)?;
+        let free = (0..HOST_PORTS).find_map(|_| {
             self.next_host_port = self.next_host_port.wrapping_add(1);
             let key = ConnKey {
                 guest: port,
@@ -258,7 +334,8 @@ impl VsockThreadBackend {
                 packet_type,
             };
             (!self.connections.contains(&key)).then_some(key)
-        })
+        });
+        free.ok_or(OpenError::Limit)
     }
 }
 
@@ -279,6 +356,7 @@ impl VsockThreadBackend {
             Err(error) => {
                 debug!("{} refused: {error}", name(ConnKey::of(request)));
                 self.counters.refused += 1;
+                self.counters.failed[Side::Guest as usize][error.failure() as usize] += 1;
                 self.refuse(request);
             }
         }
@@ -353,3 +431,6 @@ impl VsockThreadBackend {
         Ok(token)
     }
 }
+
+#[cfg(test)]
+mod tests;

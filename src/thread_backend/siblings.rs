@@ -10,7 +10,7 @@ use super::opening::OpenError;
 use super::{VsockThreadBackend, cost, name};
 use crate::host::siblings::Membership;
 use crate::host::socket::HostSocket;
-use crate::metrics::counters::Side;
+use crate::metrics::counters::{CallFailure, Side};
 use crate::packet::header::{GuestPort, PeerAddr};
 use crate::vsock_conn::{ConnKey, Greeting, Verdict, VsockConnection};
 
@@ -40,14 +40,24 @@ impl VsockThreadBackend {
             .check_claim(directory, &client.socket, caller.cid)
         {
             Ok(()) => self.connect_sibling(client.socket, port, caller),
-            Err(error) => self.drop_client(&format!("{caller} is not the caller: {error}")),
+            Err(error) => {
+                let why = format!("{caller} is not the caller: {error}");
+                self.drop_client(Side::Sibling, None, CallFailure::Other, &why);
+            }
         }
     }
 
     fn connect_sibling(&mut self, socket: HostSocket, port: GuestPort, caller: PeerAddr) {
         match self.try_connect_sibling(socket, port, caller) {
             Ok(token) => self.settle(token, Verdict::Open),
-            Err(error) => self.drop_client(&format!("guest port {}, {caller}: {error}", port.0)),
+            Err(error) => {
+                let failure = match error {
+                    OpenError::NoGuest => self.no_guest(),
+                    _ => error.failure(),
+                };
+                let why = format!("guest port {}, {caller}: {error}", port.0);
+                self.drop_client(Side::Sibling, None, failure, &why);
+            }
         }
     }
 

@@ -37,6 +37,11 @@ impl SlotList {
         self.link(slot).is_some()
     }
 
+    /// The slots, in order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = u32> {
+        std::iter::successors(self.first(), |slot| self.link(*slot)?.next)
+    }
+
     /// Allocates what adding this slot takes.
     pub(super) fn make_room(&mut self, slot: u32) {
         if self.links.len() <= slot as usize {
@@ -120,16 +125,6 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn slots(list: &SlotList) -> Vec<u32> {
-        let mut slots = Vec::new();
-        let mut next = list.first();
-        while let Some(slot) = next {
-            slots.push(slot);
-            next = list.link(slot).unwrap().next;
-        }
-        slots
-    }
-
     proptest! {
         #[test]
         fn it_is_a_queue_without_duplicates(steps in prop::collection::vec((0u32..20, 0u8..3), 0..200)) {
@@ -151,7 +146,7 @@ mod tests {
                         prop_assert_eq!(list.pop(), first);
                     }
                 }
-                prop_assert_eq!(slots(&list), &model[..]);
+                prop_assert_eq!(list.iter().collect::<Vec<_>>(), &model[..]);
                 prop_assert_eq!(list.len(), model.len());
                 prop_assert_eq!(list.contains(slot), model.contains(&slot));
             }

@@ -1,3 +1,5 @@
+mod saved;
+
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -473,4 +475,79 @@ fn a_sibling_with_a_full_backlog_hides_those_in_the_next_directory() {
         other.accept().unwrap_err().kind(),
         io::ErrorKind::WouldBlock
     );
+}
+
+/// A table with a journal, and that.
+fn with_journal() -> (Table, Journal) {
+    let mut table = Table::new();
+    let journal = Journal::new(&testing::config(table._folder.path())).unwrap();
+    table.backend.set_journal(journal.clone());
+    (table, journal)
+}
+
+/// The guest's ports in a journal.
+fn listed(journal: &Journal) -> Vec<u32> {
+    let mut ports: Vec<u32> = journal.keys().iter().map(|key| key.guest.0).collect();
+    ports.sort_unstable();
+    ports
+}
+
+#[test]
+fn a_connection_is_listed_until_the_guest_ends_it() {
+    let (mut table, journal) = with_journal();
+    for port in [7, 8] {
+        table.send(port, Op::Request);
+    }
+    assert_eq!(listed(&journal), [7, 8]);
+    table.send(7, Op::Rst);
+    assert_eq!(listed(&journal), [8]);
+    table.backend.disconnect();
+    assert!(listed(&journal).is_empty());
+}
+
+#[test]
+fn a_connection_that_is_reset_is_listed_until_the_guest_has_the_reset() {
+    let (mut table, journal) = with_journal();
+    table.send(7, Op::Request);
+    // The second one ends it.
+    table.send(7, Op::Request);
+    assert_eq!(
+        (table.backend.connections(), listed(&journal)),
+        (0, vec![7])
+    );
+    table.backend.rx_starved();
+    assert_eq!(listed(&journal), [7]);
+    assert!(table.take_reset());
+    assert_eq!(listed(&journal), [7], "not yet the guest's");
+    table.backend.rx_delivered();
+    assert!(listed(&journal).is_empty());
+    // So is a packet that belongs to no connection.
+    table.send(9, Op::CreditRequest);
+    assert_eq!(listed(&journal), [9]);
+    table.backend.reset();
+    assert!(listed(&journal).is_empty());
+}
+
+#[test]
+fn resets_that_the_guest_never_gets_are_not_listed() {
+    let (mut table, journal) = with_journal();
+    (0..MAX_RESETS as u32).for_each(|port| table.send(port, Op::CreditRequest));
+    table.backend.rx_starved();
+    let deadline = table.backend.next_deadline().unwrap();
+    table.backend.expire(deadline);
+    table.send(7777, Op::CreditRequest);
+    let expected: Vec<u32> = (1..MAX_RESETS as u32).chain([7777]).collect();
+    assert_eq!(listed(&journal), expected);
+}
+
+#[test]
+fn a_journal_that_comes_later_lists_what_there_is() {
+    let mut table = Table::new();
+    table.send(7, Op::Request);
+    table.send(8, Op::CreditRequest);
+    let journal = Journal::new(&testing::config(table._folder.path())).unwrap();
+    table.backend.set_journal(journal.clone());
+    assert_eq!(listed(&journal), [7, 8]);
+    table.send(7, Op::Rst);
+    assert_eq!(listed(&journal), [8]);
 }

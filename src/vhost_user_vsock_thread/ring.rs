@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
@@ -49,6 +50,10 @@ impl VmmEvent {
         event
     }
 
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// The VMM shares the flags of the open file, so this is undone where it clears them.
     fn unblock(&self) {
         let flags = fcntl(&self.file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
@@ -66,7 +71,8 @@ impl VmmEvent {
 }
 
 /// Whether a ring can be worked on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum RingState {
     /// The VMM has not started it.
     #[default]

@@ -54,6 +54,16 @@ impl Rings {
         self.memory.as_ref()
     }
 
+    pub(super) fn ring(&self, index: usize) -> &Ring {
+        &self.rings[index]
+    }
+
+    /// A ring was stopped or broken in the predecessor, at this entry of the avail ring.
+    pub(super) fn leave(&mut self, index: usize, state: RingState, position: Option<u16>) {
+        self.rings[index].state = state;
+        self.rings[index].position = position;
+    }
+
     /// The memory has changed: what runs in it is to be checked again.
     pub(super) fn set_memory(&mut self, memory: GuestMemoryHandle) {
         self.memory = Some(memory);

@@ -1,6 +1,5 @@
 //! A round of the worker: steps at everything that there is to do, as their shares have it.
 
-use log::debug;
 use virtio_queue::{Error as QueueError, Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
@@ -37,6 +36,7 @@ impl VhostUserVsockThread {
         };
         if round.has_buffers && round.has_packets && !self.backend.has_guest() {
             self.backend.guest_started();
+            self.driver_watch.started();
         }
         if !round.has_buffers {
             self.backend.rx_starved();
@@ -113,9 +113,7 @@ impl VhostUserVsockThread {
             {
                 self.backend.add_client(entry, socket);
             }
-            Accepted::Client(..) => {
-                debug!("closed a client: the guest's driver has not started the device");
-            }
+            Accepted::Client(entry, socket) => self.backend.refuse_client(entry, &socket),
             Accepted::Shortage => self.backend.counters().shortages += 1,
             Accepted::Nobody => {}
         }

@@ -4,14 +4,18 @@
 //! is in the VMM's own address space (user address), where in the file behind the descriptor it begins, and how long it is.
 //! Ring addresses come as user addresses, everything in the rings as guest physical addresses.
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 
+use serde::{Deserialize, Serialize};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
-    MmapRegion, mmap::MmapRegionError,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionCollectionError, GuestRegionMmap, MmapRegion, mmap::MmapRegionError,
 };
 
 use super::message::RegionMessage;
+use crate::saved::{LoadError, Loader, SavedFd, Saver};
 
 /// Most regions that a VMM may add: as many as the kernel's vhost takes.
 pub(super) const MAX_SLOTS: u64 = 509;
@@ -40,6 +44,16 @@ struct Region {
     user_addr: u64,
     size: u64,
     file_offset: u64,
+}
+
+/// A region in a document: its addresses and size in bytes, and its file.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct RegionState {
+    guest_addr: u64,
+    size: u64,
+    user_addr: u64,
+    file_offset: u64,
+    file: SavedFd,
 }
 
 /// The regions that the VMM shares now. Their descriptors stay open in the mapping.
@@ -93,6 +107,48 @@ impl MemoryTable {
         self.map = map;
         self.regions.remove(index);
         Ok(())
+    }
+
+    /// The regions, for a successor to map them again.
+    pub(super) fn save<'a>(&'a self, saver: &mut Saver<'a>) -> io::Result<Vec<RegionState>> {
+        let save = |region: &Region| {
+            let mapped = self.map.find_region(GuestAddress(region.guest_addr));
+            let file = mapped.and_then(|mapped| mapped.file_offset());
+            let file = file.ok_or_else(|| io::Error::other("a region without a file"))?;
+            Ok(RegionState {
+                guest_addr: region.guest_addr,
+                size: region.size,
+                user_addr: region.user_addr,
+                file_offset: region.file_offset,
+                file: saver.fd(file.file().as_fd()),
+            })
+        };
+        self.regions.iter().map(save).collect()
+    }
+
+    /// Maps the regions that were saved. What lies past the end of a file is not mapped: access to it would end the daemon.
+    pub(super) fn load(regions: Vec<RegionState>, loader: &mut Loader) -> Result<Self, LoadError> {
+        let mut table = Self::default();
+        for region in regions {
+            let file = File::from(loader.take_fd(region.file)?);
+            let metadata = file.metadata()?;
+            let end = region.file_offset.saturating_add(region.size);
+            if metadata.is_file() && metadata.len() < end {
+                return Err(LoadError::Invalid("a region past the end of its file"));
+            }
+            let region = RegionMessage {
+                guest_addr: region.guest_addr,
+                size: region.size,
+                user_addr: region.user_addr,
+                file_offset: region.file_offset,
+            };
+            table.add(region, file.into()).map_err(io::Error::other)?;
+        }
+        Ok(table)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.regions.is_empty()
     }
 
     /// The memory as it is mapped now.

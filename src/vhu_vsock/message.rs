@@ -1,4 +1,4 @@
-//! The messages of a vhost-user session, and the socket that they come through (vhost-user, "Message Specification").
+//! The messages of a vhost-user session (vhost-user, "Message Specification").
 //!
 //! ```text
 //! offset  size  field
@@ -9,30 +9,15 @@
 //!
 //! All numbers are in the byte order of the host. Descriptors come along with the first byte of a message.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::io;
+use std::os::fd::OwnedFd;
 
-use nix::sys::socket::{MsgFlags, sendmsg};
-use rustix::cmsg_space;
-use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use thiserror::Error;
 
-use crate::syscalls::Syscall;
-
-/// To receive messages with their descriptors, and to answer.
-pub(super) const SYSCALLS: &[Syscall] = &[
-    Syscall::any(libc::SYS_recvmsg),
-    Syscall::any(libc::SYS_sendmsg),
-    Syscall::any(libc::SYS_close),
-];
-
-const HEADER_LEN: usize = 12;
+pub(super) const HEADER_LEN: usize = 12;
 
 /// The most bytes of payload. No message that is understood has as many.
-const MAX_PAYLOAD: usize = 4096;
+pub(super) const MAX_PAYLOAD: usize = 4096;
 
 /// The most descriptors with a message: as many as SET_MEM_TABLE may have regions.
 pub(super) const MAX_FDS: usize = 32;
@@ -107,6 +92,58 @@ impl Request {
             .into_iter()
             .find(|request| *request as u32 == code)
     }
+
+    /// Whether the VMM only asks, and what was negotiated and set up stays as it is.
+    pub(super) fn is_question(self) -> bool {
+        matches!(
+            self,
+            Self::GetFeatures
+                | Self::GetProtocolFeatures
+                | Self::GetQueueNum
+                | Self::GetMaxMemSlots
+                | Self::GetConfig
+        )
+    }
+}
+
+/// What comes before the payload.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Header {
+    request: Request,
+    needs_reply: bool,
+    /// How long the payload is, in bytes.
+    len: usize,
+}
+
+impl Header {
+    /// The header of a request that begins with `bytes`. None if they are not enough.
+    pub(super) fn read(bytes: &[u8]) -> Result<Option<Self>, MessageError> {
+        if bytes.len() < HEADER_LEN {
+            return Ok(None);
+        }
+        let (flags, len) = (u32_at(bytes, 4), u32_at(bytes, 8) as usize);
+        if flags & !NEED_REPLY != VERSION || len > MAX_PAYLOAD {
+            return Err(MessageError::Header);
+        }
+        let code = u32_at(bytes, 0);
+        let request = Request::from_code(code).ok_or(MessageError::Unknown(code))?;
+        Ok(Some(Self {
+            request,
+            needs_reply: flags & NEED_REPLY != 0,
+            len,
+        }))
+    }
+
+    /// How long the whole message is, in bytes.
+    pub(super) fn message_len(self) -> usize {
+        HEADER_LEN + self.len
+    }
+}
+
+/// The reply to a request, with its header.
+pub(super) fn reply(request: Request, payload: &[u8]) -> Vec<u8> {
+    let header = [request as u32, VERSION | REPLY, payload.len() as u32];
+    [header.map(u32::to_ne_bytes).as_flattened(), payload].concat()
 }
 
 /// Why there is no message.
@@ -153,6 +190,15 @@ pub(super) struct Message {
 }
 
 impl Message {
+    pub(super) fn new(header: Header, payload: Vec<u8>, files: Vec<OwnedFd>) -> Self {
+        Self {
+            request: header.request,
+            needs_reply: header.needs_reply,
+            payload,
+            files,
+        }
+    }
+
     /// Checks that it has neither payload nor descriptors.
     pub(super) fn empty(&self) -> Result<(), MessageError> {
         self.bytes::<0>().map(|_| ())
@@ -345,166 +391,9 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(std::array::from_fn(|index| bytes[at + index]))
 }
 
-/// The socket of a VMM.
-#[derive(Debug)]
-pub(super) struct Channel(UnixStream);
-
-impl Channel {
-    /// For a socket that blocks.
-    pub(super) fn new(stream: UnixStream) -> Self {
-        Self(stream)
-    }
-
-    /// Waits for the next message.
-    pub(super) fn receive(&self) -> Result<Message, MessageError> {
-        let mut header = [0; HEADER_LEN];
-        let mut files = Vec::new();
-        self.receive_exactly(&mut header, &mut files, MessageError::Closed)?;
-        let (flags, len) = (u32_at(&header, 4), u32_at(&header, 8) as usize);
-        if flags & !NEED_REPLY != VERSION || len > MAX_PAYLOAD {
-            return Err(MessageError::Header);
-        }
-        let code = u32_at(&header, 0);
-        let request = Request::from_code(code).ok_or(MessageError::Unknown(code))?;
-        let mut payload = vec![0; len];
-        self.receive_exactly(&mut payload, &mut Vec::new(), MessageError::Header)?;
-        Ok(Message {
-            request,
-            needs_reply: flags & NEED_REPLY != 0,
-            payload,
-            files,
-        })
-    }
-
-    /// Fills `bytes`. Where the connection ends before the first of them, that is `end`; in the midst of a message it is no
-    /// regular end.
-    fn receive_exactly(
-        &self,
-        bytes: &mut [u8],
-        files: &mut Vec<OwnedFd>,
-        end: MessageError,
-    ) -> Result<(), MessageError> {
-        let mut filled = 0;
-        while filled < bytes.len() {
-            let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let rest = &mut [IoSliceMut::new(&mut bytes[filled..])];
-            let flags = RecvFlags::CMSG_CLOEXEC;
-            let received = match recvmsg(&self.0, rest, &mut control, flags) {
-                Err(Errno::INTR) => continue,
-                Err(Errno::CONNRESET) => return Err(MessageError::Closed),
-                received => received.map_err(io::Error::from)?.bytes,
-            };
-            for message in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(fds) = message {
-                    files.extend(fds);
-                }
-            }
-            if received == 0 {
-                return Err(if filled == 0 {
-                    end
-                } else {
-                    MessageError::Header
-                });
-            }
-            filled += received;
-        }
-        Ok(())
-    }
-
-    /// Answers a request.
-    pub(super) fn reply(&self, request: Request, payload: &[u8]) -> Result<(), MessageError> {
-        let header = [request as u32, VERSION | REPLY, payload.len() as u32];
-        let message = [header.map(u32::to_ne_bytes).as_flattened(), payload].concat();
-        let mut rest = &message[..];
-        while !rest.is_empty() {
-            let bytes = [IoSlice::new(rest)];
-            match sendmsg::<()>(
-                self.0.as_raw_fd(),
-                &bytes,
-                &[],
-                MsgFlags::MSG_NOSIGNAL,
-                None,
-            ) {
-                Ok(sent) => rest = &rest[sent..],
-                Err(nix::Error::EINTR) => {}
-                Err(nix::Error::EPIPE | nix::Error::ECONNRESET) => {
-                    return Err(MessageError::Closed);
-                }
-                Err(error) => return Err(io::Error::from(error).into()),
-            }
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
-
-    fn pair() -> (Channel, UnixStream) {
-        let (ours, vmm) = UnixStream::pair().unwrap();
-        (Channel::new(ours), vmm)
-    }
-
-    fn message(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-        let header = [code, flags, payload.len() as u32].map(u32::to_ne_bytes);
-        [header.as_flattened(), payload].concat()
-    }
-
-    #[test]
-    fn a_message_may_come_in_pieces() {
-        let (channel, vmm) = pair();
-        let bytes = message(2, VERSION | NEED_REPLY, &7u64.to_ne_bytes());
-        let sender = std::thread::spawn(move || {
-            for byte in bytes {
-                (&vmm).write_all(&[byte]).unwrap();
-            }
-            vmm
-        });
-        let message = channel.receive().unwrap();
-        assert_eq!(message.request, Request::SetFeatures);
-        assert!(message.needs_reply);
-        assert_eq!(message.u64().unwrap(), 7);
-        drop(sender.join().unwrap());
-        assert!(matches!(channel.receive(), Err(MessageError::Closed)));
-    }
-
-    #[test]
-    fn what_is_no_request_is_refused() {
-        for bytes in [
-            message(1, 0, &[]),
-            message(1, 2, &[]),
-            message(1, VERSION | REPLY, &[]),
-            message(1, VERSION | 1 << 4, &[]),
-            message(0, VERSION, &[]),
-            message(99, VERSION, &[]),
-            message(1, VERSION, &[0; MAX_PAYLOAD + 1]),
-            message(1, VERSION, &[])[..7].to_vec(),
-            message(2, VERSION, &[0; 8])[..15].to_vec(),
-        ] {
-            let (channel, mut vmm) = pair();
-            vmm.write_all(&bytes).unwrap();
-            drop(vmm);
-            let error = channel.receive().unwrap_err();
-            assert!(
-                matches!(error, MessageError::Header | MessageError::Unknown(0 | 99)),
-                "{error}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_payload_has_the_length_of_its_request() {
-        let (channel, mut vmm) = pair();
-        for len in [0, 7, 9] {
-            vmm.write_all(&message(2, VERSION, &vec![0; len])).unwrap();
-            assert!(channel.receive().unwrap().u64().is_err(), "{len} bytes");
-        }
-        vmm.write_all(&message(1, VERSION, &[0])).unwrap();
-        assert!(channel.receive().unwrap().empty().is_err());
-    }
 
     #[test]
     fn every_request_has_its_number() {
@@ -516,19 +405,17 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_names_its_request() {
-        let (channel, mut vmm) = pair();
-        channel
-            .reply(Request::GetFeatures, &5u64.to_ne_bytes())
-            .unwrap();
-        let mut bytes = [0; HEADER_LEN + 8];
-        vmm.read_exact(&mut bytes).unwrap();
-        assert_eq!(
-            bytes.to_vec(),
-            message(1, VERSION | REPLY, &5u64.to_ne_bytes())
-        );
-        drop(vmm);
-        let reply = channel.reply(Request::GetFeatures, &[]);
-        assert!(matches!(reply, Err(MessageError::Closed)));
+    fn a_payload_has_the_length_of_its_request() {
+        let message = |request: Request, len: usize| {
+            let header = [request as u32, VERSION, len as u32].map(u32::to_ne_bytes);
+            let header = Header::read(header.as_flattened()).unwrap().unwrap();
+            Message::new(header, vec![0; len], Vec::new())
+        };
+        for len in [0, 7, 9] {
+            assert!(message(Request::SetFeatures, len).u64().is_err());
+        }
+        assert!(message(Request::SetFeatures, 8).u64().is_ok());
+        assert!(message(Request::GetFeatures, 1).empty().is_err());
+        assert!(message(Request::GetFeatures, 0).empty().is_ok());
     }
 }

@@ -31,8 +31,9 @@ use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::VhostUserVsockBackend;
+use super::channel::Channel;
 use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
-use super::message::{Channel, Message, MessageError, Request, RingAddresses};
+use super::message::{Message, MessageError, Request, RingAddresses};
 use super::state::Transfer;
 use crate::vhost_user_vsock_thread::VsockVring;
 
@@ -84,47 +85,79 @@ type Result<T> = std::result::Result<T, SessionError>;
 
 /// What one VMM has negotiated and set up.
 pub(crate) struct Session {
-    channel: Channel,
-    device: Arc<VhostUserVsockBackend>,
-    owned: bool,
-    features: u64,
-    protocol_features: u64,
-    memory: MemoryTable,
-    transfer: Transfer,
+    pub(super) channel: Channel,
+    pub(super) device: Arc<VhostUserVsockBackend>,
+    pub(super) owned: bool,
+    pub(super) features: u64,
+    /// What the device was told last of the features. That outlives a reset of the device, and of the owner.
+    pub(super) accepted: Option<u64>,
+    pub(super) protocol_features: u64,
+    pub(super) memory: MemoryTable,
+    pub(super) transfer: Transfer,
     /// The channel for requests to the VMM. Nothing is ever requested, but it stays open: some VMMs watch it.
-    _requests: Option<OwnedFd>,
+    pub(super) requests: Option<OwnedFd>,
 }
 
 impl Session {
-    /// The session of a VMM that is connected by `stream`, which blocks.
-    pub(crate) fn begin(stream: UnixStream, device: Arc<VhostUserVsockBackend>) -> Self {
+    /// The session of a VMM that is connected by `socket`.
+    pub(crate) fn begin(socket: UnixStream, device: Arc<VhostUserVsockBackend>) -> Self {
         Self {
-            channel: Channel::new(stream),
+            channel: Channel::new(socket),
             device,
             owned: false,
             features: 0,
+            accepted: None,
             protocol_features: 0,
             memory: MemoryTable::default(),
             transfer: Transfer::None,
-            _requests: None,
+            requests: None,
         }
     }
 
-    /// Waits for a message, and does what it asks.
+    /// The VMM's socket, to wait for what comes.
+    pub(crate) fn socket(&self) -> Arc<UnixStream> {
+        self.channel.socket()
+    }
+
+    /// Whether a reply waits until the VMM reads. No message is taken before.
+    pub(crate) fn has_unsent(&self) -> bool {
+        self.channel.has_unsent()
+    }
+
+    /// Takes what has come from the VMM, without waiting. If that completes a message, does what it asks; the answer is for
+    /// [`Session::send_reply`]. Returns whether a successor would have to know: whether anything is different from before.
     ///
     /// # Errors
     /// The VMM is gone, or asks for what can't be. Only after a [refusal](SessionError::is_refusal) the session goes on.
-    pub(crate) fn handle_request(&mut self) -> Result<()> {
-        let mut message = self.channel.receive()?;
+    pub(crate) fn handle_request(&mut self) -> Result<bool> {
+        let was_idle = self.channel.is_idle();
+        let mut has_changed = false;
+        if let Some(message) = self.channel.receive()? {
+            has_changed = !message.request.is_question();
+            self.handle(message)?;
+        }
+        Ok(has_changed || !was_idle || self.channel.has_begun())
+    }
+
+    /// Sends what the VMM takes of a reply.
+    ///
+    /// # Errors
+    /// The VMM is gone.
+    pub(crate) fn send_reply(&mut self) -> Result<()> {
+        self.channel.flush()?;
+        Ok(())
+    }
+
+    fn handle(&mut self, mut message: Message) -> Result<()> {
         self.check_negotiated(message.request)?;
         if let Some(reply) = self.answer(&mut message)? {
-            self.channel.reply(message.request, &reply)?;
+            self.channel.reply(message.request, &reply);
             return Ok(());
         }
         let done = self.obey(&mut message);
         if message.needs_reply && self.has(VhostUserProtocolFeatures::REPLY_ACK) {
             let status = u64::from(done.is_err());
-            self.channel.reply(message.request, &status.to_ne_bytes())?;
+            self.channel.reply(message.request, &status.to_ne_bytes());
         }
         done
     }
@@ -221,7 +254,7 @@ impl Session {
             Request::SetConfig => self.set_config(message),
             Request::SetBackendReqFd => {
                 let ([], requests) = message.file()?;
-                self._requests = Some(requests);
+                self.requests = Some(requests);
                 Ok(())
             }
             // They have answers of their own.
@@ -244,6 +277,7 @@ impl Session {
             return Err(SessionError::Invalid("features that were not offered"));
         }
         self.features = features;
+        self.accepted = Some(features);
         // Without protocol features there is no SET_VRING_ENABLE, and rings are enabled from the start.
         if !self.has_protocol_features() {
             let worker = self.device.worker();
@@ -252,10 +286,15 @@ impl Session {
             }
             worker.wake();
         }
+        self.tell_features(features);
+        Ok(())
+    }
+
+    /// Tells the device what the driver has accepted.
+    pub(super) fn tell_features(&self, features: u64) {
         self.device
             .set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         self.device.acked_features(features);
-        Ok(())
     }
 
     /// A part of the configuration space, or an answer without one where there is none.
@@ -440,7 +479,7 @@ impl Session {
         const NO_FD: u64 = 1 << 8;
         let ((direction, phase), file) = message.transfer()?;
         self.transfer = match (direction, phase) {
-            (0, 0) => Transfer::save(self.device.guest_cid, file.into()),
+            (0, 0) => Transfer::write(self.device.guest_cid, file.into()),
             (1, 0) => Transfer::Loading(file.into()),
             _ => {
                 return Err(SessionError::Invalid(

@@ -9,11 +9,13 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::packet::header::Cid;
+use crate::saved::{LoadError, Loader, SavedFd, Saver};
 use crate::syscalls::Syscall;
 
 /// To read a state and to write one.
@@ -38,6 +40,9 @@ pub(super) enum StateError {
     /// Another version has written it.
     #[error("has version {0}, and only {VERSION} is understood")]
     Version(u32),
+    /// The predecessor of this daemon could not save it.
+    #[error("could not be saved before this daemon took over")]
+    BeforeHandOver,
     /// The VMM asks how a transfer has ended that it has not begun.
     #[error("is not being transferred")]
     None,
@@ -61,9 +66,37 @@ pub(super) enum Transfer {
     Loading(File),
 }
 
+/// A transfer in a document.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum TransferState {
+    #[default]
+    None,
+    /// Whether the device's state was saved.
+    Saved(bool),
+    Loading(SavedFd),
+}
+
 impl Transfer {
+    pub(super) fn save<'a>(&'a self, saver: &mut Saver<'a>) -> TransferState {
+        match self {
+            Self::None => TransferState::None,
+            Self::Saved(saved) => TransferState::Saved(saved.is_ok()),
+            Self::Loading(file) => TransferState::Loading(saver.fd(file.as_fd())),
+        }
+    }
+
+    pub(super) fn load(state: TransferState, loader: &mut Loader) -> Result<Self, LoadError> {
+        Ok(match state {
+            TransferState::None => Self::None,
+            TransferState::Saved(true) => Self::Saved(Ok(())),
+            TransferState::Saved(false) => Self::Saved(Err(StateError::BeforeHandOver)),
+            TransferState::Loading(file) => Self::Loading(loader.take_fd(file)?.into()),
+        })
+    }
+
     /// Writes the state of a guest's device.
-    pub(super) fn save(guest_cid: Cid, mut file: File) -> Self {
+    pub(super) fn write(guest_cid: Cid, mut file: File) -> Self {
         let version = VERSION;
         let saved = serde_json::to_vec(&DeviceState { version, guest_cid });
         let saved = saved.map_err(StateError::from);

@@ -11,10 +11,13 @@
 //!
 //! What the guest says is not trusted: a count that can't be right is no credit.
 
+use serde::{Deserialize, Serialize};
+
 use crate::packet::header::VsockHeader;
+use crate::saved::LoadError;
 
 /// The counts of one connection.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
     /// Our receive buffer. It stays the same.
     buf_alloc: u32,
@@ -44,6 +47,29 @@ impl Credit {
             guest_forwarded: 0,
             sent: 0,
         }
+    }
+
+    /// Checks counts that were loaded, for a connection with `buffered` bytes in our buffer.
+    ///
+    /// # Errors
+    /// They can't be.
+    pub(super) fn check(&self, buffered: usize) -> Result<(), LoadError> {
+        let forwarded = self.forwarded.checked_add(buffered as u64);
+        let in_flight = self.received.checked_sub(self.forwarded_sent);
+        let is_possible = forwarded.is_some_and(|sum| sum <= self.received)
+            && self.forwarded_sent <= self.forwarded
+            && in_flight.is_some_and(|bytes| bytes <= self.buf_alloc.into())
+            && self.received.max(self.sent) <= u64::MAX / 2;
+        if is_possible {
+            Ok(())
+        } else {
+            Err(LoadError::Invalid("a credit that can't be"))
+        }
+    }
+
+    /// Our receive buffer, in bytes.
+    pub(super) fn buf_alloc(&self) -> u32 {
+        self.buf_alloc
     }
 
     /// Takes the guest's side from a packet of the connection.

@@ -1,10 +1,13 @@
 //! A guest's REQUEST that the peer has not answered yet.
 
+use serde::{Deserialize, Serialize};
+
 use crate::host::connect_line::{self, Line, Progress};
 use crate::host::socket::HostSocket;
 
 /// What a guest's REQUEST waits for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Dialing {
     /// The end of a connect(2) that has not waited.
     Connect,

@@ -1,10 +1,12 @@
 //! What names a connection.
 
+use serde::{Deserialize, Serialize};
+
 use crate::packet::header::{GuestPort, PacketType, PeerAddr, VsockHeader};
 
 /// What names a connection: its type and the addresses of its two ends, without the guest's CID, which is always the same. Who began it
 /// does not matter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ConnKey {
     /// The guest's port.
     pub guest: GuestPort,

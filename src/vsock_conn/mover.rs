@@ -1,10 +1,15 @@
 //! What moves a connection's payload: [`StreamMover`] for bytes, [`SeqpacketMover`] for messages.
 
-use super::seqpacket_mover::SeqpacketMover;
-use super::stream_mover::StreamMover;
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+use super::seqpacket_mover::{MessagesState, SeqpacketMover};
+use super::stream_mover::{StreamMover, StreamState};
 use crate::host::socket::{HostSocket, ReceiveError};
 use crate::packet::header::PacketType;
 use crate::packet::{RxBatch, TxBatch, VsockPacket};
+use crate::saved::{LoadError, Loader, Saver};
 
 /// What came of payload from the guest.
 #[derive(Debug)]
@@ -69,7 +74,43 @@ pub(super) enum Mover {
     Seqpacket(Box<SeqpacketMover>),
 }
 
+/// The payload of a [`Mover`] in a document.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum PayloadState {
+    Stream(StreamState),
+    Messages(MessagesState),
+}
+
 impl Mover {
+    /// Saves the payload. The socket is the caller's to save.
+    pub(super) fn save(&self, saver: &mut Saver<'_>) -> io::Result<PayloadState> {
+        Ok(match self {
+            Self::Stream(mover) => PayloadState::Stream(mover.save(saver)?),
+            Self::Seqpacket(mover) => PayloadState::Messages(mover.save(saver)?),
+        })
+    }
+
+    /// For `socket`, with the payload that was saved.
+    pub(super) fn load(
+        state: PayloadState,
+        socket: HostSocket,
+        buf_alloc: u32,
+        loader: &Loader,
+    ) -> Result<Self, LoadError> {
+        match (socket.packet_type(), state) {
+            (PacketType::Stream, PayloadState::Stream(state)) => {
+                let mover = StreamMover::load(&state, socket, buf_alloc, loader)?;
+                Ok(Self::Stream(mover))
+            }
+            (PacketType::Seqpacket, PayloadState::Messages(state)) => {
+                let mover = SeqpacketMover::load(state, socket, buf_alloc, loader)?;
+                Ok(Self::Seqpacket(Box::new(mover)))
+            }
+            _ => Err(LoadError::Invalid("payload of another type")),
+        }
+    }
+
     /// For a connection of this type, through a buffer of `buf_alloc` bytes.
     pub(super) fn new(packet_type: PacketType, socket: HostSocket, buf_alloc: u32) -> Self {
         match packet_type {

@@ -12,13 +12,16 @@
 //! Otherwise it is kept here, and leaves in as many packets as it takes.
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use log::debug;
+use serde::{Deserialize, Serialize};
 
 use super::mover::{Delivered, Filled, Flushed, Wants};
 use crate::host::socket::{HostSocket, ReceiveError, SendError};
 use crate::packet::{Payload, RxBatch, TxBatch, VsockPacket};
+use crate::saved::{LoadError, Loader, SavedBytes, Saver};
 use crate::txbuf::LocalTxBuf;
 
 /// The most bytes of a message that the guest's buffers take at a time.
@@ -64,7 +67,76 @@ pub(super) struct SeqpacketMover {
     writable: bool,
 }
 
+/// What a [`SeqpacketMover`] holds, in a document.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct MessagesState {
+    /// From the guest: whole messages, and the beginning of one.
+    bytes: SavedBytes,
+    lengths: VecDeque<u32>,
+    unfinished: u32,
+    /// For the guest. One that is in the socket is measured again.
+    kept: Option<KeptState>,
+}
+
+/// A message for the guest that is no longer in the socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct KeptState {
+    bytes: SavedBytes,
+    sent: usize,
+}
+
+impl KeptState {
+    fn load(&self, loader: &Loader) -> Result<Next, LoadError> {
+        if self.sent as u64 >= self.bytes.len() {
+            return Err(LoadError::Invalid("a message of which nothing is left"));
+        }
+        Ok(Next::Kept {
+            bytes: loader.read(self.bytes)?,
+            sent: self.sent,
+        })
+    }
+}
+
 impl SeqpacketMover {
+    pub(super) fn save(&self, saver: &mut Saver<'_>) -> io::Result<MessagesState> {
+        let kept = match &self.next {
+            Next::Unknown | Next::Measured(_) => None,
+            Next::Kept { bytes, sent } => Some(KeptState {
+                bytes: saver.bytes(&[bytes])?,
+                sent: *sent,
+            }),
+        };
+        Ok(MessagesState {
+            bytes: self.tx_buf.save(saver)?,
+            lengths: self.lengths.clone(),
+            unfinished: self.unfinished as u32,
+            kept,
+        })
+    }
+
+    /// For `socket`, whose state is to be seen anew.
+    pub(super) fn load(
+        state: MessagesState,
+        socket: HostSocket,
+        buf_alloc: u32,
+        loader: &Loader,
+    ) -> Result<Self, LoadError> {
+        let lengths = state.lengths.iter().copied().map(u64::from);
+        let sum = lengths.sum::<u64>() + u64::from(state.unfinished);
+        if sum != state.bytes.len() || state.lengths.contains(&0) {
+            return Err(LoadError::Invalid("messages of other lengths"));
+        }
+        let kept = state.kept.map(|kept| kept.load(loader)).transpose()?;
+        Ok(Self {
+            tx_buf: LocalTxBuf::load(buf_alloc, state.bytes, loader)?,
+            lengths: state.lengths,
+            unfinished: state.unfinished as usize,
+            next: kept.unwrap_or_default(),
+            ..Self::new(socket, buf_alloc)
+        })
+    }
+
     pub(super) fn new(socket: HostSocket, buf_alloc: u32) -> Self {
         Self {
             socket,

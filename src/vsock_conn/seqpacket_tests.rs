@@ -1,5 +1,7 @@
 //! Connections of messages.
 
+mod saved;
+
 use std::io::{Read, Write};
 use std::net::Shutdown as Half;
 use std::os::unix::net::UnixStream;

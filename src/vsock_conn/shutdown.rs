@@ -3,10 +3,13 @@
 //! Either end may stop sending, stop receiving, or both. The guest says so with SHUTDOWN, whose flags accumulate (virtio 1.2,
 //! 5.10.6.6). The host program's shutdown(2) or close(2) is seen at its socket, and passed on to the guest with a SHUTDOWN.
 
+use serde::{Deserialize, Serialize};
+
 use crate::packet::header::ShutdownFlags;
 
 /// What each end will no longer do.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub(super) struct Shutdown {
     /// The guest program.
     pub(super) guest: ShutdownFlags,

@@ -1,9 +1,12 @@
 //! The states of a connection.
 
+use serde::{Deserialize, Serialize};
+
 use super::dialing::Dialing;
 
 /// Where a connection is in its life.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum State {
     /// The guest's REQUEST waits for the peer.
     Dialing(Box<Dialing>),

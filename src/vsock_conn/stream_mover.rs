@@ -6,13 +6,16 @@
 //! *To the guest*, one receive fills as many of its buffers as the connection may fill at a time. How much that is adapts
 //! to what came last.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use log::debug;
+use serde::{Deserialize, Serialize};
 
 use super::mover::{Delivered, Flushed, Wants};
 use crate::host::socket::{HostSocket, ReceiveError, SendError};
 use crate::packet::{Payload, RxBatch};
+use crate::saved::{LoadError, Loader, SavedBytes, Saver};
 use crate::txbuf::LocalTxBuf;
 
 /// The least and the most that is received at a time, in bytes.
@@ -42,7 +45,38 @@ pub(super) struct StreamMover {
     receive_size: usize,
 }
 
+/// What a [`StreamMover`] holds, in a document.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct StreamState {
+    /// From the guest.
+    #[serde(default)]
+    bytes: SavedBytes,
+    #[serde(default)]
+    receive_size: usize,
+}
+
 impl StreamMover {
+    pub(super) fn save(&self, saver: &mut Saver<'_>) -> io::Result<StreamState> {
+        Ok(StreamState {
+            bytes: self.tx_buf.save(saver)?,
+            receive_size: self.receive_size,
+        })
+    }
+
+    /// For `socket`, whose state is to be seen anew.
+    pub(super) fn load(
+        state: &StreamState,
+        socket: HostSocket,
+        buf_alloc: u32,
+        loader: &Loader,
+    ) -> Result<Self, LoadError> {
+        Ok(Self {
+            tx_buf: LocalTxBuf::load(buf_alloc, state.bytes, loader)?,
+            receive_size: state.receive_size.clamp(RECEIVE_SIZE.0, RECEIVE_SIZE.1),
+            ..Self::new(socket, buf_alloc)
+        })
+    }
+
     pub(super) fn new(socket: HostSocket, buf_alloc: u32) -> Self {
         Self {
             socket,

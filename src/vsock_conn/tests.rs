@@ -1,3 +1,5 @@
+mod saved;
+
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 

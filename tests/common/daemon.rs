@@ -3,15 +3,18 @@
 use std::fmt::Display;
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, geteuid};
+use rustix::io::{FdFlags, fcntl_setfd};
 use tempfile::TempDir;
 
 use super::watchdog::Watchdog;
@@ -26,7 +29,8 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Daemon {
     child: Child,
     watchdog: Watchdog,
-    directory: TempDir,
+    /// A daemon that is replaced by another shares it with that.
+    directory: Arc<TempDir>,
     patience: Duration,
 }
 
@@ -87,20 +91,46 @@ impl Daemon {
         stderr: impl Into<Stdio>,
         patience: Duration,
     ) -> Self {
+        let mut daemon = Self::spawn(command, &Arc::new(directory), stderr, patience, &[]);
+        daemon.wait_for_sockets();
+        daemon
+    }
+
+    /// Starts a command without waiting for anything. It inherits `descriptors` under the numbers that they have here, which no
+    /// other daemon does.
+    pub fn spawn(
+        command: &mut Command,
+        directory: &Arc<TempDir>,
+        stderr: impl Into<Stdio>,
+        patience: Duration,
+        descriptors: &[OwnedFd],
+    ) -> Self {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        // A test that has failed meanwhile has harmed nothing.
+        let turn = ONE_AT_A_TIME
+            .lock()
+            .unwrap_or_else(|held| held.into_inner());
+        let inherit = |flags| {
+            for fd in descriptors {
+                fcntl_setfd(fd, flags).unwrap();
+            }
+        };
+        inherit(FdFlags::empty());
         let child = command
             // Ctrl-C must reach only the test, which stops the daemon itself.
             .process_group(0)
             .stderr(stderr)
             .spawn()
             .unwrap();
-        let mut daemon = Self {
-            watchdog: Watchdog::start(child.id()),
+        inherit(FdFlags::CLOEXEC);
+        let watchdog = Watchdog::start(child.id());
+        drop(turn);
+        Self {
+            watchdog,
             child,
-            directory,
+            directory: directory.clone(),
             patience,
-        };
-        daemon.wait_for_sockets();
-        daemon
+        }
     }
 
     /// The vhost-user socket, where the VMM connects.
@@ -121,6 +151,11 @@ impl Daemon {
     /// The directory of the daemon's sockets; tests may put files of their own there.
     pub fn directory(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// The same, for a daemon that replaces this one.
+    pub fn shared_directory(&self) -> &Arc<TempDir> {
+        &self.directory
     }
 
     /// The daemon's process id.
@@ -244,13 +279,19 @@ impl Daemon {
         }
     }
 
+    /// How the daemon has ended, if it has.
+    pub fn has_ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
     /// Panics with the log when the daemon is no longer running.
     pub fn assert_alive(&mut self) {
         let status = self.child.try_wait().unwrap();
         assert!(status.is_none(), "daemon ended: {status:?}\n{}", self.log());
     }
 
-    fn wait_for_sockets(&mut self) {
+    /// Waits until a daemon that has no guest serves.
+    pub fn wait_for_sockets(&mut self) {
         let deadline = Instant::now() + self.patience;
         // Without a guest, clients are closed at once; those of a daemon that lets them wait are for what they write. When
         // that happens, all threads are up.

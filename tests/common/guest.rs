@@ -89,6 +89,14 @@ pub fn scripts() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest")
 }
 
+/// The directory that `tests/install-guests.sh` fills.
+pub fn guests() -> PathBuf {
+    std::env::var_os("VSOCK_GUESTS").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests"),
+        PathBuf::from,
+    )
+}
+
 /// The result of a command in the guest.
 #[derive(Clone, Debug)]
 pub struct Output {

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -27,7 +28,12 @@ pub fn new_port() -> u32 {
 
 /// Tries once to connect to the guest's `port`; `None` if the daemon closes the stream without an OK.
 pub fn try_connect(daemon: &Daemon, port: u32) -> Option<UnixStream> {
-    let mut stream = UnixStream::connect(daemon.uds_path()).unwrap();
+    try_connect_at(&daemon.uds_path(), port)
+}
+
+/// The same at the daemon's socket, whichever daemon serves there.
+pub fn try_connect_at(path: &Path, port: u32) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(path).unwrap();
     stream.set_read_timeout(Some(STREAM_LIMIT)).unwrap();
     stream.set_write_timeout(Some(STREAM_LIMIT)).unwrap();
     // A daemon without a guest may close before this is written.
@@ -77,12 +83,16 @@ fn read_line(stream: &mut UnixStream) -> String {
 /// A host program that listens for the guest's connections to one port.
 pub struct Listener {
     socket: UnixListener,
-    path: std::path::PathBuf,
+    path: PathBuf,
 }
 
 impl Listener {
     pub fn bind(daemon: &Daemon, port: u32) -> Self {
-        let path = daemon.host_port_path(port);
+        Self::bind_at(daemon.host_port_path(port))
+    }
+
+    /// The same at a path.
+    pub fn bind_at(path: PathBuf) -> Self {
         let _ = fs::remove_file(&path);
         let socket = UnixListener::bind(&path).unwrap();
         socket.set_nonblocking(true).unwrap();

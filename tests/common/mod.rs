@@ -5,12 +5,15 @@
 
 pub mod daemon;
 pub mod guest;
+pub mod handover;
 pub mod host;
+pub mod manager;
 pub mod messages;
 pub mod qemu;
 pub mod scenarios;
 pub mod siblings;
 pub mod sim;
+pub mod ssh;
 pub mod tracer;
 pub mod uml;
 pub mod uml_proxy;

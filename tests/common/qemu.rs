@@ -11,7 +11,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use super::daemon::{Daemon, PATIENCE, eventually};
-use super::guest::{Guest, Vmm, installed, scripts};
+use super::guest::{Guest, Vmm, guests, installed, scripts};
 
 /// Debian's cloud kernel that the guest runs.
 #[derive(Clone, Copy, Debug)]
@@ -144,12 +144,8 @@ fn add_kernel(command: &mut Command, kernel: Kernel) {
         Kernel::V6_1 => "6.1",
         Kernel::V6_12 => "6.12",
     };
-    let guests = std::env::var_os("VSOCK_GUESTS").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests"),
-        PathBuf::from,
-    );
-    let directory = guests.join(format!("linux-{version}"));
-    let initramfs = guests.join(format!("initramfs-{version}"));
+    let directory = guests().join(format!("linux-{version}"));
+    let initramfs = guests().join(format!("initramfs-{version}"));
     command
         .arg("-kernel")
         .arg(find_kernel(&directory))

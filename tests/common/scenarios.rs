@@ -28,7 +28,7 @@ pub fn spawn_peer(guest: &Guest, arguments: &str) -> GuestProcess {
 
 /// The guest listens with nc and the host connects with nc: lines flow both ways.
 pub fn guest_listens_with_nc(guest: &Guest, daemon: &Daemon) {
-    let listening = guest.spawn("nc --vsock -l 1234");
+    let listening = guest.spawn("nc --vsock -l -p 1234");
     let mut client = connect_with_nc(daemon, 1234);
     client.write("from the host\n");
     listening.write("from the guest\n");
@@ -165,9 +165,21 @@ impl Transfer {
 
     /// Waits until the host's ends see the stream break.
     pub fn expect_cut(self) {
+        self.wait_for_cut();
+    }
+
+    /// Waits until both ends see the stream break; returns what the guest's program has said.
+    pub fn expect_cut_at_both(self) -> String {
+        let peer = self.wait_for_cut().wait();
+        assert_ne!(peer.status, 0, "the guest's end was not cut");
+        peer.stderr
+    }
+
+    fn wait_for_cut(self) -> GuestProcess {
         assert!(!self.receiver.join().unwrap(), "nothing was cut");
         // The writer may have finished already.
         self.sender.join().unwrap();
+        self.peer
     }
 }
 
@@ -406,10 +418,15 @@ impl Held {
     }
 
     /// Both ends must see the stream's end.
-    pub fn expect_end_at_both(mut self) {
-        assert!(is_at_end(&mut self.stream), "bytes from nowhere");
-        let answer = self.peer.wait_ok();
+    pub fn expect_end_at_both(self) {
+        let answer = self.how_it_ends();
         assert!(["end\n", "ECONNRESET\n"].contains(&&*answer), "{answer}");
+    }
+
+    /// Both ends must see it; returns what the guest's end sees.
+    pub fn how_it_ends(mut self) -> String {
+        assert!(is_at_end(&mut self.stream), "bytes from nowhere");
+        self.peer.wait_ok()
     }
 }
 

@@ -11,7 +11,7 @@ use std::thread;
 use tempfile::TempDir;
 
 use super::daemon::Daemon;
-use super::guest::{Guest, Vmm, installed, scripts};
+use super::guest::{Guest, Vmm, guests, installed, scripts};
 use super::uml_proxy;
 
 /// The virtio device id of a vsock device.
@@ -56,6 +56,7 @@ impl Uml {
                     "virtio_uml.device={}:{VIRTIO_ID_VSOCK}",
                     socket.display()
                 ))
+                .arg(format!("sshd={}", guests().join("sshd").display()))
                 // The console goes to standard output, the agent's serial line is standard input.
                 .args(["con=null", "con0=null,fd:1", "ssl0=fd:0"])
                 .arg(format!("uml_dir={}", directory.path().display()))

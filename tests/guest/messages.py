@@ -5,6 +5,7 @@ An ADDRESS is a port of AF_VSOCK that is listened on for one connection, the CID
 PATH=PORT, where CONNECT is said to the daemon at PATH, or listen=PATH.
 """
 
+import errno
 import random
 import select
 import socket
@@ -155,6 +156,25 @@ def do_truncate(address):
             sys.exit("no end")
         end.send(b"first answer")
         end.send(b"second answer")
+
+
+def do_echo(address):
+    """Sends every message back, until the other end stops."""
+    with meet(address) as end:
+        while message := end.recv(1 << 20):
+            end.send(message)
+
+
+def do_hold(address):
+    """Sends a message, and says how the connection ends."""
+    with meet(address) as end:
+        end.send(b"held")
+        poll = select.poll()
+        poll.register(end, select.POLLIN)
+        poll.poll()
+        # A recv(2) that waits says only that it has ended (Linux 6.1).
+        failure = end.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        print(errno.errorcode[failure] if failure else "end")
 
 
 def do_flood(address, count):

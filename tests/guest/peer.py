@@ -239,17 +239,32 @@ def run_all(tasks):
 def do_sequence(port, count):
     """Connects to an echo server, exchanges a few bytes and closes, `count` times."""
     for i in range(int(count)):
-        with connect(port) as stream:
-            message = b"number %d" % i
-            stream.sendall(message)
-            answer = b""
-            while len(answer) < len(message):
-                data = stream.recv(100)
-                if not data:
-                    sys.exit(f"connection {i} ended early")
-                answer += data
-            if answer != message:
-                sys.exit(f"connection {i} answered {answer}")
+        exchange_number(port, i)
+
+
+def do_repeat(port):
+    """The same until its standard input ends; prints how many connections that were."""
+    over = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+    count = 0
+    while not over.is_set():
+        exchange_number(port, count)
+        count += 1
+    print(count)
+
+
+def exchange_number(port, number):
+    with connect(port) as stream:
+        message = b"number %d" % number
+        stream.sendall(message)
+        answer = b""
+        while len(answer) < len(message):
+            data = stream.recv(100)
+            if not data:
+                sys.exit(f"connection {number} ended early")
+            answer += data
+        if answer != message:
+            sys.exit(f"connection {number} answered {answer}")
 
 
 def do_echo(port):

@@ -12,6 +12,21 @@ mount -t tmpfs tmpfs /run
 mkdir /run/bin
 ln -s /usr/bin/ncat /run/bin/nc
 
+# The sshd that tests/install-guests.sh unpacked for a machine without one is installed in here alone. The kernel's command line
+# says where it is, in $sshd.
+install_sshd() {
+    insmod "/usr/lib/uml/modules/$(uname -r)/kernel/fs/overlayfs/overlay.ko"
+    for directory in /usr/sbin /usr/lib; do
+        mount -t overlay -o "ro,lowerdir=$sshd$directory:$directory" overlay "$directory"
+    done
+    cp /etc/passwd /run/passwd
+    echo 'sshd:x:100:65534::/run/sshd:/usr/sbin/nologin' >>/run/passwd
+    mount --bind /run/passwd /etc/passwd
+}
+if [ ! -e /usr/sbin/sshd ] && [ -e "$sshd" ]; then
+    install_sshd
+fi
+
 MODULES=/usr/lib/uml/modules/$(uname -r)/kernel/net/vmw_vsock
 export MODULES
 for module in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do

@@ -8,4 +8,4 @@ for module in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport
     insmod "$modules/$module.ko"
 done
 
-exec "$STREAM_PROGRAM" "$STREAM_MODE" "$STREAM_PORT" "$STREAM_SIZE"
+exec "$STREAM_PROGRAM" "$STREAM_MODE" "$STREAM_HOST_PORT" "$STREAM_GUEST_PORT" "$STREAM_SIZE"

@@ -1,7 +1,8 @@
-/* The program in a real guest: one stream, in writes or reads of one size, and nothing else.
+/* The program in a real guest: one stream, in writes or reads of one size, or one each way, and nothing else.
  *
- * stream send PORT SIZE   connects to the host and writes for ever
- * stream take PORT SIZE   listens, and reads what the host writes SIZE bytes at a time
+ * stream send HOST_PORT GUEST_PORT SIZE   connects to HOST_PORT of the host and writes for ever
+ * stream take HOST_PORT GUEST_PORT SIZE   listens on GUEST_PORT, and reads what the host writes SIZE bytes at a time
+ * stream both HOST_PORT GUEST_PORT SIZE   is two programs, one of which sends, while the other takes
  *
  * The marks are those of pattern.rs: every STEP bytes, or every SIZE bytes where that is less, the stream's offset. */
 
@@ -63,32 +64,61 @@ static void take_stream(int fd, size_t step)
     }
 }
 
-int main(int argc, char **argv)
+static struct sockaddr_vm address(unsigned int cid, const char *port)
 {
-    if (argc != 4)
-        return 2;
-    size_t size = strtoul(argv[3], NULL, 10);
-    if (size == 0 || size > sizeof(buffer))
-        return 2;
-    size_t step = size < STEP ? size : STEP;
     struct sockaddr_vm address = {
         .svm_family = AF_VSOCK,
-        .svm_cid = VMADDR_CID_HOST,
-        .svm_port = strtoul(argv[2], NULL, 10),
+        .svm_cid = cid,
+        .svm_port = strtoul(port, NULL, 10),
     };
+    return address;
+}
+
+static int open_socket(void)
+{
     int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
     if (fd < 0)
         fail("socket");
-    if (strcmp(argv[1], "send") == 0) {
-        if (connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0)
-            fail("connect");
-        send_stream(fd, size, step);
-    }
-    address.svm_cid = VMADDR_CID_ANY;
-    if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(fd, 1) < 0)
+    return fd;
+}
+
+static int connect_to_host(const char *port)
+{
+    struct sockaddr_vm host = address(VMADDR_CID_HOST, port);
+    int fd = open_socket();
+    if (connect(fd, (struct sockaddr *)&host, sizeof(host)) < 0)
+        fail("connect");
+    return fd;
+}
+
+static int accept_from_host(const char *port)
+{
+    struct sockaddr_vm own = address(VMADDR_CID_ANY, port);
+    int fd = open_socket();
+    if (bind(fd, (struct sockaddr *)&own, sizeof(own)) < 0 || listen(fd, 1) < 0)
         fail("listen");
     int stream = accept(fd, NULL, NULL);
     if (stream < 0)
         fail("accept");
-    take_stream(stream, step);
+    return stream;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 5)
+        return 2;
+    size_t size = strtoul(argv[4], NULL, 10);
+    if (size == 0 || size > sizeof(buffer))
+        return 2;
+    size_t step = size < STEP ? size : STEP;
+    int sends = strcmp(argv[1], "send") == 0;
+    if (strcmp(argv[1], "both") == 0) {
+        pid_t child = fork();
+        if (child < 0)
+            fail("fork");
+        sends = child == 0;
+    }
+    if (sends)
+        send_stream(connect_to_host(argv[2]), size, step);
+    take_stream(accept_from_host(argv[3]), step);
 }
