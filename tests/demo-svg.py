@@ -12,18 +12,20 @@ from xml.sax.saxutils import escape
 
 COLUMNS = 100
 CHARACTER, LINE, MARGIN = 8.4, 19, 16
-COMMAND, DAEMON, GUEST, OTHER_GUEST, HOST, TEXT = "#ffffff", "#9da7b3", "#7ee787", "#f2cc60", "#79c0ff", "#c9d1d9"
+COMMAND, TEXT = "#ffffff", "#c9d1d9"
+DAEMON, NEW_DAEMON, GUEST, OTHER_GUEST, HOST = "#9da7b3", "#d2a8ff", "#7ee787", "#f2cc60", "#79c0ff"
 # The first that fits says what colour a line has.
 COLOURS = [
     (r"(host|guest\d?)\$ ", COMMAND),
     (r"daemon \| ", DAEMON),
+    (r"new daemon \| ", NEW_DAEMON),
     (r"guest5 \| ", OTHER_GUEST),
     (r"guest\d? \| ", GUEST),
     (r"host \| ", HOST),
     (r"", TEXT),
 ]
 GUEST_COMMAND = re.compile(r"^guest\d? \| (?=guest\d?\$ )")
-LOG_PREFIX = re.compile(r"(?<=^daemon \| )\[\S+ +\w+ +[\w:]+\] ")
+LOG_PREFIX = re.compile(r"(?<=daemon \| )\[\S+ +\w+ +[\w:]+\] ")
 KERNEL_TIME = re.compile(r"(?<= \| )\[ *\d+\.\d+\] ")
 
 
