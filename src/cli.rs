@@ -43,7 +43,7 @@ Example:
     -chardev socket,id=char0,reconnect=0,path=/tmp/vhost4.socket \\
     -device vhost-user-vsock-pci,chardev=char0
 
-  guest$ nc --vsock -l 1234            host$  nc -U /tmp/vm4.vsock
+  guest$ nc --vsock -l -p 1234         host$  nc -U /tmp/vm4.vsock
                                               CONNECT 1234
   host$  nc -l -U /tmp/vm4.vsock_1234  guest$ nc --vsock 2 1234
 
