@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -27,11 +27,16 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running daemon. Killed by pid on drop.
 pub struct Daemon {
-    child: Child,
-    watchdog: Watchdog,
+    process: Mutex<Process>,
     /// A daemon that is replaced by another shares it with that.
     directory: Arc<TempDir>,
     patience: Duration,
+}
+
+/// Its process, which another may replace.
+struct Process {
+    child: Child,
+    watchdog: Watchdog,
 }
 
 impl Daemon {
@@ -126,8 +131,7 @@ impl Daemon {
         let watchdog = Watchdog::start(child.id());
         drop(turn);
         Self {
-            watchdog,
-            child,
+            process: Mutex::new(Process { child, watchdog }),
             directory: directory.clone(),
             patience,
         }
@@ -160,7 +164,7 @@ impl Daemon {
 
     /// The daemon's process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process().child.id()
     }
 
     /// What the daemon has logged so far.
@@ -269,9 +273,14 @@ impl Daemon {
 
     /// Waits for the daemon to end by itself.
     pub fn wait_exit(&mut self) -> ExitStatus {
+        self.wait_end()
+    }
+
+    /// The same for a daemon that others use meanwhile.
+    pub fn wait_end(&self) -> ExitStatus {
         let deadline = Instant::now() + self.patience;
         loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
+            if let Some(status) = self.process().child.try_wait().unwrap() {
                 return status;
             }
             assert!(Instant::now() < deadline, "the daemon did not end");
@@ -281,12 +290,22 @@ impl Daemon {
 
     /// How the daemon has ended, if it has.
     pub fn has_ended(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().unwrap()
+        self.process().child.try_wait().unwrap()
+    }
+
+    /// Goes on as the process of `successor`, which has the same directory. Returns how its own has ended.
+    pub fn replace_by(&self, successor: Self) -> ExitStatus {
+        std::mem::swap(&mut *self.process(), &mut *successor.process());
+        successor.wait_end()
+    }
+
+    fn process(&self) -> MutexGuard<'_, Process> {
+        self.process.lock().unwrap_or_else(|held| held.into_inner())
     }
 
     /// Panics with the log when the daemon is no longer running.
     pub fn assert_alive(&mut self) {
-        let status = self.child.try_wait().unwrap();
+        let status = self.has_ended();
         assert!(status.is_none(), "daemon ended: {status:?}\n{}", self.log());
     }
 
@@ -313,12 +332,15 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        self.watchdog.dismiss();
+        let mut process = self.process();
+        let Process { child, watchdog } = &mut *process;
+        watchdog.dismiss();
         // The whole group, since the child may be a wrapper. Once waited for, the pid may be reused.
-        if let Ok(None) = self.child.try_wait() {
-            let _ = killpg(Pid::from_raw(self.pid() as i32), Signal::SIGKILL);
+        if let Ok(None) = child.try_wait() {
+            let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
         }
-        let _ = self.child.wait();
+        let _ = child.wait();
+        drop(process);
         if std::thread::panicking() {
             eprintln!("--- the daemon's log\n{}", self.log());
         }

@@ -171,7 +171,7 @@ impl Service {
     #[track_caller]
     pub fn stop(&mut self) {
         let manager = self.manager.as_ref().expect("no service manager");
-        manager.stop(&mut self.daemon);
+        manager.stop(&self.daemon);
         assert!(manager.has_parcels(), "nothing is left for a successor");
     }
 
@@ -179,7 +179,7 @@ impl Service {
     #[track_caller]
     pub fn kill(&mut self) {
         let manager = self.manager.as_ref().expect("no service manager");
-        manager.kill(&mut self.daemon);
+        manager.kill(&self.daemon);
         // A copy of its sockets would hide their end.
         assert!(!manager.has_parcels());
     }
@@ -245,7 +245,8 @@ impl Service {
     }
 }
 
-fn spawn(directory: &Arc<TempDir>, options: &[String]) -> Daemon {
+/// Starts a daemon in a directory, without a service manager.
+pub fn spawn(directory: &Arc<TempDir>, options: &[String]) -> Daemon {
     let mut command = program();
     command
         .args(options)

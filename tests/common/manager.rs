@@ -166,16 +166,16 @@ impl Manager {
 
     /// Stops an instance, which ends well and at once. What it had stored by then is in the store.
     #[track_caller]
-    pub fn stop(&self, daemon: &mut Daemon) {
+    pub fn stop(&self, daemon: &Daemon) {
         daemon.signal(Signal::SIGTERM);
-        assert_eq!(daemon.wait_exit().code(), Some(0), "{}", daemon.log());
+        assert_eq!(daemon.wait_end().code(), Some(0), "{}", daemon.log());
         self.sync();
     }
 
     /// Kills an instance.
-    pub fn kill(&self, daemon: &mut Daemon) {
+    pub fn kill(&self, daemon: &Daemon) {
         daemon.signal(Signal::SIGKILL);
-        daemon.wait_exit();
+        daemon.wait_end();
         self.sync();
     }
 

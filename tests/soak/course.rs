@@ -33,6 +33,8 @@ pub struct Tally {
     /// Payload bytes, seen by the host's ends.
     pub bytes: AtomicU64,
     pub kills: AtomicU64,
+    /// Daemons that have followed another, or a crash.
+    pub successors: AtomicU64,
     /// Connections of floods.
     pub floods: AtomicU64,
 }
@@ -54,11 +56,12 @@ impl fmt::Display for Tally {
         }
         write!(
             f,
-            "{} cut by a kill), {} in floods, {:.2} GiB, VMM kills: {}",
+            "{} cut by a kill), {} in floods, {:.2} GiB, VMM kills: {}, new daemons: {}",
             value(&self.cut),
             value(&self.floods),
             value(&self.bytes) as f64 / f64::from(1 << 30),
-            value(&self.kills)
+            value(&self.kills),
+            value(&self.successors)
         )
     }
 }

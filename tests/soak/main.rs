@@ -1,5 +1,6 @@
 //! Two guests, a simulated and a real one, each with a daemon of its own, do all that guests do, for a long time and at
-//! random: connections of every kind in both directions, stalls, kills of the VMM. Three more are siblings and reach each
+//! random: connections of every kind in both directions, stalls, kills of the VMM. Their daemons are replaced by others meanwhile,
+//! and one of them dies now and then. Three more are siblings and reach each
 //! other, two of them in one process, with streams and with messages. Every byte and every message is compared, and in the end
 //! the daemons must have given everything back.
 //!
@@ -13,6 +14,7 @@ mod checks;
 mod course;
 mod ends;
 mod host;
+mod lineage;
 mod plan;
 mod siblings;
 mod sim;
@@ -32,7 +34,9 @@ use signal_hook::flag;
 
 use checks::Rest;
 use common::daemon::Daemon;
+use common::handover::Way;
 use course::{Course, Tally};
+use lineage::Lineage;
 use plan::{Abilities, Blow, Dice, Round};
 
 /// How long to go on, in seconds, when nothing else is asked for.
@@ -45,6 +49,8 @@ const WARM_UP: u32 = 5;
 trait SoakGuest: Sized {
     const NAME: &str;
     const ABILITIES: Abilities;
+    /// How its daemon is replaced.
+    const WAY: Way;
     /// Its ends of a round's connections.
     type Parts;
 
@@ -199,14 +205,15 @@ fn soak_guest<G: SoakGuest>(
     clock: &Clock,
     tally: &Arc<Tally>,
 ) -> Result<String, String> {
-    let daemon = Arc::new(Daemon::start());
-    let start = Rest::at_start(&daemon);
+    let lineage = Lineage::start(G::WAY);
+    let daemon = lineage.daemon();
+    let start = Rest::at_start(daemon);
     let mut warm: Option<Rest> = None;
     loop {
         let was_warm = warm.is_some() && clock.is_warm();
-        live::<G>(&daemon, &mut dice, clock, tally)
+        live::<G>(&lineage, &mut dice, clock, tally)
             .map_err(|what| format!("{what}\nthe daemon's log:\n{}", tail(&daemon.log())))?;
-        let now = Rest::again(&daemon, start)?;
+        let now = Rest::again(daemon, start)?;
         if was_warm && clock.is_over() {
             daemon.assert_idle();
             let warm = warm.unwrap_or(now);
@@ -229,11 +236,12 @@ fn soak_guest<G: SoakGuest>(
 
 /// One VMM from its start to its violent end.
 fn live<G: SoakGuest>(
-    daemon: &Arc<Daemon>,
+    lineage: &Lineage,
     dice: &mut Dice,
     clock: &Clock,
     tally: &Arc<Tally>,
 ) -> Result<(), String> {
+    let daemon = lineage.daemon();
     if dice.is_stillborn() {
         G::stillborn(daemon);
     }
@@ -241,7 +249,7 @@ fn live<G: SoakGuest>(
     let rounds = dice.life();
     for round in 1.. {
         let is_last = round >= rounds || clock.is_over();
-        play_round(&guest, daemon, dice.round(is_last), tally)?;
+        play_round(&guest, lineage, dice.round(is_last), tally)?;
         if is_last {
             break;
         }
@@ -252,10 +260,11 @@ fn live<G: SoakGuest>(
 
 fn play_round<G: SoakGuest>(
     guest: &G,
-    daemon: &Arc<Daemon>,
+    lineage: &Lineage,
     round: Round,
     tally: &Arc<Tally>,
 ) -> Result<(), String> {
+    let daemon = lineage.daemon();
     let course = Arc::new(Course::new(round, Arc::clone(tally)));
     let doors = host::Doors::open(daemon, &course.round.plans);
     let parts = guest.begin(daemon, &course);
@@ -263,10 +272,20 @@ fn play_round<G: SoakGuest>(
     let start = Instant::now();
     for &(moment, blow) in &course.round.blows {
         sleep(moment.saturating_sub(start.elapsed()));
-        if matches!(blow, Blow::Killed) {
+        if matches!(blow, Blow::Killed | Blow::Crashed) {
             course.expect_kill();
         }
-        if let Err(what) = guest.suffer(daemon, blow) {
+        let suffered = match blow {
+            Blow::HandedOver => lineage.hand_over(),
+            Blow::Crashed => {
+                lineage.crash();
+                Ok(())
+            }
+            _ => guest.suffer(daemon, blow),
+        };
+        let successors = matches!(blow, Blow::HandedOver | Blow::Crashed);
+        Tally::add(&tally.successors, successors.into());
+        if let Err(what) = suffered {
             course.fail(format!("{blow:?}: {what}"));
         }
         Tally::add(&tally.floods, blow.connections() as u64);

@@ -174,6 +174,10 @@ pub enum Blow {
     Accepted(usize),
     /// So many host programs ask for one of its ports and leave at once.
     Deserted(usize),
+    /// Another daemon takes over.
+    HandedOver,
+    /// The daemon is killed, and another is started.
+    Crashed,
     /// The VMM is killed.
     Killed,
 }
@@ -183,7 +187,11 @@ impl Blow {
     pub fn connections(self) -> usize {
         match self {
             Self::Refused(count) | Self::Accepted(count) | Self::Deserted(count) => count,
-            Self::NoBuffers(_) | Self::Paused(_) | Self::Killed => 0,
+            Self::NoBuffers(_)
+            | Self::Paused(_)
+            | Self::HandedOver
+            | Self::Crashed
+            | Self::Killed => 0,
         }
     }
 }

@@ -173,7 +173,11 @@ impl World<'_> {
                 stack.resume();
             }
             Blow::Killed => self.end(victim, courses),
-            Blow::Refused(_) | Blow::Accepted(_) | Blow::Deserted(_) => {
+            Blow::Refused(_)
+            | Blow::Accepted(_)
+            | Blow::Deserted(_)
+            | Blow::HandedOver
+            | Blow::Crashed => {
                 unreachable!("not among its abilities")
             }
         }

@@ -6,6 +6,7 @@ use std::thread::{self, JoinHandle, sleep};
 
 use super::SoakGuest;
 use super::common::daemon::Daemon;
+use super::common::handover::Way;
 use super::common::host::Listener;
 use super::common::sim::ring::Indirect;
 use super::common::sim::{GuestStack, HeaderPlace, Setup, SimGuest, TxLayout};
@@ -31,9 +32,12 @@ impl SoakGuest for Sim {
                 Blow::Refused(count),
                 Blow::Accepted(count),
                 Blow::Deserted(count),
+                Blow::HandedOver,
+                Blow::Crashed,
             ]
         },
     };
+    const WAY: Way = Way::Manager;
     type Parts = Vec<JoinHandle<()>>;
 
     fn boot(daemon: &Daemon, dice: &mut Dice) -> Self {
@@ -89,6 +93,7 @@ impl SoakGuest for Sim {
                 self.flood(host::FLOODED, count, count)?;
             }
             Blow::Deserted(count) => host::desert(daemon, count),
+            Blow::HandedOver | Blow::Crashed => {}
             Blow::Killed => self.0.kill(),
         }
         Ok(())

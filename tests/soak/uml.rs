@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::SoakGuest;
 use super::common::daemon::Daemon;
 use super::common::guest::GuestProcess;
+use super::common::handover::Way;
 use super::common::host::Listener;
 use super::common::scenarios::spawn_peer;
 use super::common::uml::Uml;
@@ -28,8 +29,9 @@ impl SoakGuest for RealGuest {
         resets: false,
         messages: false,
         lines: true,
-        blows: |time, count| vec![Blow::Paused(time), Blow::Deserted(count)],
+        blows: |time, count| vec![Blow::Paused(time), Blow::Deserted(count), Blow::HandedOver],
     };
+    const WAY: Way = Way::Path;
     type Parts = GuestProcess;
 
     fn boot(daemon: &Daemon, _dice: &mut Dice) -> Self {
@@ -64,7 +66,11 @@ impl SoakGuest for RealGuest {
     fn suffer(&self, daemon: &Daemon, blow: Blow) -> Result<(), String> {
         match blow {
             Blow::Deserted(count) => host::desert(daemon, count),
-            Blow::Refused(_) | Blow::Accepted(_) | Blow::NoBuffers(_) => {
+            Blow::Refused(_)
+            | Blow::Accepted(_)
+            | Blow::NoBuffers(_)
+            | Blow::HandedOver
+            | Blow::Crashed => {
                 unreachable!("not among its abilities")
             }
             Blow::Paused(time) => {

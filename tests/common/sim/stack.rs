@@ -144,7 +144,7 @@ impl GuestStack {
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             changed: Condvar::new(),
-            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap(),
+            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap(),
         });
         let of_thread = shared.clone();
         let thread = Some(spawn(move || of_thread.serve()));
