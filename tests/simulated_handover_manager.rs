@@ -166,12 +166,12 @@ fn successors_that_are_killed_leave_all_to_the_next() {
     let mut sent = 0;
     for round in 0..10 {
         service.stop();
-        let mut unlucky = service.manager().spawn(service.options());
+        let unlucky = service.manager().spawn(service.options());
         // Sooner and later.
         for _ in 0..round {
             std::thread::yield_now();
         }
-        service.manager().kill(&mut unlucky);
+        service.manager().kill(&unlucky);
         if !service.manager().has_parcels() {
             // It had taken over: this was a crash.
             return assert_closed(&program);
