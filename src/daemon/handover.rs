@@ -11,7 +11,7 @@
 //!   kept    what the service manager keeps of a VM for that
 //! ```
 //!
-//! What is saved is a document (see [`crate::saved`]), whose root is [`ProcessState`].
+//! What is saved is a document, as `saved` describes it, whose root is `ProcessState`.
 
 mod crash;
 mod give;

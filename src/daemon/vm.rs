@@ -1,7 +1,7 @@
 //! One VM: its sockets, its device, and the two threads that serve it.
 //!
 //! The *session* thread accepts a VMM and handles its messages, one VMM after the other. The *worker* thread moves the
-//! packets. Both can be [parked], so that the VM can be handed over.
+//! packets. Both can be parked, so that the VM can be handed over.
 
 mod parked;
 mod session_thread;
