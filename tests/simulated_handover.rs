@@ -97,6 +97,8 @@ fn what_the_guest_has_no_credit_for_is_kept(way: Way) {
     guest.send(&flow.packet(Op::CreditUpdate));
     got.extend(take_bytes(&mut guest, &mut flow, sent.len() - got.len()));
     assert_same(&got, &sent);
+    // The last byte may have taken the last credit, and then more was asked for.
+    assert!(guest.settle().iter().all(|packet| !packet.is(Op::Rw)));
     assert_moves_bytes(&mut guest, &program, &flow);
 }
 
@@ -153,7 +155,11 @@ fn an_end_behind_bytes_comes_behind_them(way: Way) {
     let missing = written.len() - got.len();
     got.extend(take_bytes(&mut guest, &mut flow, missing));
     assert_same(&got, &written);
-    let end = recv_other(&mut guest);
+    let mut end = recv_other(&mut guest);
+    if end.is(Op::CreditRequest) {
+        // The last byte took the last credit, and the daemon had not seen the end yet.
+        end = recv_other(&mut guest);
+    }
     end.assert_is(Op::Shutdown, &flow);
     assert_eq!(end.flags, NO_SEND);
 }
