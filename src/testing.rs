@@ -1,7 +1,8 @@
 //! A configuration, guest memory, descriptor chains and documents for the unit tests.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -23,6 +24,17 @@ use crate::host::socket::HostSocket;
 use crate::packet::header::{Cid, PacketType, VsockHeader};
 use crate::packet::{RxBatch, RxStorage, TxBatch, TxChains, TxStorage};
 use crate::saved::{Loader, Saver};
+use crate::thread_backend::Registry;
+use crate::thread_backend::event_source::EventSource;
+
+/// An event loop in which nothing happens.
+pub(crate) struct NoEvents;
+
+impl Registry for NoEvents {
+    fn register(&self, _socket: BorrowedFd<'_>, _source: EventSource) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// The size of the rings these chains are from.
 pub(crate) const RING_SIZE: u16 = 64;

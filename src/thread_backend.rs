@@ -186,11 +186,11 @@ impl VsockThreadBackend {
     }
 
     /// The state at this moment.
-    pub fn snapshot(&self, vmm_connected: bool) -> VmSnapshot {
+    pub fn snapshot(&self) -> VmSnapshot {
         let now = Instant::now();
         VmSnapshot {
             cid: self.guest_cid,
-            vmm_connected,
+            vmm_connected: self.has_vmm,
             driver_started: self.has_guest,
             counters: self.counters.clone(),
             handshaking: self.clients.handshaking(),

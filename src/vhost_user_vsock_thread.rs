@@ -106,7 +106,6 @@ pub struct VhostUserVsockThread {
     armed: Option<Instant>,
     wake: EventFd,
     backend: VsockThreadBackend,
-    has_vmm: bool,
     driver_watch: DriverWatch,
     /// The driver must hear that all connections are gone.
     transport_reset: bool,
@@ -138,7 +137,6 @@ impl VhostUserVsockThread {
             timer,
             armed: None,
             wake,
-            has_vmm: false,
             driver_watch: DriverWatch::default(),
             transport_reset: false,
             notify_on_empty: false,
@@ -166,12 +164,12 @@ impl VhostUserVsockThread {
 
     /// Whether there is a VMM, and how many connections.
     pub fn status(&self) -> (bool, usize) {
-        (self.has_vmm, self.backend.connections())
+        (self.backend.has_vmm(), self.backend.connections())
     }
 
     /// What statistics show now.
     pub fn snapshot(&self) -> VmSnapshot {
-        self.backend.snapshot(self.has_vmm)
+        self.backend.snapshot()
     }
 
     /// What wakes the worker when 1 is written to it.
@@ -190,7 +188,7 @@ impl VhostUserVsockThread {
 impl VhostUserVsockThread {
     /// A VMM has connected.
     pub fn connect(&mut self) {
-        self.has_vmm = true;
+        self.backend.connect();
         self.driver_watch.connected(Instant::now());
         self.wake();
         self.backend.counters().sessions += 1;
@@ -198,7 +196,6 @@ impl VhostUserVsockThread {
 
     /// The VMM is gone, and its memory with it.
     pub fn disconnect(&mut self) {
-        self.has_vmm = false;
         self.driver_watch.disconnected();
         self.reset();
         self.rings.clear();
@@ -283,7 +280,6 @@ impl VhostUserVsockThread {
     /// Does what there is to do, and returns whether to wait before the next turn.
     pub fn turn(&mut self, vrings: &[VsockVring]) -> Wait {
         self.busy_poll.woke();
-        self.backend.set_vmm(self.has_vmm);
         // Before the connections that it ends are reset: it tells programs of an error, and a reset of the end.
         let has_more = self.serve_events(vrings);
         let memory = self.rings.memory().map(GuestMemoryHandle::memory);

@@ -69,9 +69,14 @@ impl VsockThreadBackend {
         self.clients.retry_all();
     }
 
-    /// Whether there is a VMM, for those who are told that there is no guest.
-    pub fn set_vmm(&mut self, has_vmm: bool) {
-        self.has_vmm = has_vmm;
+    /// There is a VMM.
+    pub fn connect(&mut self) {
+        self.has_vmm = true;
+    }
+
+    /// Whether there is one.
+    pub fn has_vmm(&self) -> bool {
+        self.has_vmm
     }
 
     /// Why there is no guest.

@@ -16,17 +16,8 @@ use crate::host::entry::Entry;
 use crate::host::siblings::Siblings;
 use crate::metrics::counters::Side;
 use crate::packet::header::{GuestPort, PeerPort};
-use crate::testing::{self, memory, tx_batch};
+use crate::testing::{self, NoEvents, memory, tx_batch};
 use crate::vsock_conn::{Greeting, VsockConnection};
-
-/// An event loop in which nothing happens.
-struct NoEvents;
-
-impl Registry for NoEvents {
-    fn register(&self, _socket: BorrowedFd<'_>, _source: EventSource) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// The table of a guest that never takes a packet, and a host program that listens for it.
 struct Table {

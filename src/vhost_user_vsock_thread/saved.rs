@@ -123,7 +123,7 @@ impl VhostUserVsockThread {
 
     /// A VMM is there, whose session was handed over.
     pub fn resume(&mut self, transport_reset: bool) {
-        self.has_vmm = true;
+        self.backend.connect();
         self.driver_watch.connected(Instant::now());
         self.transport_reset = transport_reset;
         self.wake();

@@ -1,5 +1,5 @@
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,17 +10,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::config::VmConfig;
-use crate::testing;
-use crate::thread_backend::Registry;
-
-/// An event loop in which nothing happens.
-struct NoEvents;
-
-impl Registry for NoEvents {
-    fn register(&self, _socket: BorrowedFd<'_>, _source: EventSource) -> io::Result<()> {
-        Ok(())
-    }
-}
+use crate::testing::{self, NoEvents};
 
 /// The table of a guest that does nothing, and a socket for its host programs.
 struct Table {
@@ -105,7 +95,7 @@ fn only_a_client_that_asks_is_told_why() {
 fn what_ends_a_call_is_told() {
     use CallFailure::{Limit, NoDriver, NoLine, NoVmm};
     let mut table = Table::with(|_| {});
-    table.backend.set_vmm(true);
+    table.backend.connect();
     table.backend.guest_started();
     let reset = table.call("CONNECT 80\n");
     table.backend.reset();
@@ -131,7 +121,7 @@ fn who_has_waited_in_vain_is_told_for_what() {
     let client = table.call("CONNECT 80\n");
     table.expire();
     assert_eq!(told(client), "ERR no_vmm\n");
-    table.backend.set_vmm(true);
+    table.backend.connect();
     let client = table.call("CONNECT 80\n");
     table.expire();
     assert_eq!(told(client), "ERR no_driver\n");
