@@ -329,10 +329,8 @@ impl VsockThreadBackend {
         let key = state.connection.key();
         let conn = match VsockConnection::load(state.connection, self.guest_cid, loader, now) {
             Err(LoadError::Lost) => {
-                let opened = &mut self.counters.opened[state.opened_by as usize];
-                *opened += u64::from(!state.is_counted);
-                self.counters.ended[CloseReason::HostGone as usize] += 1;
-                self.push_reset(resets::header(self.guest_cid, key), Held::default());
+                self.count_lost(state.opened_by, state.is_counted);
+                self.reset_ports(key);
                 return Ok(None);
             }
             conn => conn?,
@@ -376,7 +374,7 @@ impl VsockThreadBackend {
         let directory = client.sibling_dir;
         if directory.is_some_and(|directory| !self.routes.has_sibling_dir(directory)) {
             let why = "its directory of siblings is there no more";
-            self.drop_client(Side::Sibling, None, CallFailure::Other, why);
+            self.drop_client(side, None, CallFailure::Other, why);
             return Ok(());
         }
         if let Some(token) = self.add_to_clients(client) {
@@ -392,12 +390,10 @@ impl VsockThreadBackend {
                 let failed = &mut self.counters.failed[Side::Guest as usize];
                 failed[CallFailure::Other as usize] += 1;
             } else {
-                let opened = &mut self.counters.opened[state.opened_by as usize];
-                *opened += u64::from(!state.is_counted);
-                self.counters.ended[CloseReason::HostGone as usize] += 1;
+                self.count_lost(state.opened_by, state.is_counted);
             }
             if state.known_to_guest {
-                self.push_reset(resets::header(self.guest_cid, state.key), Held::default());
+                self.reset_ports(state.key);
             }
         }
         if !relayed.is_empty() {
@@ -411,7 +407,18 @@ impl VsockThreadBackend {
     /// Resets connections that a process had which is gone, and with it everything but their ports.
     pub fn reset_lost(&mut self, keys: Vec<ConnKey>) {
         for key in keys {
-            self.push_reset(resets::header(self.guest_cid, key), Held::default());
+            self.reset_ports(key);
         }
+    }
+
+    /// Resets a connection that is in no table.
+    fn reset_ports(&mut self, key: ConnKey) {
+        self.push_reset(resets::header(self.guest_cid, key), Held::default());
+    }
+
+    /// Counts the end of a connection that did not arrive.
+    fn count_lost(&mut self, opened_by: Side, is_counted: bool) {
+        self.counters.opened[opened_by as usize] += u64::from(!is_counted);
+        self.counters.ended[CloseReason::HostGone as usize] += 1;
     }
 }

@@ -101,15 +101,22 @@ fn a_message_in_the_socket_is_measured_again() {
     assert_eq!(ends.messages(1000), [b"measured"]);
 }
 
-#[test]
-fn messages_that_can_not_be_are_refused() {
+/// A connection with whole messages and the beginning of one for the program, and the rest of one for the guest.
+fn with_payload_everywhere() -> Ends {
     let mut ends = Ends::new(1 << 16);
     ends.fill_messages();
     assert_eq!(ends.guest_writes(&[(b"begin", false)]), Verdict::Open);
     ends.program.write_all(&[1; 3000]).unwrap();
     assert_eq!(ends.readable(), Verdict::Open);
     let memory = memory();
-    let _ = ends.conn.recv_pkt(&mut rx_batch(&memory, 1000));
+    let received = ends.conn.recv_pkt(&mut rx_batch(&memory, 1000));
+    assert_eq!(received, Verdict::Open);
+    ends
+}
+
+#[test]
+fn messages_that_can_not_be_are_refused() {
+    let ends = with_payload_everywhere();
     let now = Instant::now();
     for (place, value) in [
         ("/payload/messages/lengths", json!([1000, 1000])),
@@ -132,13 +139,8 @@ fn messages_that_can_not_be_are_refused() {
 proptest! {
     #[test]
     fn no_document_does_harm(mutations in prop::collection::vec(mutation(), 1..4)) {
-        let mut ends = Ends::new(1 << 16);
-        ends.fill_messages();
-        assert_eq!(ends.guest_writes(&[(b"begin", false)]), Verdict::Open);
-        ends.program.write_all(&[1; 3000]).unwrap();
-        assert_eq!(ends.readable(), Verdict::Open);
+        let mut ends = with_payload_everywhere();
         let memory = memory();
-        assert_eq!(ends.conn.recv_pkt(&mut rx_batch(&memory, 1000)), Verdict::Open);
         let now = Instant::now();
         let mut loader = loader(&ends.conn, now);
         let mut state: Value = loader.document().unwrap();
