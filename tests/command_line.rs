@@ -199,7 +199,7 @@ fn a_directory_where_no_socket_can_be_created_is_a_failure() {
 
 #[test]
 fn a_path_of_another_daemon_is_refused_and_the_other_lives() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let free = daemon.directory().join("free");
     let in_use = "another daemon";
     assert_refused(
@@ -275,7 +275,7 @@ fn of_daemons_that_start_at_once_one_lives() {
 #[test]
 fn signals_end_it_and_remove_the_sockets() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        let mut daemon = Daemon::start();
+        let daemon = Daemon::start();
         assert!(
             fs::metadata(daemon.uds_path())
                 .unwrap()
@@ -312,7 +312,7 @@ fn a_stopping_daemon_removes_its_sockets_while_they_listen_and_under_the_lock() 
 
 #[test]
 fn a_signal_ends_it_while_a_silent_vmm_is_connected() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let _vmm = UnixStream::connect(daemon.vhost_socket()).unwrap();
     eventually("the VMM to be served", || {
         daemon.log().contains("a VMM connected")
@@ -324,7 +324,7 @@ fn a_signal_ends_it_while_a_silent_vmm_is_connected() {
 
 #[test]
 fn the_log_has_lines_for_the_version_the_start_each_vmm_and_the_end() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     drop(UnixStream::connect(daemon.vhost_socket()).unwrap());
     eventually("the VMM to be gone", || {
         daemon.log().contains("the VMM disconnected")

@@ -37,7 +37,7 @@ fn full_pipe() -> (PipeReader, PipeWriter) {
 #[test]
 fn a_log_that_nobody_reads_stops_nothing() {
     let (mut reader, writer) = full_pipe();
-    let mut daemon = Daemon::start_logging_to(writer, &["-vv"]);
+    let daemon = Daemon::start_logging_to(writer, &["-vv"]);
     let log_more_than_is_kept = || {
         let mut guest = SimGuest::start(&daemon, Setup::default());
         (0..20_000).for_each(|port| guest.send(&Flow::new(port, 1).packet(Op::Rst)));
@@ -84,7 +84,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
 #[test]
 fn a_stop_does_not_wait_for_who_reads_the_log() {
     let (_reader, writer) = full_pipe();
-    let mut daemon = Daemon::start_logging_to(writer, &[]);
+    let daemon = Daemon::start_logging_to(writer, &[]);
     drop(SimGuest::start(&daemon, Setup::default()));
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait_exit().code(), Some(0));
@@ -186,7 +186,7 @@ fn a_connection_for_whose_bytes_there_is_no_memory_is_reset_alone() {
 
 #[test]
 fn a_guest_for_whose_memory_there_is_no_room_is_not_served_and_the_next_is() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
     // At the size it has after that guest.
     daemon.at_rest();
@@ -213,7 +213,7 @@ fn a_guest_for_whose_memory_there_is_no_room_is_not_served_and_the_next_is() {
 
 #[test]
 fn without_address_space_a_vmm_can_not_share_memory_and_the_next_one_is_served() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     // The last thread to start is the log's.
     eventually("all threads", || daemon.log().contains("waiting for a VMM"));
     limit_memory(&daemon, 0);
@@ -235,7 +235,7 @@ fn without_address_space_a_vmm_can_not_share_memory_and_the_next_one_is_served()
 #[test]
 fn a_directory_that_is_removed_ends_no_connection() {
     let directory = tempfile::TempDir::new().unwrap();
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let (stream, flow, _) = from_host(&daemon, &mut guest, PORT);
     let away = directory.path().join("away");
@@ -309,7 +309,7 @@ fn sigterm_ends_it_at_each_step() {
         },
     ];
     for (number, step) in steps.into_iter().enumerate() {
-        let mut daemon = Daemon::start();
+        let daemon = Daemon::start();
         let held = step(&daemon);
         daemon.signal(Signal::SIGTERM);
         assert_eq!(daemon.wait_exit().code(), Some(0), "step {number}");
@@ -322,7 +322,7 @@ fn sigterm_ends_it_at_each_step() {
 fn sighup_and_sigint_end_it_as_sigterm_does() {
     for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
         for has_vmm in [false, true] {
-            let mut daemon = Daemon::start();
+            let daemon = Daemon::start();
             let guest = has_vmm.then(|| {
                 let mut guest = SimGuest::start(&daemon, Setup::default());
                 let stream = from_guest(&daemon, &mut guest, &FLOW);
@@ -354,7 +354,7 @@ fn half_a_message_of_the_vmm_does_not_delay_the_stop() {
             }
         };
         for inherited in [false, true] {
-            let (mut daemon, vmm) = start(inherited);
+            let (daemon, vmm) = start(inherited);
             let frontend = Frontend::over(vmm);
             frontend.set_owner();
             assert_ne!(frontend.features(), 0);
@@ -428,7 +428,7 @@ fn a_pause_of_the_daemon_loses_nothing() {
 
 #[test]
 fn sockets_of_others_are_left_to_them() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     fs::remove_file(daemon.uds_path()).unwrap();
     let other = UnixListener::bind(daemon.uds_path()).unwrap();
     daemon.signal(Signal::SIGTERM);

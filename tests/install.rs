@@ -385,7 +385,7 @@ fn services_start_serve_end_and_leave_nothing() {
     let mut command = Command::new(scripts.join("machine.sh"));
     command.arg(at("service.sh"));
     fs::write(sockets.path().join("log"), "").unwrap();
-    let mut machine = Daemon::start_by(&mut command, sockets, log, BOOT);
+    let machine = Daemon::start_by(&mut command, sockets, log, BOOT);
     assert_serves(&machine, &mut SimGuest::start(&machine, Setup::default()));
     File::create(served).unwrap();
     let status = machine.wait_exit();

@@ -57,7 +57,7 @@ fn sockets_of_a_service_manager_are_served_and_left_to_it() {
         let (directory, log) = directory_with_log();
         let inherited = sockets.map(|name| listener(directory.path(), name));
         let mut command = activated(directory.path(), inherited, names);
-        let mut daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
+        let daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
         // Nobody else holds them.
         drop(command);
         assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
@@ -154,7 +154,7 @@ fn a_service_manager_that_is_not_there_or_does_not_read_hinders_nothing() {
     while filler.send_to(b"X", &full).is_ok() {}
     for path in [full, managers.path().join("nobody")] {
         let (directory, log) = directory_with_log();
-        let mut daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), directory, log);
+        let daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), directory, log);
         assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
         daemon.signal(Signal::SIGTERM);
         assert_eq!(daemon.wait_exit().code(), Some(0));
@@ -167,7 +167,7 @@ fn a_service_manager_is_notified_of_the_start_and_the_stop() {
     let path = directory.path().join("notify");
     let manager = UnixDatagram::bind(&path).unwrap();
     manager.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), directory, log);
+    let daemon = started_with(("NOTIFY_SOCKET", path.as_ref()), directory, log);
     await_state(&manager, "READY=1");
     assert_serves(&daemon, &mut SimGuest::start(&daemon, Setup::default()));
     await_state(&manager, "STATUS=");

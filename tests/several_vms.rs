@@ -212,7 +212,7 @@ fn a_guest_can_not_speak_for_another_vm() {
 
 #[test]
 fn a_broken_vmm_of_one_is_not_felt_by_others() {
-    let mut vms = Vms::start(&[]);
+    let vms = Vms::start(&[]);
     let mut guests = vms.guests();
     // A ring that stands nowhere.
     let _program = vms.vms[1].opened_by_guest(&mut guests[1], 1);
@@ -322,7 +322,7 @@ fn a_stop_removes_all_sockets_whatever_the_vms_do() {
     let folder = TempDir::new().unwrap();
     let ssh = |cid| folder.path().join(format!("ssh{cid}"));
     let more = |cid| format!(",guest-port=22={}", ssh(cid).display());
-    let mut vms = Vms::start_as(Command::new(binary()), &CIDS, more, &[]);
+    let vms = Vms::start_as(Command::new(binary()), &CIDS, more, &[]);
     assert!(CIDS.iter().all(|cid| ssh(*cid).exists()));
     // One VMM has stopped in the middle of a message, one guest runs, one VM has nobody.
     let vmm = Frontend::connect(&vms.vms[0].socket);
@@ -362,7 +362,7 @@ fn the_service_manager_is_told_of_all() {
     manager.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut command = Command::new(binary());
     command.env("NOTIFY_SOCKET", &path);
-    let mut vms = Vms::start_as(command, &CIDS, |_| String::new(), &[]);
+    let vms = Vms::start_as(command, &CIDS, |_| String::new(), &[]);
     await_state(&manager, "READY=1");
     await_state(&manager, "STATUS=Waiting for 3 VMMs");
     let mut first = vms.vms[0].guest();
@@ -462,7 +462,7 @@ fn a_vm_whose_only_vmm_leaves_ends_alone() {
         ))
         .stdin(inherited.next().unwrap())
         .stdout(inherited.next().unwrap());
-    let mut daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
+    let daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
     drop(command);
     let mut vmms = vmms.into_iter();
     let setup = |cid| Setup {
@@ -500,7 +500,7 @@ fn a_service_manager_passes_sockets_by_cid() {
         .env("LISTEN_FDNAMES", "host-4:vhost-user-5")
         .stdin(std::os::fd::OwnedFd::from(host))
         .stdout(std::os::fd::OwnedFd::from(vmm));
-    let mut daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
+    let daemon = Daemon::start_by(&mut command, directory, log, PATIENCE);
     drop(command);
     let mut guests = vms.each_ref().map(Vm::guest);
     for (vm, guest) in vms.iter().zip(&mut guests) {

@@ -129,7 +129,7 @@ impl Monitored {
     }
 
     /// The VMM goes, the next one is served, and the daemon ends when it is asked to.
-    fn assert_goes_on(mut self, guest: SimGuest) {
+    fn assert_goes_on(self, guest: SimGuest) {
         self.assert_statistics();
         drop(guest);
         let mut next = SimGuest::start(&self.daemon, Setup::default());
@@ -206,7 +206,7 @@ fn a_descriptor_of_all_rings_that_blocks_when_it_is_given_again() {
 #[test]
 fn the_end_while_a_descriptor_blocks() {
     for by_signal in [false, true] {
-        let Monitored { mut daemon, .. } = Monitored::start();
+        let Monitored { daemon, .. } = Monitored::start();
         let mut guest = SimGuest::start(&daemon, Setup::default());
         let full = [Full::eventfd(), Full::eventfd()];
         full[0].give(&guest, Request::SetVringCall, RX);

@@ -96,7 +96,7 @@ fn config_space_is_the_cid() {
 
 #[test]
 fn config_space_ends_behind_the_cid() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     for (offset, len) in [(0, 9), (8, 1), (1, 8), (4, 200), (255, 1)] {
         // The answer is up to the daemon, as long as it survives.
         let frontend = frontend(&daemon);
@@ -366,7 +366,7 @@ fn the_death_of_a_stopped_vmm_closes_the_streams() {
 
 #[test]
 fn a_hundred_vmms_one_after_the_other_leave_nothing() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let mut settled = (0, 0);
     for i in 0..100 {
         let mut guest = SimGuest::start(&daemon, Setup::default());
@@ -398,7 +398,7 @@ fn assert_serves_after_request(daemon: &Daemon, guest: &mut SimGuest) {
 
 #[test]
 fn vmms_that_leave_in_the_middle_of_their_setup() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     drop(UnixStream::connect(daemon.vhost_socket()).unwrap());
     frontend(&daemon).send_raw(&[1, 0, 0], &[]);
     frontend(&daemon).send_message(999, 0, &[], &[]);
@@ -473,7 +473,7 @@ fn an_inherited_socket_that_listens_serves_one_vmm_after_the_other() {
         assert_serves(&daemon, &mut guest);
     }
     daemon.signal(Signal::SIGTERM);
-    let mut daemon = daemon;
+    let daemon = daemon;
     assert!(daemon.wait_exit().success());
     assert!(path.exists(), "it is not the daemon's to remove");
 }
@@ -483,7 +483,7 @@ fn an_inherited_connection_is_served_until_it_ends() {
     let (vmm, theirs) = UnixStream::pair().unwrap();
     // As a launcher with an event loop would create it.
     theirs.set_nonblocking(true).unwrap();
-    let mut daemon = Daemon::start_inheriting(OwnedFd::from(theirs));
+    let daemon = Daemon::start_inheriting(OwnedFd::from(theirs));
     let mut guest = SimGuest::start_over(vmm, Setup::default());
     for _ in 0..3 {
         assert_serves(&daemon, &mut guest);
@@ -500,7 +500,7 @@ fn an_inherited_connection_is_served_until_it_ends() {
 #[test]
 fn an_inherited_connection_does_not_keep_the_daemon_from_stopping() {
     let (_vmm, theirs) = UnixStream::pair().unwrap();
-    let mut daemon = Daemon::start_inheriting(OwnedFd::from(theirs));
+    let daemon = Daemon::start_inheriting(OwnedFd::from(theirs));
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait_exit().success());
 }

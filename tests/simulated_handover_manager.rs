@@ -147,7 +147,7 @@ fn a_successor_that_fails_leaves_all_to_the_next() {
     let log = service.directory().join("log");
     wrong.push(format!("--guest-port=23={}", log.display()));
     for _ in 0..3 {
-        let mut failing = service.manager().spawn(&wrong);
+        let failing = service.manager().spawn(&wrong);
         assert_eq!(failing.wait_exit().code(), Some(1));
         assert!(service.manager().has_parcels());
         assert!(service.uds_path().exists() && service.vhost_socket().exists());

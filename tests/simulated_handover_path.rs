@@ -407,7 +407,7 @@ fn program_with<'a>(options: impl Iterator<Item = &'a String>) -> Command {
 fn a_successor_that_is_killed_at_its_start_changes_nothing() {
     let mut busy = Busy::start();
     for _ in 0..10 {
-        let mut successor = busy.service.spawn_successor();
+        let successor = busy.service.spawn_successor();
         successor.signal(Signal::SIGKILL);
         successor.wait_exit();
         busy.assert_goes_on();
@@ -500,7 +500,7 @@ impl Starting {
 
     /// It ends, with a message, and leaves the socket of the one before alone.
     #[track_caller]
-    fn assert_gives_up(mut self) -> String {
+    fn assert_gives_up(self) -> String {
         assert_eq!(self.daemon.wait_exit().code(), Some(1));
         assert!(self.daemon.directory().join("handover").exists());
         drop(self.listener);

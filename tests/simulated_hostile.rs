@@ -37,7 +37,7 @@ fn place(guest: &SimGuest, bytes: &[u8]) -> u64 {
 
 /// Offers malformed chains with `offer`: each comes back, nothing is answered, and a connection goes on.
 fn assert_survives(offer: impl Fn(&mut SimGuest)) {
-    let (mut daemon, mut guest) = device();
+    let (daemon, mut guest) = device();
     let stream = from_guest(&daemon, &mut guest, &FLOW);
     for _ in 0..3 {
         offer(&mut guest);
@@ -418,7 +418,7 @@ fn give_up(guest: &mut SimGuest) {
 
 #[track_caller]
 fn assert_breaks_and_restarts(ring: usize, break_it: impl Fn(&mut SimGuest)) {
-    let (mut daemon, mut guest) = device();
+    let (daemon, mut guest) = device();
     for _ in 0..3 {
         break_it(&mut guest);
         assert!(
@@ -472,7 +472,7 @@ fn a_broken_tx_ring_leaves_the_other_direction_alone() {
 
 #[test]
 fn heads_beyond_the_ring_do_no_harm() {
-    let (mut daemon, mut guest) = device();
+    let (daemon, mut guest) = device();
     for head in [128, 129, 40_000, 65_535] {
         guest.rings[TX].push_avail(head);
         guest.rings[TX].kick();
@@ -488,7 +488,7 @@ fn heads_beyond_the_ring_do_no_harm() {
 
 #[test]
 fn the_same_chain_offered_many_times() {
-    let (mut daemon, mut guest) = device();
+    let (daemon, mut guest) = device();
     let addr = place(&guest, &FLOW.packet(Op::Rst).bytes());
     let ring = &mut guest.rings[TX];
     let slots = ring.take_slots(1);
@@ -504,7 +504,7 @@ fn the_same_chain_offered_many_times() {
 
 #[test]
 fn rings_outside_the_memory() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     for shift in [1 << 40, u64::MAX / 2, 30 << 20] {
         let guest = SimGuest::connect(&daemon, Setup::default());
         let mut ring = guest.rings[TX].addresses();

@@ -63,7 +63,7 @@ fn without_descriptors_clients_wait_and_the_others_go_on() {
 
 #[test]
 fn without_descriptors_a_vmm_waits_until_it_can_be_served() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     limit_descriptors(&daemon, 3);
     drop(UnixStream::connect(daemon.vhost_socket()).unwrap());
     eventually("the shortage to be noticed", || {

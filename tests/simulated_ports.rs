@@ -240,7 +240,7 @@ fn a_plain_socket_closes_without_a_guest() {
 
 #[test]
 fn plain_sockets_go_with_the_daemon() {
-    let mut ports = Ports::start(&[]);
+    let ports = Ports::start(&[]);
     assert!(ports.ssh().exists());
     ports.daemon.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(ports.daemon.wait_exit().success());

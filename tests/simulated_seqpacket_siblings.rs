@@ -412,7 +412,7 @@ fn what_was_sent_before_a_close_arrives(kind: Kind) {
         ..setup(5)
     };
     let Pair {
-        mut vms,
+        vms,
         four: End {
             guest: mut four,
             flow: caller,
@@ -510,7 +510,7 @@ fn only_the_connection_that_is_not_read_waits(kind: Kind) {
         ..setup(5)
     };
     let Pair {
-        mut vms,
+        vms,
         four: End {
             guest: mut four,
             flow: caller,

@@ -132,7 +132,7 @@ fn assert_refused(from: &GuestStack, cid: u64, port: u32) {
 
 fn bytes_arrive_in_both_directions_at_once(kind: Kind) {
     let Pair {
-        mut vms,
+        vms,
         four,
         five,
         mut caller,
@@ -310,7 +310,7 @@ fn the_same_address_twice_is_refused(kind: Kind) {
 }
 
 fn a_caller_that_gives_up_leaves_nothing(kind: Kind) {
-    let mut vms = Vms::start(kind, &[4, 5]);
+    let vms = Vms::start(kind, &[4, 5]);
     let (mut four, mut five) = (vms.guest(4), vms.guest(5));
     let (caller, callee) = (flow((4, CALLER), (5, PORT)), flow((5, PORT), (4, CALLER)));
     four.send(&caller.packet(Op::Request));
@@ -443,7 +443,7 @@ fn only_the_connection_that_is_not_read_waits(kind: Kind) {
 }
 
 fn two_hundred_connections_at_once(kind: Kind) {
-    let mut vms = Vms::start(kind, &[4, 5]);
+    let vms = Vms::start(kind, &[4, 5]);
     let (four, five) = (vms.stack(4), vms.stack(5));
     five.listen(PORT);
     let callers = four.connect_many_to(5, PORT, 200).unwrap();

@@ -166,7 +166,7 @@ fn what_is_no_state_is_refused_and_changes_nothing() {
 
 #[test]
 fn a_state_that_never_ends_keeps_no_daemon_from_stopping() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let guest = SimGuest::connect(&daemon, with_events());
     let (reader, _writer) = std::io::pipe().unwrap();
     guest.frontend.transfer_state(1, reader.as_fd());

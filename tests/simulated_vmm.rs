@@ -237,7 +237,7 @@ fn vmms_that_wait_in_a_queue_are_served_one_after_the_other() {
 
 #[test]
 fn a_vmm_that_reads_no_answers_hinders_no_stop() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let frontend = frontend(&daemon, 3);
     frontend.stream().set_nonblocking(true).unwrap();
     let message = [Request::GetFeatures as u32, 1, 0]

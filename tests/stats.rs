@@ -638,7 +638,7 @@ fn the_socket_for_host_programs_is_not_a_stats_socket() {
 
 #[test]
 fn the_socket_for_the_vmm_is_not_a_stats_socket() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     assert_fails(&daemon.vhost_socket(), "not the stats socket");
     // While a VMM is there, the next one waits.
     let mut guest = SimGuest::start(&daemon, Setup::default());

@@ -96,7 +96,7 @@ impl Daemon {
         stderr: impl Into<Stdio>,
         patience: Duration,
     ) -> Self {
-        let mut daemon = Self::spawn(command, &Arc::new(directory), stderr, patience, &[]);
+        let daemon = Self::spawn(command, &Arc::new(directory), stderr, patience, &[]);
         daemon.wait_for_sockets();
         daemon
     }
@@ -272,15 +272,10 @@ impl Daemon {
     }
 
     /// Waits for the daemon to end by itself.
-    pub fn wait_exit(&mut self) -> ExitStatus {
-        self.wait_end()
-    }
-
-    /// The same for a daemon that others use meanwhile.
-    pub fn wait_end(&self) -> ExitStatus {
+    pub fn wait_exit(&self) -> ExitStatus {
         let deadline = Instant::now() + self.patience;
         loop {
-            if let Some(status) = self.process().child.try_wait().unwrap() {
+            if let Some(status) = self.has_ended() {
                 return status;
             }
             assert!(Instant::now() < deadline, "the daemon did not end");
@@ -289,14 +284,14 @@ impl Daemon {
     }
 
     /// How the daemon has ended, if it has.
-    pub fn has_ended(&mut self) -> Option<ExitStatus> {
+    pub fn has_ended(&self) -> Option<ExitStatus> {
         self.process().child.try_wait().unwrap()
     }
 
     /// Goes on as the process of `successor`, which has the same directory. Returns how its own has ended.
     pub fn replace_by(&self, successor: Self) -> ExitStatus {
         std::mem::swap(&mut *self.process(), &mut *successor.process());
-        successor.wait_end()
+        successor.wait_exit()
     }
 
     fn process(&self) -> MutexGuard<'_, Process> {
@@ -304,13 +299,13 @@ impl Daemon {
     }
 
     /// Panics with the log when the daemon is no longer running.
-    pub fn assert_alive(&mut self) {
+    pub fn assert_alive(&self) {
         let status = self.has_ended();
         assert!(status.is_none(), "daemon ended: {status:?}\n{}", self.log());
     }
 
     /// Waits until a daemon that has no guest serves.
-    pub fn wait_for_sockets(&mut self) {
+    pub fn wait_for_sockets(&self) {
         let deadline = Instant::now() + self.patience;
         // Without a guest, clients are closed at once; those of a daemon that lets them wait are for what they write. When
         // that happens, all threads are up.

@@ -90,7 +90,7 @@ impl Service {
         let daemon = match &manager {
             Some(manager) => manager.start(&options),
             None => {
-                let mut daemon = spawn(&directory, &options);
+                let daemon = spawn(&directory, &options);
                 daemon.wait_for_sockets();
                 daemon
             }
@@ -148,7 +148,7 @@ impl Service {
 
     /// Waits until the daemon has made way for this one.
     #[track_caller]
-    pub fn expect_successor(&mut self, mut successor: Daemon) {
+    pub fn expect_successor(&mut self, successor: Daemon) {
         assert_eq!(self.daemon.wait_exit().code(), Some(0), "{}", self.log());
         successor.assert_alive();
         self.daemon = successor;

@@ -102,7 +102,7 @@ impl Manager {
     #[track_caller]
     pub fn start(&self, options: &[String]) -> Daemon {
         let before = self.lock().ready;
-        let mut daemon = self.spawn(options);
+        let daemon = self.spawn(options);
         let deadline = Instant::now() + PATIENCE;
         let mut state = self.lock();
         while state.ready == before {
@@ -168,14 +168,14 @@ impl Manager {
     #[track_caller]
     pub fn stop(&self, daemon: &Daemon) {
         daemon.signal(Signal::SIGTERM);
-        assert_eq!(daemon.wait_end().code(), Some(0), "{}", daemon.log());
+        assert_eq!(daemon.wait_exit().code(), Some(0), "{}", daemon.log());
         self.sync();
     }
 
     /// Kills an instance.
     pub fn kill(&self, daemon: &Daemon) {
         daemon.signal(Signal::SIGKILL);
-        daemon.wait_end();
+        daemon.wait_exit();
         self.sync();
     }
 

@@ -109,7 +109,7 @@ impl Vms {
 
     /// Kills a VM's daemon, as a crash would.
     pub fn kill_daemon(&mut self, cid: u64) {
-        let mut daemon = self.daemons.remove(&self.homes[&cid]).unwrap();
+        let daemon = self.daemons.remove(&self.homes[&cid]).unwrap();
         daemon.signal(Signal::SIGKILL);
         daemon.wait_exit();
     }
@@ -154,8 +154,8 @@ impl Vms {
 
     /// Panics unless all daemons run and do nothing now.
     #[track_caller]
-    pub fn assert_idle(&mut self) {
-        self.daemons.values_mut().for_each(Daemon::assert_alive);
+    pub fn assert_idle(&self) {
+        self.daemons.values().for_each(Daemon::assert_alive);
         Daemon::assert_all_idle(&self.daemons.values().collect::<Vec<_>>());
     }
 }

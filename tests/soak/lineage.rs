@@ -33,7 +33,7 @@ impl Lineage {
                 None
             }
         };
-        let mut daemon = match &manager {
+        let daemon = match &manager {
             Some(manager) => manager.start(&options),
             None => spawn(&directory, &options),
         };

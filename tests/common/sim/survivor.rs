@@ -47,7 +47,7 @@ impl Survivor {
 
     /// Panics unless the daemon runs, serves the next VMM, uses no more resources than in the beginning, and is idle.
     #[track_caller]
-    pub fn assert_unharmed(mut self) {
+    pub fn assert_unharmed(self) {
         self.daemon.assert_alive();
         let mut guest = SimGuest::start(&self.daemon, Setup::default());
         assert_serves(&self.daemon, &mut guest);
