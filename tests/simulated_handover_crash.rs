@@ -16,8 +16,8 @@ use common::siblings::flow;
 use common::sim::guest::{RX, TX};
 use common::sim::host::{
     FLOW, PORT, accept, assert_closed, assert_moves_bytes, assert_serves, connect_for_messages,
-    dial, from_guest, from_host, listen, listen_for_messages, pattern, read_ok, recv_other,
-    write_message,
+    dial, from_guest, from_host, listen, listen_for_messages, pattern, read_exactly, read_ok,
+    recv_other, send_from, write_message,
 };
 use common::sim::packet::NO_SEND;
 use common::sim::ring::{Indirect, Part, wait_readable};
@@ -387,16 +387,8 @@ fn regions_that_came_one_by_one_are_there_after_a_crash() {
     guest.wait_tx_done();
     service.crash();
     let program = from_guest(&service, &mut guest, &FLOW);
-    let bytes = FLOW.rw(b"from a region").bytes();
-    guest.memory.write(regions[3].guest_addr, &bytes);
-    let part = Part {
-        addr: regions[3].guest_addr,
-        len: bytes.len() as u32,
-        write: false,
-    };
-    guest.send_chain(&[part], Indirect::No);
-    let got = common::sim::host::read_exactly(&program, 13);
-    assert_eq!(got, b"from a region");
+    send_from(&mut guest, 3, &FLOW, b"from a region");
+    assert_eq!(read_exactly(&program, 13), b"from a region");
     guest.frontend.add_mem_reg(&regions[2]);
     guest.frontend.rem_mem_reg(&regions[3]);
     guest.frontend.features();

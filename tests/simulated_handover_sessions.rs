@@ -11,7 +11,7 @@ use common::handover::{Service, Way};
 use common::sim::guest::{RX, TX};
 use common::sim::host::{
     FLOW, assert_closed, assert_moves_bytes, assert_same, assert_serves, from_guest, from_host,
-    recv_bytes,
+    read_exactly, recv_bytes, send_from,
 };
 use common::sim::ring::{Indirect, Part, feature};
 use common::sim::vhost_user::{Frontend, Request};
@@ -280,17 +280,9 @@ fn regions_go_on_and_change(way: Way) {
         assert_moves_bytes(&mut guest, &program, &FLOW);
         // The device reads from all that it had, and from those that come later.
         guest.frontend.add_mem_reg(&regions[4]);
-        for region in &regions[2..] {
-            let bytes = FLOW.rw(b"from a region").bytes();
-            guest.memory.write(region.guest_addr, &bytes);
-            let part = Part {
-                addr: region.guest_addr,
-                len: bytes.len() as u32,
-                write: false,
-            };
-            guest.send_chain(&[part], Indirect::No);
-            let got = common::sim::host::read_exactly(&program, 13);
-            assert_eq!(got, b"from a region");
+        for region in 2..regions.len() {
+            send_from(&mut guest, region, &FLOW, b"from a region");
+            assert_eq!(read_exactly(&program, 13), b"from a region");
         }
         // A region of the predecessor's is known, and twice is once too often.
         guest.frontend.rem_mem_reg(&regions[2]);

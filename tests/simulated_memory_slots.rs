@@ -12,11 +12,10 @@ use common::daemon::{Daemon, PATIENCE};
 use common::sim::guest::{RX, TX};
 use common::sim::host::{
     FLOW, assert_moves_bytes, assert_same, assert_serves, from_guest, pattern, read_exactly,
-    recv_bytes,
+    recv_bytes, send_from,
 };
 use common::sim::memory::Region;
-use common::sim::packet::HEADER_LEN;
-use common::sim::ring::{Indirect, Part};
+use common::sim::ring::Part;
 use common::sim::vhost_user::{Frontend, Request, protocol};
 use common::sim::{Flow, Setup, SimGuest, Survivor};
 
@@ -65,23 +64,6 @@ fn changed(region: &Region, change: impl FnOnce(&mut Region)) -> Region {
     let mut changed = another(region, region.fd.try_clone().unwrap());
     change(&mut changed);
     changed
-}
-
-/// Sends a packet from a region, and waits for its buffers to come back.
-fn send_from(guest: &mut SimGuest, region: usize, flow: &Flow, payload: &[u8]) {
-    let addr = guest.memory.regions()[region].guest_addr + 100;
-    guest.memory.write(addr, &flow.rw(payload).bytes());
-    let part = |addr, len: usize| Part {
-        addr,
-        len: len as u32,
-        write: false,
-    };
-    let parts = [
-        part(addr, HEADER_LEN),
-        part(addr + HEADER_LEN as u64, payload.len()),
-    ];
-    guest.send_chain(&parts, Indirect::No);
-    guest.wait_tx_done();
 }
 
 /// Receives bytes of `stream` in a buffer in a region. No other buffer may be posted.

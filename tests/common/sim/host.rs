@@ -14,7 +14,8 @@ use nix::sys::socket::{
 };
 
 use super::guest::SimGuest;
-use super::packet::{EOM, Flow, HOST_CID, Op, Packet, STREAM};
+use super::packet::{EOM, Flow, HEADER_LEN, HOST_CID, Op, Packet, STREAM};
+use super::ring::{Indirect, Part};
 use super::setup::Setup;
 use crate::common::daemon::{Daemon, GUEST_CID, PATIENCE};
 
@@ -186,6 +187,24 @@ pub fn recv_bytes(guest: &mut SimGuest, flow: &Flow, len: usize) -> Vec<u8> {
         }
     }
     got
+}
+
+/// Sends a packet from the region of this index, and waits for its buffers to come back.
+#[track_caller]
+pub fn send_from(guest: &mut SimGuest, region: usize, flow: &Flow, payload: &[u8]) {
+    let addr = guest.memory.regions()[region].guest_addr + 100;
+    guest.memory.write(addr, &flow.rw(payload).bytes());
+    let part = |addr, len: usize| Part {
+        addr,
+        len: len as u32,
+        write: false,
+    };
+    let parts = [
+        part(addr, HEADER_LEN),
+        part(addr + HEADER_LEN as u64, payload.len()),
+    ];
+    guest.send_chain(&parts, Indirect::No);
+    guest.wait_tx_done();
 }
 
 /// Sends bytes within credit until the connection stalls, since the host program does not read.
