@@ -3,41 +3,8 @@
 # Lines that begin with "guest |" come from the guest's console. Everything that is started here is stopped here.
 set -eu
 
-project=$(cd "$(dirname "$0")/.." && pwd)
-guests=$(realpath "${VSOCK_GUESTS:-$project/target/guests}")
-daemon=$project/target/release/vhost-user-vsock
-work=$(mktemp -d)
-transcript=$work/transcript
-pids=()
-
-stop() {
-    for pid in "${pids[@]}"; do
-        kill "$pid" 2>/dev/null || true
-    done
-    wait
-    rm -rf "$work"
-}
-trap stop EXIT
-
-host() {
-    echo "host\$ $*"
-}
-
-# Prints what comes in, line by line, with the word $1 in front.
-as() {
-    sed -u "s/^/$1 | /; s/\r$//" | tee -a "$transcript"
-}
-
-# Runs "$@" until it succeeds, for at most a minute.
-patiently() {
-    local tries
-    for tries in $(seq 120); do
-        "$@" && return 0
-        sleep 0.5
-    done
-    echo "demo: gave up after $tries tries of: $*" >&2
-    exit 1
-}
+# shellcheck source=scene.sh
+. "$(dirname "$0")/scene.sh"
 
 start_daemon() {
     local options=(--guest-cid=4 --uds-path=vm4.vsock --socket=vhost4.socket --wait-for-guest=120)
@@ -48,7 +15,7 @@ start_daemon() {
 }
 
 start_guest() {
-    local kernel=$guests/linux-demo initramfs=$guests/initramfs-demo vsock
+    local initramfs=$guests/initramfs-demo vsock
     "$project/tests/guest/make-initramfs.sh" "$kernel" "$initramfs" demo
     vsock=(-object memory-backend-memfd,id=mem0,size=512M,share=on -machine q35,memory-backend=mem0
         -chardev "socket,id=char0,reconnect=0,path=vhost4.socket"
@@ -89,7 +56,7 @@ sleep 0.2
 
 for line in "guest | hello from the host" "host | hello from the guest" \
     "guest | hello again from the host" "host | hello again from the guest"; do
-    grep -qxF "$line" "$transcript" || { echo "demo: missing: $line" >&2; exit 1; }
+    grep -qxF "$line" transcript || { echo "demo: missing: $line" >&2; exit 1; }
 done
 [ ! -e vm4.vsock ] || { echo "demo: the daemon left its socket" >&2; exit 1; }
 echo "Both directions worked, and everything was stopped."

@@ -8,40 +8,8 @@
 set -eu
 
 scene=${1:?two-guests or upgrade}
-project=$(cd "$(dirname "$0")/.." && pwd)
-guests=$(realpath "${VSOCK_GUESTS:-$project/target/guests}")
-daemon=$project/target/release/vhost-user-vsock
-kernel=$guests/linux-demo
-work=$(mktemp -d)
-pids=()
-
-stop() {
-    for pid in "${pids[@]}"; do
-        kill "$pid" 2>/dev/null || true
-    done
-    wait
-    rm -rf "$work"
-}
-trap stop EXIT
-
-host() {
-    echo "host\$ $*"
-}
-
-# Prints what comes in, line by line, with the words $1 in front.
-as() {
-    sed -u "s/^/$1 | /; s/\r$//"
-}
-
-# Runs "$@" until it succeeds, for at most a minute.
-patiently() {
-    for _ in $(seq 300); do
-        "$@" && return 0
-        sleep 0.2
-    done
-    echo "record: gave up: $*" >&2
-    exit 1
-}
+# shellcheck source=scene.sh
+. "$(dirname "$0")/scene.sh"
 
 # The demo's root with another script in its place: the kernel unpacks one archive over the other.
 make_root() {
@@ -70,7 +38,7 @@ start_guest() {
     qemu-system-x86_64 -accel tcg -cpu max,la57=off -smp 1 -m 256M -nodefaults -display none -no-reboot \
         -kernel "$kernel"/boot/vmlinuz-* -initrd initramfs \
         -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr demo=yes scene=$scene cid=$cid" \
-        "${vsock[@]}" -serial stdio </dev/null > >(as "$1" | tee -a transcript) &
+        "${vsock[@]}" -serial stdio </dev/null > >(as "$1") &
     pids+=("$!")
 }
 
@@ -94,7 +62,7 @@ upgrade() {
     # As a terminal at which nobody types.
     mkfifo keyboard
     exec 3<>keyboard
-    "$daemon" connect --wait=60 vm4.vsock 1234 <keyboard > >(as host | tee -a transcript) &
+    "$daemon" connect --wait=60 vm4.vsock 1234 <keyboard > >(as host) &
     local client=$!
     pids+=("$client")
     patiently has_line 'host | line 2'
