@@ -89,14 +89,16 @@ test:
 	@tests/install-guests.sh tests
 	cargo test --profile tests --locked
 
-# Compares the daemon with vhost-device-vsock 0.3.0, on a machine that does nothing else. BENCH takes more options.
+# Compares the daemon with vhost-device-vsock 0.3.0, as it is and with this daemon's buffer and QEMU's ring, on a machine that does
+# nothing else. BENCH takes more options.
 bench:
 	@tests/check-rust.sh tests
 	@tests/install-guests.sh bench
 	$(MAKE) build
 	test -x $(rival)/bin/vhost-device-vsock || cargo install vhost-device-vsock --version 0.3.0 --root $(rival)
-	cargo bench --locked --bench vsock -- --binary ours=target/release/vhost-user-vsock \
-		--binary existing=$(rival)/bin/vhost-device-vsock \
+	cargo bench --locked --bench vsock -- --binary vhost-user-vsock=target/release/vhost-user-vsock \
+		--binary 'vhost-device-vsock, tuned=$(rival)/bin/vhost-device-vsock,--tx-buffer-size=262144,--queue-size=256' \
+		--binary vhost-device-vsock=$(rival)/bin/vhost-device-vsock \
 		--json target/benchmark.json --svg docs/benchmark.svg $(BENCH)
 
 # Lets a simulated and a real guest do all that guests do, at random, for SOAK_SECONDS. SOAK_SEED repeats a run. The first
