@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use common::daemon::eventually;
-use common::handover::{Service, Way};
+use common::handover::{Service, Way, take_descriptors};
 use common::manager::is_parcel;
 use common::sim::host::{
     FLOW, PORT, accept, assert_closed, assert_moves_bytes, assert_serves, connect, from_guest,
@@ -73,6 +73,16 @@ fn few_descriptors_are_stored_for_many() {
     for (stream, flow) in &streams {
         assert_moves_bytes(&mut guest, stream, flow);
     }
+}
+
+#[test]
+fn a_daemon_that_is_out_of_descriptors_hands_over() {
+    let (mut service, mut guest, program) = device();
+    let _clients = take_descriptors(&service);
+    service.stop();
+    service.start_again();
+    assert_moves_bytes(&mut guest, &program, &FLOW);
+    assert_serves(&service, &mut guest);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use common::daemon::{Daemon, PATIENCE, binary, eventually, program};
-use common::handover::{Service, Way};
+use common::handover::{Service, Way, take_descriptors};
 use common::manager::append_to_log;
 use common::sim::host::{
     FLOW, accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, connect,
@@ -302,6 +302,22 @@ fn a_daemon_that_hands_over_stops_on_a_signal() {
 }
 
 // --- Real successors.
+
+#[test]
+fn a_daemon_that_is_out_of_descriptors_lets_its_successor_wait() {
+    let mut busy = Busy::start();
+    let clients = take_descriptors(&busy.service);
+    let successor = busy.service.spawn_successor();
+    eventually("the daemon says so", || {
+        busy.service
+            .log()
+            .contains("nothing is handed over to a process")
+    });
+    busy.service.assert_idle();
+    drop(clients);
+    busy.service.expect_successor(successor);
+    busy.assert_complete();
+}
 
 #[test]
 fn of_several_successors_one_serves_in_the_end() {

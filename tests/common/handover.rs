@@ -245,6 +245,18 @@ impl Service {
     }
 }
 
+/// Takes all descriptors that the daemon may have, with host programs that say nothing.
+#[track_caller]
+pub fn take_descriptors(service: &Service) -> Vec<UnixStream> {
+    let few = service.open_descriptors() + 10;
+    service.set_limit("nofile", few);
+    let clients = (0..50).map(|_| connect(&service.uds_path())).collect();
+    eventually("the daemon is out of descriptors", || {
+        service.log().contains("clients must wait")
+    });
+    clients
+}
+
 /// Starts a daemon in a directory, without a service manager.
 pub fn spawn(directory: &Arc<TempDir>, options: &[String]) -> Daemon {
     let mut command = program();

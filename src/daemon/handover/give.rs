@@ -1,13 +1,15 @@
 //! The predecessor's side: VMs are parked, saved and sent, and this process ends without a word to anybody.
 
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
+use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Uid, geteuid};
 
@@ -16,17 +18,21 @@ use super::path::Successor;
 use super::{ProcessState, VERSION, store};
 use crate::config::{ProcessConfig, SocketAccess};
 use crate::daemon::service::ServiceManager;
+use crate::daemon::threads::wait_for;
 use crate::daemon::vm::{Vm, VmState};
 use crate::host::listener::{ListenerError, LoadedListeners, SocketFile};
 use crate::host::siblings::{CallState, Siblings};
+use crate::log_limit::LogLimit;
 use crate::packet::header::PacketType;
 use crate::saved::Saver;
 
 /// How long all VMs together may take to be parked. A stop takes a second.
 const PARK_TIME: Duration = Duration::from_millis(500);
 
+/// How long no successor is accepted after an error, in milliseconds.
+const ACCEPT_PAUSE: u16 = 100;
+
 /// What a daemon has that can hand its VMs over.
-#[derive(Debug)]
 pub(in crate::daemon) struct HandOver {
     manager: ServiceManager,
     /// That of `--handover-path`.
@@ -35,6 +41,9 @@ pub(in crate::daemon) struct HandOver {
     state: File,
     /// Whose process this is.
     user: Uid,
+    /// Given up for the socket pair of a parcel: host programs may have taken all other descriptors.
+    spare: Cell<Option<(OwnedFd, OwnedFd)>>,
+    accept_log: RefCell<LogLimit>,
 }
 
 /// What a process has beside the VMs.
@@ -90,6 +99,8 @@ impl HandOver {
             socket: path.map(bind).transpose()?,
             state,
             user: geteuid(),
+            spare: Cell::new(parcels::pair().ok()),
+            accept_log: RefCell::default(),
         }))
     }
 
@@ -113,6 +124,7 @@ impl HandOver {
             Ok(())
         };
         let store = |parcels: Vec<Parcel<'_>>| {
+            self.spare.take();
             let stored = store::store(&self.manager, parcels);
             stored.map_err(|error| format!("the service manager does not take it: {error}"))
         };
@@ -138,7 +150,12 @@ impl HandOver {
         let successor = match Successor::accept(self.socket()?, self.user, stop) {
             Ok(successor) => successor?,
             Err(error) => {
-                warn!("nothing is handed over to a process that asks for it: {error}");
+                let warn =
+                    || warn!("nothing is handed over to a process that asks for it: {error}");
+                self.accept_log.borrow_mut().log(warn);
+                // Out of descriptors, for example: it waits in the backlog, and is not asked for all the time.
+                let pause = PollTimeout::from(ACCEPT_PAUSE);
+                let _ = wait_for(&[(stop, PollFlags::POLLIN)], pause);
                 return None;
             }
         };
