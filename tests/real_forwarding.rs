@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep, spawn};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, GUEST_CID, PATIENCE, binary, eventually};
 use common::siblings::{Kind, Vms};
@@ -152,6 +152,8 @@ impl Forwarding {
             .spawn()
             .unwrap();
         let forwarding = Self { child, directory };
+        // The log's thread starts last: all that the daemon holds is there from now on.
+        eventually("the daemon has written to its log", || !forwarding.log().is_empty());
         let vmm = connect_soon(&socket);
         (forwarding, SimGuest::start_over(vmm, setup))
     }
@@ -164,6 +166,17 @@ impl Forwarding {
     fn holds(&self) -> [usize; 2] {
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id()));
         [self.descriptors(), threads.unwrap().count()]
+    }
+
+    /// Waits until it holds so many of both.
+    #[track_caller]
+    fn wait_until_it_holds(&self, expected: [usize; 2]) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.holds() != expected {
+            let holds = self.holds();
+            assert!(Instant::now() < deadline, "{holds:?}, not {expected:?}");
+            sleep(Duration::from_millis(5));
+        }
     }
 
     /// The number of its open descriptors.

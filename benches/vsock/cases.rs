@@ -49,8 +49,8 @@ pub enum Kind {
     Echo(usize),
     /// So many connections without traffic.
     Idle(usize),
-    /// Streams of a real guest.
-    Uml(uml::Stream),
+    /// Traffic of a real guest.
+    Uml(uml::Traffic),
     /// So many connections, one after another but for a few at the same time.
     Short(usize),
     /// Streams in both directions, alone and both at once.
@@ -158,14 +158,16 @@ impl Kind {
     /// The key of the main result.
     pub fn headline(self) -> &'static str {
         match self {
-            Self::Streams { .. } | Self::Messages { .. } | Self::Siblings { .. } | Self::Uml(_) => {
-                key::MIB_PER_S
-            }
+            Self::Streams { .. }
+            | Self::Messages { .. }
+            | Self::Siblings { .. }
+            | Self::Uml(uml::Traffic::Streams { .. }) => key::MIB_PER_S,
             Self::Flooded { measured, .. } if measured.is_stream() => key::MIB_PER_S,
             Self::Flooded { .. } => key::P99_US,
-            Self::RequestResponse | Self::MessageRoundTrip | Self::SiblingRoundTrip(_) => {
-                key::P50_US
-            }
+            Self::RequestResponse
+            | Self::MessageRoundTrip
+            | Self::SiblingRoundTrip(_)
+            | Self::Uml(uml::Traffic::RequestResponse) => key::P50_US,
             Self::Connect | Self::Short(_) | Self::Echo(_) => key::OPS_PER_S,
             Self::Growth(_) => key::US_PER_OP,
             Self::Fairness { .. } => key::KEPT,
@@ -249,7 +251,7 @@ impl Kind {
     fn run_one(self, daemon: Daemon, timing: &Timing, syscalls: bool) -> Result<Sample, Failure> {
         match self {
             Self::StartUp => Ok(idle::start_up(&daemon)?),
-            Self::Uml(stream) => Ok(stream.run(daemon, timing, syscalls)?),
+            Self::Uml(traffic) => Ok(traffic.run(daemon, timing, syscalls)?),
             _ => {
                 let session = Session::begin(daemon, self.socket_type())?;
                 Ok(self.run_simulated(session, timing, syscalls)?)

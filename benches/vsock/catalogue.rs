@@ -42,7 +42,8 @@ const fn other(name: &'static str, kind: Kind, limit: Option<Limit>) -> Case {
 }
 
 const fn real(name: &'static str, direction: Direction, write: usize) -> Case {
-    other(name, Kind::Uml(uml::Stream { direction, write }), None)
+    let traffic = uml::Traffic::Streams { direction, write };
+    other(name, Kind::Uml(traffic), None)
 }
 
 const fn fairness(name: &'static str, guests: Guests, write: usize) -> Case {
@@ -158,6 +159,11 @@ pub const CASES: &[Case] = &[
         "Linux guest, both directions 64 KiB",
         Direction::Both,
         64 << 10,
+    ),
+    other(
+        "Linux guest, round trip 64 B",
+        Kind::Uml(uml::Traffic::RequestResponse),
+        None,
     ),
     fairness(
         "each direction beside the other, 64 KiB",

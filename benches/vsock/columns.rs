@@ -17,11 +17,12 @@ pub fn columns(kind: Kind) -> &'static [Column] {
         } => BOTH_DIRECTIONS,
         Kind::Streams { .. } | Kind::Siblings { .. } => STREAM,
         Kind::Messages { .. } => MESSAGES,
-        Kind::Uml(uml::Stream {
+        Kind::Uml(uml::Traffic::Streams {
             direction: Direction::Both,
             ..
         }) => REAL_BOTH_DIRECTIONS,
-        Kind::Uml(_) => REAL_STREAM,
+        Kind::Uml(uml::Traffic::Streams { .. }) => REAL_STREAM,
+        Kind::Uml(uml::Traffic::RequestResponse) => REAL_REQUEST_RESPONSE,
         Kind::RequestResponse | Kind::MessageRoundTrip | Kind::SiblingRoundTrip(_) => {
             REQUEST_RESPONSE
         }
@@ -81,6 +82,13 @@ const REQUEST_RESPONSE: &[Column] = &[
     (key::OTHERS_CPU_US_PER_OP, "others us", false),
     (key::KICKS_PER_OP, "kicks", false),
     (key::INTERRUPTS_PER_OP, "irqs", false),
+    (key::SYSCALLS_PER_OP, "syscalls", false),
+];
+
+const REAL_REQUEST_RESPONSE: &[Column] = &[
+    (key::P50_US, "p50 us (min-max)", true),
+    (key::P99_US, "p99 us", true),
+    (key::CPU_US_PER_OP, "CPU us", true),
     (key::SYSCALLS_PER_OP, "syscalls", false),
 ];
 

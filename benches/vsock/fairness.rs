@@ -17,7 +17,7 @@ pub fn run(
     let measure = |direction| {
         match guests {
             Guests::Simulated => Kind::Streams { direction, write },
-            Guests::Linux => Kind::Uml(uml::Stream { direction, write }),
+            Guests::Linux => Kind::Uml(uml::Traffic::Streams { direction, write }),
         }
         .run(binary, timing, false)
     };

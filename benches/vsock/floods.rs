@@ -99,7 +99,7 @@ pub fn run(
             })
         }
         Measured::Echo => beside(session, Echo::default(), flood, timing, move |shared| {
-            host::request_echoes(&path, shared)
+            host::connect_and_request_echoes(&path, shared)
         }),
         Measured::Connect => beside(session, Echo::default(), flood, timing, move |shared| {
             host::reconnect(&path, shared)

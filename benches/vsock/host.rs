@@ -101,10 +101,15 @@ pub fn answer(listener: &UnixListener, shared: &Shared) -> Result<(), String> {
     Ok(())
 }
 
-/// Sends requests on one connection and waits for each echo until the run is over. Returns how long the operations of the
+/// Connects to the guest, and exchanges requests for echoes on the connection.
+pub fn connect_and_request_echoes(uds_path: &Path, shared: &Shared) -> Result<Vec<u64>, String> {
+    let stream = connect(uds_path, GUEST_PORT).map_err(text)?;
+    request_echoes(stream, shared)
+}
+
+/// Sends requests on a connection and waits for each echo until the run is over. Returns how long the operations of the
 /// measured window took, in nanoseconds.
-pub fn request_echoes(uds_path: &Path, shared: &Shared) -> Result<Vec<u64>, String> {
-    let mut stream = connect(uds_path, GUEST_PORT).map_err(text)?;
+pub fn request_echoes(mut stream: UnixStream, shared: &Shared) -> Result<Vec<u64>, String> {
     stream.set_read_timeout(Some(ANSWER_CHECK)).map_err(text)?;
     let mut number = 0_u64;
     repeat(shared, || {

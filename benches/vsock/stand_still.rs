@@ -52,7 +52,7 @@ pub fn run(
         Measured::Stream => {
             host::accept(&listener, shared)?.map_or(Ok(()), |stream| drain(stream, shared))
         }
-        Measured::RoundTrip => host::request_echoes(&path, shared).map(drop),
+        Measured::RoundTrip => host::connect_and_request_echoes(&path, shared).map(drop),
     });
     let pauses = hand_overs(&mut session.probe(), timing);
     let idle_work = idle.iter_mut().try_for_each(echo);

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -18,10 +18,11 @@ use crate::common::uml_proxy;
 use crate::daemon::Daemon;
 use crate::guest::GUEST_PORT;
 use crate::host::{self, HOST_PORT};
-use crate::measure::{Probe, Sample, Timing, key};
+use crate::measure::{Probe, Sample, Timing, key, percentiles};
+use crate::pattern::REQUEST_LEN;
 use crate::ring::Notifications;
 use crate::shared::{Counts, Shared};
-use crate::threads::{join_all, spawn};
+use crate::threads::{Running, join, spawn};
 use crate::traffic::Direction;
 
 /// The kernel, a program.
@@ -36,6 +37,16 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often a host program tries to connect meanwhile.
 const BOOT_CHECK: Duration = Duration::from_millis(20);
 
+/// Results that are known without a look into the guest.
+const KNOWN: [&str; 6] = [
+    key::MIB_PER_S,
+    key::OPS_PER_S,
+    key::CPU_S_PER_GIB,
+    key::CPU_US_PER_OP,
+    key::SYSCALLS_PER_MIB,
+    key::SYSCALLS_PER_OP,
+];
+
 /// What is missing for a real guest, as text for the user.
 pub fn missing() -> Option<&'static str> {
     if !Path::new(KERNEL).exists() || !Path::new(MODULES).exists() {
@@ -49,16 +60,21 @@ pub fn missing() -> Option<&'static str> {
         .then_some("there is no C compiler (Debian's gcc)")
 }
 
-/// Streams of a real guest.
+/// What a real guest does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stream {
-    /// Where they lead.
-    pub direction: Direction,
-    /// Bytes per write.
-    pub write: usize,
+pub enum Traffic {
+    /// Streams, in writes of `write` bytes.
+    Streams {
+        /// Where they lead.
+        direction: Direction,
+        /// Bytes per write.
+        write: usize,
+    },
+    /// A host program exchanges a request and a response with a program of the guest, again and again.
+    RequestResponse,
 }
 
-impl Stream {
+impl Traffic {
     /// Boots a guest, measures, and kills it.
     pub fn run(
         self,
@@ -67,21 +83,7 @@ impl Stream {
         syscalls: bool,
     ) -> Result<Sample, String> {
         let shared = Arc::new(Shared::default());
-        let write = self.write;
-        let uds_path = daemon.uds_path();
-        let mut hosts = Vec::new();
-        if self.direction != Direction::ToGuest {
-            let listener = UnixListener::bind(daemon.host_port_path(HOST_PORT));
-            let listener = listener.map_err(|error| error.to_string())?;
-            hosts.push(spawn(&shared, move |shared| {
-                host::accept_and_drain(&listener, write, shared)
-            }));
-        }
-        if self.direction != Direction::ToHost {
-            hosts.push(spawn(&shared, move |shared| {
-                connect_and_fill(&uds_path, write, shared)
-            }));
-        }
+        let hosts = self.spawn_hosts(&daemon, &shared)?;
         let guest = Uml::boot(&daemon, self).map_err(|error| format!("UML: {error}"))?;
         let notifications = Notifications::default();
         let mut probe = Probe {
@@ -90,39 +92,104 @@ impl Stream {
             notifications: &notifications,
             timeout: BOOT_TIMEOUT,
         };
-        let begun = match self.direction {
-            Direction::Both => probe.wait_for(Counts::moved_both_ways),
+        let begun = match self {
+            Self::Streams {
+                direction: Direction::Both,
+                ..
+            } => probe.wait_for(Counts::moved_both_ways),
             _ => Ok(()),
         };
         let window = begun.and_then(|()| probe.window(timing, syscalls));
         shared.end();
         drop(guest);
         daemon.kill();
-        join_all(hosts)?;
+        let mut latencies = Vec::new();
+        for host in hosts {
+            latencies.extend(join(host)?.unwrap_or_default());
+        }
         let window = window?;
-        let mut sample = window.per_byte()?;
+        let mut sample = match self {
+            Self::Streams { .. } => window.per_byte()?,
+            Self::RequestResponse => window.per_op()?,
+        };
         // The rest is known of the simulated guest alone.
-        let known = [key::MIB_PER_S, key::CPU_S_PER_GIB, key::SYSCALLS_PER_MIB];
-        sample.retain(|key, _| known.contains(key));
-        if self.direction == Direction::Both {
-            sample.extend(window.per_direction());
+        sample.retain(|key, _| KNOWN.contains(key));
+        match self {
+            Self::RequestResponse => sample.extend(percentiles(&mut latencies)),
+            Self::Streams {
+                direction: Direction::Both,
+                ..
+            } => sample.extend(window.per_direction()),
+            Self::Streams { .. } => {}
         }
         Ok(sample)
+    }
+
+    /// Starts the host programs. They return how long operations took, in nanoseconds.
+    fn spawn_hosts(
+        self,
+        daemon: &Daemon,
+        shared: &Arc<Shared>,
+    ) -> Result<Vec<Running<Vec<u64>>>, String> {
+        let uds_path = daemon.uds_path();
+        let Self::Streams { direction, write } = self else {
+            return Ok(vec![spawn(
+                shared,
+                move |shared| match connect_when_booted(&uds_path, shared)? {
+                    Some(stream) => host::request_echoes(stream, shared),
+                    None => Ok(Vec::new()),
+                },
+            )]);
+        };
+        let mut hosts = Vec::new();
+        if direction != Direction::ToGuest {
+            let listener = UnixListener::bind(daemon.host_port_path(HOST_PORT));
+            let listener = listener.map_err(|error| error.to_string())?;
+            hosts.push(spawn(shared, move |shared| {
+                host::accept_and_drain(&listener, write, shared).map(|()| Vec::new())
+            }));
+        }
+        if direction != Direction::ToHost {
+            hosts.push(spawn(shared, move |shared| {
+                connect_and_fill(&uds_path, write, shared).map(|()| Vec::new())
+            }));
+        }
+        Ok(hosts)
+    }
+
+    /// What the guest's program is told: what to do, and with how many bytes at a time.
+    fn arguments(self) -> (&'static str, usize) {
+        match self {
+            Self::Streams { direction, write } => match direction {
+                Direction::ToHost => ("send", write),
+                Direction::ToGuest => ("take", write),
+                Direction::Both => ("both", write),
+            },
+            Self::RequestResponse => ("echo", REQUEST_LEN),
+        }
     }
 }
 
 /// Writes a stream into the guest as soon as it listens. Counts what was written, since the guest can't report what it
 /// has read.
 fn connect_and_fill(uds_path: &Path, write: usize, shared: &Shared) -> Result<(), String> {
+    match connect_when_booted(uds_path, shared)? {
+        Some(stream) => host::fill(stream, write, shared, |len| shared.add_to_guest(len)),
+        None => Ok(()),
+    }
+}
+
+/// Connects to the guest as soon as it listens; None when the run is over.
+fn connect_when_booted(uds_path: &Path, shared: &Shared) -> Result<Option<UnixStream>, String> {
     let begin = Instant::now();
     while !shared.stopped() {
         match host::connect(uds_path, GUEST_PORT) {
-            Ok(stream) => return host::fill(stream, write, shared, |len| shared.add_to_guest(len)),
+            Ok(stream) => return Ok(Some(stream)),
             Err(error) if begin.elapsed() > BOOT_TIMEOUT => return Err(error.to_string()),
             Err(_) => sleep(BOOT_CHECK),
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// A running guest. It is killed when this is dropped.
@@ -133,7 +200,7 @@ struct Uml {
 }
 
 impl Uml {
-    fn boot(daemon: &Daemon, stream: Stream) -> io::Result<Self> {
+    fn boot(daemon: &Daemon, traffic: Traffic) -> io::Result<Self> {
         let sources = Path::new(env!("CARGO_MANIFEST_DIR"));
         let directory = TempDir::with_prefix("vsock-bench-uml-")?;
         let program = directory.path().join("stream");
@@ -145,11 +212,7 @@ impl Uml {
         compile(&["-shared", "-fPIC"], &shim_source, &shim)?;
         let socket = directory.path().join("vhost");
         uml_proxy::start(&socket, &daemon.vhost_socket());
-        let mode = match stream.direction {
-            Direction::ToHost => "send",
-            Direction::ToGuest => "take",
-            Direction::Both => "both",
-        };
+        let (mode, size) = traffic.arguments();
         let init = sources.join("benches/vsock/uml/init.sh");
         let kernel = Command::new(KERNEL)
             .args([
@@ -167,7 +230,7 @@ impl Uml {
             .arg(format!("STREAM_MODE={mode}"))
             .arg(format!("STREAM_HOST_PORT={HOST_PORT}"))
             .arg(format!("STREAM_GUEST_PORT={GUEST_PORT}"))
-            .arg(format!("STREAM_SIZE={}", stream.write))
+            .arg(format!("STREAM_SIZE={size}"))
             .env("LD_PRELOAD", shim)
             .process_group(0)
             .stdin(Stdio::null())

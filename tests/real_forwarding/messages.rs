@@ -1,7 +1,6 @@
 //! Messages: SOCK_SEQPACKET.
 
 use std::os::fd::AsRawFd;
-use std::time::Instant;
 
 use nix::sys::socket::{Shutdown as Direction, shutdown};
 
@@ -152,7 +151,7 @@ fn refusals_carry_the_type_and_the_address_that_was_dialled() {
             guest.recv().assert_is(Op::Rst, &flow);
         }
     }
-    eventually("all is closed", || daemon.holds() == before);
+    daemon.wait_until_it_holds(before);
 }
 
 #[test]
@@ -207,7 +206,7 @@ fn either_end_may_stop() {
     guest.send(&to_host.packet(Op::Rst));
     assert_closed(&program);
     drop(program);
-    eventually("all is closed", || daemon.holds() == before);
+    daemon.wait_until_it_holds(before);
 }
 
 #[test]
@@ -243,7 +242,7 @@ fn a_close_comes_behind_the_last_message() {
     }
     assert_closed(&program);
     drop(program);
-    eventually("all is closed", || daemon.holds() == before);
+    daemon.wait_until_it_holds(before);
 }
 
 /// The kernel takes as much of a message as there is room for, if the daemon lets it.
@@ -324,7 +323,7 @@ fn there_are_so_many_and_no_more() {
     }
     guest.send(&refused.packet(Op::Rst));
     drop(listener);
-    eventually("all is closed", || daemon.holds() == before);
+    daemon.wait_until_it_holds(before);
 }
 
 #[test]

@@ -2,6 +2,7 @@
  *
  * stream send HOST_PORT GUEST_PORT SIZE   connects to HOST_PORT of the host and writes for ever
  * stream take HOST_PORT GUEST_PORT SIZE   listens on GUEST_PORT, and reads what the host writes SIZE bytes at a time
+ * stream echo HOST_PORT GUEST_PORT SIZE   listens on GUEST_PORT, and returns what comes, SIZE bytes at a time
  * stream both HOST_PORT GUEST_PORT SIZE   is two programs, one of which sends, while the other takes
  *
  * The marks are those of pattern.rs: every STEP bytes, or every SIZE bytes where that is less, the stream's offset. */
@@ -64,6 +65,16 @@ static void take_stream(int fd, size_t step)
     }
 }
 
+static void echo(int fd, size_t size)
+{
+    for (;;) {
+        if (recv(fd, buffer, size, MSG_WAITALL) != (ssize_t)size)
+            fail("recv");
+        if (send(fd, buffer, size, MSG_NOSIGNAL) != (ssize_t)size)
+            fail("send");
+    }
+}
+
 static struct sockaddr_vm address(unsigned int cid, const char *port)
 {
     struct sockaddr_vm address = {
@@ -110,6 +121,8 @@ int main(int argc, char **argv)
     size_t size = strtoul(argv[4], NULL, 10);
     if (size == 0 || size > sizeof(buffer))
         return 2;
+    if (strcmp(argv[1], "echo") == 0)
+        echo(accept_from_host(argv[3]), size);
     size_t step = size < STEP ? size : STEP;
     int sends = strcmp(argv[1], "send") == 0;
     if (strcmp(argv[1], "both") == 0) {
