@@ -34,6 +34,8 @@ impl Registry for NoEvents {
     fn register(&self, _socket: BorrowedFd<'_>, _source: EventSource) -> io::Result<()> {
         Ok(())
     }
+
+    fn watch_room(&self, _socket: BorrowedFd<'_>, _source: EventSource, _watch: bool) {}
 }
 
 /// The size of the rings these chains are from.

@@ -13,6 +13,7 @@
 //! pending       packets for the guest, by kind                event_source       what an epoll event belongs to
 //! resets        RSTs for the guest                             siblings           how other guests come into the table
 //! journal       the ports, for the daemon after a crash        saved              how all of it goes to another process
+//! room          which sockets are watched for room
 //! ```
 
 mod clients;
@@ -24,6 +25,7 @@ pub mod journal;
 mod opening;
 mod pending;
 mod resets;
+mod room;
 pub mod saved;
 mod siblings;
 mod slot_list;
@@ -47,6 +49,7 @@ use journal::Journal;
 use pending::Pending;
 pub use pending::RxSource;
 use resets::Held;
+use room::{MAX_IN_VAIN, Unwatched};
 use slot_list::SlotList;
 
 use crate::config::VmConfig;
@@ -64,10 +67,14 @@ use crate::vsock_conn::{ConnKey, Readiness, Verdict};
 /// How many packets [`VsockThreadBackend::send_pkts`] takes at most.
 pub const MAX_BATCH: usize = 256;
 
-/// Where sockets are registered for readiness, once, for their whole life.
+/// Where sockets are registered for readiness, for their whole life.
 pub trait Registry: Send {
     /// Registers `socket`, or gives one that is registered another source: its events come back with `source`.
     fn register(&self, socket: BorrowedFd<'_>, source: EventSource) -> io::Result<()>;
+
+    /// Has events for room in a socket that is registered, or none any more. All other events stay, and what is there comes once
+    /// more.
+    fn watch_room(&self, socket: BorrowedFd<'_>, source: EventSource, watch: bool);
 }
 
 /// The types of connections that the guest's driver has (virtio 1.2, 5.10.3).
@@ -114,6 +121,7 @@ pub struct VsockThreadBackend {
     pending: Pending,
     /// Connections that can flush without an event.
     flushable: SlotList,
+    unwatched: Unwatched,
     /// Where nobody has listened for a REQUEST of the batch that is being taken. A guest that asks again and again is
     /// answered without asking the system as often.
     nobody_at: Option<(PeerAddr, PacketType)>,
@@ -141,6 +149,7 @@ impl VsockThreadBackend {
             deadlines: Deadlines::default(),
             pending: Pending::default(),
             flushable: SlotList::default(),
+            unwatched: Unwatched::default(),
             nobody_at: None,
             next_host_port: RandomState::new().build_hasher().finish() as u32,
             too_long_log: LogLimit::default(),
@@ -368,10 +377,33 @@ fn transfers(packets: &[VsockPacket]) -> usize {
 impl VsockThreadBackend {
     /// Takes an event of the socket that was registered with `token`.
     pub fn socket_ready(&mut self, token: Token, ready: Readiness) {
-        if let Some(entry) = self.connections.get_mut(token) {
-            let verdict = entry.conn.socket_ready(ready);
-            self.settle(token, verdict);
+        let Some(entry) = self.connections.get_mut(token) else {
+            return;
+        };
+        let is_in_vain = entry.conn.is_in_vain(ready);
+        let verdict = entry.conn.socket_ready(ready);
+        if is_in_vain {
+            entry.in_vain += 1;
+            if entry.in_vain == MAX_IN_VAIN {
+                self.watch_room(token, false);
+            }
         }
+        self.settle(token, verdict);
+    }
+
+    /// Watches the socket of a connection for room, or does no longer.
+    fn watch_room(&mut self, token: Token, watch: bool) {
+        let Some(entry) = self.connections.get_mut(token) else {
+            return;
+        };
+        entry.in_vain = 0;
+        if watch {
+            self.unwatched.remove(token.slot);
+        } else {
+            self.unwatched.add(token.slot);
+        }
+        let source = EventSource::Connection(token);
+        self.registry.watch_room(entry.conn.socket(), source, watch);
     }
 
     /// Whether [`VsockThreadBackend::flush`] has something to do.
@@ -404,6 +436,7 @@ impl VsockThreadBackend {
             self.deadlines.next(),
             self.clients.next_deadline(),
             self.pending.resets.deadline(),
+            self.unwatched.deadline(),
         ];
         deadlines.into_iter().flatten().min()
     }
@@ -432,6 +465,12 @@ impl VsockThreadBackend {
             }
         }
         self.pending.resets.expire(now);
+        while let Some(slot) = self.unwatched.expired(now) {
+            match self.connections.token(slot) {
+                Some(token) => self.watch_room(token, true),
+                None => self.unwatched.remove(slot),
+            }
+        }
     }
 
     /// The device starts anew: the guest has lost all its connections. Bytes that belong to host programs are still kept for
@@ -487,10 +526,14 @@ impl VsockThreadBackend {
         } else {
             self.flushable.remove(token.slot);
         }
+        let waits_for_room = entry.conn.waits_for_host();
         if entry.conn.is_deserted() {
             self.connections.desert(token);
         } else {
             self.connections.resume(token);
+        }
+        if waits_for_room && self.unwatched.contains(token.slot) {
+            self.watch_room(token, true);
         }
     }
 
@@ -526,6 +569,10 @@ impl VsockThreadBackend {
     /// stays and lingers until they are sent, or until it is released once more. The client of one that the guest has not accepted
     /// may wait on.
     fn release(&mut self, token: Token, reason: CloseReason) -> Held {
+        if self.unwatched.contains(token.slot) {
+            // Whoever has the socket next, it is as it was.
+            self.watch_room(token, true);
+        }
         let Some(entry) = self.connections.get_mut(token) else {
             return Held::default();
         };
@@ -558,6 +605,7 @@ impl VsockThreadBackend {
         if self.connections.is_empty() {
             self.pending.give_back();
             self.flushable.give_back();
+            self.unwatched.give_back();
         }
         let socket = entry.map(|entry| {
             let is_refused = entry.conn.is_requested();

@@ -28,6 +28,7 @@ pub mod saved;
 mod shares;
 #[cfg(test)]
 mod tests;
+mod tx_interrupts;
 mod tx_ring;
 
 use std::fs::File;
@@ -52,7 +53,7 @@ use crate::syscalls::Syscall;
 use crate::thread_backend::event_source::EventSource;
 use crate::thread_backend::{Types, VsockThreadBackend};
 use acceptor::Acceptors;
-use busy_poll::BusyPoll;
+use busy_poll::{BusyPoll, thread_cpu};
 use driver_watch::DriverWatch;
 use epoll::SocketRegistry;
 pub use epoll::{Epoll, EventBuffer, Wait};
@@ -62,6 +63,7 @@ use rings::{Rings, Start};
 use round::Queues;
 use rx_ring::Quiet;
 use shares::Shares;
+use tx_interrupts::TxInterrupts;
 
 /// To set the timer, to wake the worker, and to give way to others while polling.
 const SYSCALLS: &[Syscall] = &[
@@ -117,6 +119,7 @@ pub struct VhostUserVsockThread {
     tx_storage: TxStorage,
     rx_storage: RxStorage,
     quiet: Quiet,
+    tx_interrupts: TxInterrupts,
     heads: Vec<u16>,
 }
 
@@ -148,6 +151,7 @@ impl VhostUserVsockThread {
             tx_storage: TxStorage::default(),
             rx_storage: RxStorage::default(),
             quiet: Quiet::default(),
+            tx_interrupts: TxInterrupts::default(),
             heads: Vec::with_capacity(MAX_TX_PACKETS),
         })
     }
@@ -250,12 +254,17 @@ impl VhostUserVsockThread {
 
     /// The VMM stops a ring. Connections wait until it goes on.
     pub fn stop_ring(&mut self, index: usize) {
+        if index == TX_RING {
+            // The guest is interrupted when the ring goes on.
+            self.tx_interrupts.forget();
+        }
         self.rings.stop(index);
     }
 
     /// The device starts anew: no connection survives.
     pub fn reset(&mut self) {
         self.transport_reset = false;
+        self.tx_interrupts = TxInterrupts::default();
         self.rings.reset();
         self.backend.reset();
     }
@@ -279,7 +288,7 @@ impl VhostUserVsockThread {
 
     /// Does what there is to do, and returns whether to wait before the next turn.
     pub fn turn(&mut self, vrings: &[VsockVring]) -> Wait {
-        self.busy_poll.woke();
+        self.busy_poll.end(Instant::now, thread_cpu);
         // Before the connections that it ends are reset: it tells programs of an error, and a reset of the end.
         let has_more = self.serve_events(vrings);
         let memory = self.rings.memory().map(GuestMemoryHandle::memory);
@@ -309,7 +318,7 @@ impl VhostUserVsockThread {
             {
                 continue;
             }
-            self.busy_poll.sleeps();
+            self.busy_poll.begin(Instant::now);
             return Wait::ForEvents;
         }
         Wait::Not
@@ -336,6 +345,7 @@ impl VhostUserVsockThread {
         self.armed = None;
         self.acceptors.resume(now);
         self.backend.expire(now);
+        self.tx_interrupts.expire(now);
         let (has_guest, has_memory) = (self.backend.has_guest(), self.rings.memory().is_some());
         self.driver_watch.expire(now, has_guest, has_memory);
     }
@@ -346,6 +356,7 @@ impl VhostUserVsockThread {
             self.backend.next_deadline(),
             self.acceptors.deadline(),
             self.driver_watch.deadline(),
+            self.tx_interrupts.deadline(),
         ];
         let Some(next) = deadlines.into_iter().flatten().min() else {
             return;
@@ -362,18 +373,22 @@ impl VhostUserVsockThread {
 
     /// Polls for work for a short while, if that has paid lately. True when there is some.
     fn busy_poll(&mut self, queues: &mut Queues<'_>) -> bool {
-        let Some(until) = self.busy_poll.until() else {
+        let Some(time) = self.busy_poll.time() else {
             return false;
         };
-        while Instant::now() < until {
+        self.busy_poll.begin(Instant::now);
+        let start = Instant::now();
+        loop {
             if self.has_packets(queues) || self.poll_events() {
+                self.busy_poll.end(Instant::now, thread_cpu);
                 return true;
+            }
+            if start.elapsed() >= time {
+                return false;
             }
             // What is waited for may need this processor.
             std::thread::yield_now();
         }
-        self.busy_poll.was_in_vain();
-        false
     }
 
     /// Counts what the guest's driver has got wrong, and logs it now and then.

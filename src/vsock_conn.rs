@@ -212,6 +212,16 @@ impl VsockConnection {
         self.mover.messages()
     }
 
+    /// Whether payload waits for its socket to have room.
+    pub fn waits_for_host(&self) -> bool {
+        self.mover.waits_for_host()
+    }
+
+    /// Whether an event of its socket says only that there is room, for which nothing waits.
+    pub fn is_in_vain(&self, ready: Readiness) -> bool {
+        ready == Readiness::WRITABLE && !self.is_dialing() && !self.waits_for_host()
+    }
+
     /// Whether its client has left, and it only goes on for what the guest knows of it or may still want to read.
     pub fn is_deserted(&self) -> bool {
         self.client_left && self.is_requested()

@@ -29,6 +29,8 @@ pub(super) struct Entry {
     pub(super) listed: Listed,
     /// When it was requested.
     pub(super) since: Instant,
+    /// How many events have told of room in its socket while nothing waited for that.
+    pub(super) in_vain: u8,
 }
 
 /// How many connections there may be.
@@ -162,6 +164,7 @@ impl Connections {
                 deadline: None,
                 waiting: None,
                 since: Instant::now(),
+                in_vain: 0,
             })
         })?;
         self.by_key.extend(key.map(|key| (key, token)));

@@ -1,19 +1,74 @@
 //! Whether to poll for more work before sleeping.
+//!
+//! A poll saves the time that waking takes, and costs processor time for as long as the wait. What that is differs from one machine
+//! and one guest to the next by a factor of ten, so it is measured. While waits are short, some in a row are slept through and some
+//! polled for:
+//!
+//! ```text
+//!                  time of the waits               processor time, work included
+//! slept through    |-- wait --|-- wake-up --|      |-- work --|-- sleep and wake-up --|
+//! polled for       |-- wait --|                    |-- work --|-- wait --|
+//! ```
+//!
+//! Polling goes on where it makes waits shorter by a good part, and takes little more processor time. Where it does not, it is tried
+//! less and less often.
 
 use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_gettime};
+
 use crate::syscalls::Syscall;
 
-/// To read the clock, on machines where that takes a system call.
+/// To read the clocks: that of the thread's processor time, and, on machines where it takes a system call, the other.
 pub(super) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_clock_gettime)];
 
-/// Decides by the last wait. When that was shorter than the limit, the next one is likely to be too, and polling is cheaper
-/// than sleeping and being woken. Otherwise the worker sleeps: an idle or slow device costs nothing.
+/// How many waits in a row are measured.
+const WINDOW: u32 = 32;
+
+/// How many windows are slept through before polling is tried: at first, and where it has never paid.
+const TRY_AFTER: (u32, u32) = (1, 256);
+
+/// After how many windows in which polling has paid it is compared with sleeping again.
+const POLL: u32 = 128;
+
+/// In how many windows it has to pay before it is tried again as soon as at first.
+const TRIAL: u32 = 8;
+
+/// Polling pays where waits take no more than so many percent of what they take when slept through, and all that the worker does
+/// no more than so many percent of the processor time.
+const TIME_PERCENT: u32 = 85;
+const CPU_PERCENT: u32 = 175;
+
+/// What some waits in a row have taken.
+#[derive(Clone, Copy, Debug, Default)]
+struct Window {
+    waits: u32,
+    time: Duration,
+    /// The thread's processor time at the beginning.
+    start: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// Waits are slept through, in so many windows so far.
+    Sleep { windows: u32 },
+    /// They are polled for, to see whether that pays.
+    Try,
+    /// Polling pays. It has in so many windows more.
+    Poll { windows: u32 },
+}
+
+/// Decides whether to poll.
 #[derive(Debug)]
 pub(super) struct BusyPoll {
+    /// What a short wait is, and how long a poll may take.
     limit: Duration,
-    pays: bool,
-    asleep_since: Option<Instant>,
+    mode: Mode,
+    window: Window,
+    /// What the waits of a window, and its processor time, come to when slept through.
+    slept: (Duration, Duration),
+    try_after: u32,
+    idle_since: Option<Instant>,
 }
 
 impl BusyPoll {
@@ -21,30 +76,188 @@ impl BusyPoll {
     pub(super) fn new(limit: Duration) -> Self {
         Self {
             limit,
-            pays: false,
-            asleep_since: None,
+            mode: Mode::Sleep { windows: 0 },
+            window: Window::default(),
+            slept: Default::default(),
+            try_after: TRY_AFTER.0,
+            idle_since: None,
         }
     }
 
-    /// Until when to poll now, if at all.
-    pub(super) fn until(&self) -> Option<Instant> {
-        self.pays.then(|| Instant::now() + self.limit)
-    }
-
-    /// Nothing came while polling.
-    pub(super) fn was_in_vain(&mut self) {
-        self.pays = false;
-    }
-
-    /// The worker goes to sleep.
-    pub(super) fn sleeps(&mut self) {
-        self.asleep_since = (!self.limit.is_zero()).then(Instant::now);
-    }
-
-    /// The worker was woken.
-    pub(super) fn woke(&mut self) {
-        if let Some(since) = self.asleep_since.take() {
-            self.pays = since.elapsed() <= self.limit;
+    /// How long to poll now, if at all: for longer than a wait takes that is slept through, it can't pay.
+    pub(super) fn time(&self) -> Option<Duration> {
+        match self.mode {
+            Mode::Sleep { .. } => None,
+            Mode::Try | Mode::Poll { .. } => Some((self.slept.0 / WINDOW).min(self.limit)),
         }
+    }
+
+    /// The worker has nothing to do. It polls, or sleeps, or both.
+    pub(super) fn begin(&mut self, now: impl FnOnce() -> Instant) {
+        if !self.limit.is_zero() && self.idle_since.is_none() {
+            self.idle_since = Some(now());
+        }
+    }
+
+    /// It has something to do again.
+    pub(super) fn end(&mut self, now: impl FnOnce() -> Instant, cpu: impl FnOnce() -> Duration) {
+        let Some(since) = self.idle_since.take() else {
+            return;
+        };
+        let waited = now().saturating_duration_since(since);
+        if let Mode::Sleep { .. } = self.mode
+            && waited > self.limit
+        {
+            // The device is not busy.
+            self.window.waits = 0;
+            return;
+        }
+        if self.window.waits == 0 {
+            self.window.start = cpu();
+            self.window.time = Duration::ZERO;
+            self.window.waits = 1;
+            return;
+        }
+        self.window.time += waited.min(self.limit);
+        self.window.waits += 1;
+        if self.window.waits > WINDOW {
+            let cpu = cpu().saturating_sub(self.window.start);
+            self.decide(self.window.time, cpu);
+            self.window.waits = 0;
+        }
+    }
+
+    fn decide(&mut self, time: Duration, cpu: Duration) {
+        let (slept_time, slept_cpu) = self.slept;
+        let pays =
+            time * 100 <= slept_time * TIME_PERCENT && cpu * 100 <= slept_cpu * CPU_PERCENT;
+        self.mode = match self.mode {
+            Mode::Sleep { windows } => {
+                self.slept = (time, cpu);
+                if windows + 1 < self.try_after {
+                    Mode::Sleep {
+                        windows: windows + 1,
+                    }
+                } else {
+                    Mode::Try
+                }
+            }
+            Mode::Try if pays => Mode::Poll { windows: 0 },
+            Mode::Poll { windows } if pays && windows < POLL => Mode::Poll {
+                windows: windows + 1,
+            },
+            Mode::Poll { windows } if windows >= TRIAL => {
+                self.try_after = TRY_AFTER.0;
+                Mode::Sleep { windows: 0 }
+            }
+            Mode::Try | Mode::Poll { .. } => {
+                self.try_after = (self.try_after * 2).min(TRY_AFTER.1);
+                Mode::Sleep { windows: 0 }
+            }
+        };
+    }
+}
+
+/// The processor time of the thread.
+pub(super) fn thread_cpu() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_micros(100);
+
+    /// A machine, in microseconds: what a wait takes, what waking takes, what of that is the worker's processor time, and what the
+    /// worker does between two waits.
+    #[derive(Clone, Copy)]
+    struct Machine {
+        wait: u64,
+        wake_up: u64,
+        sleep_cpu: u64,
+        work: u64,
+    }
+
+    /// So many waits. Returns for how many of them the worker polled.
+    fn wait(poll: &mut BusyPoll, count: u32, machine: Machine) -> u32 {
+        let micros = Duration::from_micros;
+        let wait = micros(machine.wait);
+        let (mut now, mut cpu) = (Instant::now(), Duration::ZERO);
+        let mut polls = 0;
+        for _ in 0..count {
+            poll.begin(|| now);
+            let polled = poll.time();
+            polls += u32::from(polled.is_some());
+            cpu += polled.unwrap_or_default().min(wait);
+            now += wait;
+            if polled.is_none_or(|polled| polled <= wait) {
+                now += micros(machine.wake_up);
+                cpu += micros(machine.sleep_cpu);
+            }
+            poll.end(|| now, || cpu);
+            cpu += micros(machine.work);
+        }
+        polls
+    }
+
+    /// A round trip through programs of this machine.
+    const SHORT: Machine = Machine {
+        wait: 9,
+        wake_up: 4,
+        sleep_cpu: 4,
+        work: 4,
+    };
+
+    /// One with a real guest.
+    const LONG: Machine = Machine { wait: 36, ..SHORT };
+
+    #[test]
+    fn a_short_wait_is_polled_for() {
+        let slow = Machine {
+            wait: 23,
+            wake_up: 23,
+            sleep_cpu: 12,
+            work: 6,
+        };
+        for machine in [SHORT, slow] {
+            let mut poll = BusyPoll::new(LIMIT);
+            assert_eq!(wait(&mut poll, WINDOW + 1, machine), 0);
+            let polls = wait(&mut poll, 100_000, machine);
+            assert!(polls > 95_000, "{polls}");
+        }
+    }
+
+    #[test]
+    fn a_long_one_is_slept_through_but_for_a_few_tries() {
+        let mut poll = BusyPoll::new(LIMIT);
+        let polls = wait(&mut poll, 100_000, LONG);
+        assert!(polls > 0 && polls < 1000, "{polls}");
+    }
+
+    #[test]
+    fn what_no_longer_pays_ends() {
+        let mut poll = BusyPoll::new(LIMIT);
+        assert!(wait(&mut poll, 1000, SHORT) > 900);
+        let polls = wait(&mut poll, 1000, LONG);
+        assert!(polls < 200, "{polls}");
+    }
+
+    #[test]
+    fn an_idle_device_is_not_polled_for() {
+        let idle = Machine {
+            wait: 1_000_000,
+            ..SHORT
+        };
+        let mut poll = BusyPoll::new(LIMIT);
+        assert_eq!(wait(&mut poll, 1000, idle), 0);
+        assert!(wait(&mut poll, 1000, SHORT) > 900);
+        assert!(wait(&mut poll, 1000, idle) <= 2 * WINDOW);
+    }
+
+    #[test]
+    fn zero_turns_it_off() {
+        let mut poll = BusyPoll::new(Duration::ZERO);
+        assert_eq!(wait(&mut poll, 1000, SHORT), 0);
     }
 }

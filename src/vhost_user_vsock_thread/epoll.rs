@@ -98,9 +98,14 @@ impl AsRawFd for Epoll {
 #[derive(Debug)]
 pub(super) struct SocketRegistry(pub(super) std::sync::Arc<Epoll>);
 
+/// What is watched for on a socket: all that can happen to it but room.
+fn socket_events() -> Events {
+    Events::EPOLLIN | Events::EPOLLRDHUP | Events::EPOLLPRI
+}
+
 impl Registry for SocketRegistry {
     fn register(&self, socket: BorrowedFd<'_>, source: EventSource) -> io::Result<()> {
-        let events = Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLPRI;
+        let events = socket_events() | Events::EPOLLOUT;
         match self.0.add(socket.as_raw_fd(), source, events) {
             // A client's socket becomes a connection's.
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
@@ -108,6 +113,13 @@ impl Registry for SocketRegistry {
             }
             added => added,
         }
+    }
+
+    fn watch_room(&self, socket: BorrowedFd<'_>, source: EventSource, watch: bool) {
+        let mut events = socket_events();
+        events.set(Events::EPOLLOUT, watch);
+        // A socket in the set can be changed: nothing is allocated for it.
+        let _ = self.0.modify(socket.as_raw_fd(), source, events);
     }
 }
 

@@ -62,6 +62,7 @@ impl VhostUserVsockThread {
         }
         if let Some(queues) = queues {
             self.end_rx(queues);
+            self.end_tx(queues);
         }
         worked
     }

@@ -1,10 +1,13 @@
 //! Steps at the TX ring.
 
+use std::time::Instant;
+
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::limits::{MAX_TX_BYTES, MAX_TX_DESCRIPTORS, MAX_TX_PACKETS};
 use super::ring::{has_entries, return_buffer};
+use super::round::Queues;
 use super::{TX_RING, VhostUserVsockThread};
 use crate::packet::TxChains;
 use crate::thread_backend::cost;
@@ -36,7 +39,8 @@ impl VhostUserVsockThread {
                 break;
             }
         }
-        let read = chains.bytes() + chains.descriptors() * cost::DESCRIPTOR;
+        let descriptors = chains.descriptors();
+        let read = chains.bytes() + descriptors * cost::DESCRIPTOR;
         self.backend
             .add_cost(read + self.heads.len() * cost::PACKET);
         let mut batch = chains.parse(|error| self.count_malformed(&error));
@@ -51,7 +55,21 @@ impl VhostUserVsockThread {
         for head in &self.heads {
             return_buffer(queue, memory, *head, 0)?;
         }
-        self.notify(TX_RING, queue, memory)?;
+        let is_due = self
+            .tx_interrupts
+            .returned(descriptors, ring_size, Instant::now);
+        if is_due || self.notify_on_empty {
+            self.notify(TX_RING, queue, memory)?;
+        }
         Ok(true)
+    }
+
+    /// Interrupts the guest at the end of a round for packets that were taken long ago.
+    pub(super) fn end_tx(&mut self, queues: &mut Queues<'_>) {
+        if self.tx_interrupts.take_overdue() {
+            self.with_queue(queues, TX_RING, |worker, queue, memory| {
+                worker.notify(TX_RING, queue, memory).map(|()| true)
+            });
+        }
     }
 }
