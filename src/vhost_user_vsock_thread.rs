@@ -306,22 +306,38 @@ impl VhostUserVsockThread {
     }
 
     fn rounds(&mut self, mut queues: Option<&mut Queues<'_>>) -> Wait {
+        let mut was_idle = true;
+        let mut wait = Wait::Not;
         for round in 0..MAX_ROUNDS {
             // The events of the first round came with the wait. A second round is short where the first has done
             // everything, and then waiting or polling brings the new ones.
             let has_events = round > 1 && self.poll_events();
-            if has_events | self.round(&mut queues) {
+            let worked = self.round(&mut queues);
+            // What comes after a wait may be all there is, and is not to be late. Where work follows work, more is on the way, and
+            // one interrupt is for all of it.
+            if was_idle || !(has_events || worked) {
+                self.end_rx(&mut queues);
+            }
+            was_idle = false;
+            if has_events || worked {
                 continue;
             }
-            if let Some(queues) = &mut queues
-                && (self.busy_poll(queues) || self.enable_kicks(queues))
-            {
-                continue;
+            if let Some(queues) = &mut queues {
+                if self.busy_poll(queues) {
+                    was_idle = true;
+                    continue;
+                }
+                if self.enable_kicks(queues) {
+                    continue;
+                }
             }
             self.busy_poll.begin(Instant::now);
-            return Wait::ForEvents;
+            wait = Wait::ForEvents;
+            break;
         }
-        Wait::Not
+        self.end_rx(&mut queues);
+        self.end_tx(&mut queues);
+        wait
     }
 
     /// Takes the events that are there now, up to a limit. False when there are none.

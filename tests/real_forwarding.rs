@@ -153,7 +153,9 @@ impl Forwarding {
             .unwrap();
         let forwarding = Self { child, directory };
         // The log's thread starts last: all that the daemon holds is there from now on.
-        eventually("the daemon has written to its log", || !forwarding.log().is_empty());
+        eventually("the daemon has written to its log", || {
+            !forwarding.log().is_empty()
+        });
         let vmm = connect_soon(&socket);
         (forwarding, SimGuest::start_over(vmm, setup))
     }

@@ -34,10 +34,20 @@ const POLL: u32 = 128;
 /// In how many windows it has to pay before it is tried again as soon as at first.
 const TRIAL: u32 = 8;
 
-/// Polling pays where waits take no more than so many percent of what they take when slept through, and all that the worker does
-/// no more than so many percent of the processor time.
-const TIME_PERCENT: u32 = 85;
-const CPU_PERCENT: u32 = 175;
+/// Polling begins where waits take no more than so many percent of what they take when slept through, and all that the worker does
+/// no more than so many percent of the processor time. It goes on while they are not much worse than that: both vary.
+const BEGIN: Bounds = Bounds { time: 85, cpu: 175 };
+const GO_ON: Bounds = Bounds {
+    time: 105,
+    cpu: 225,
+};
+
+/// What polling may take, in percent of what sleeping takes.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    time: u32,
+    cpu: u32,
+}
 
 /// What some waits in a row have taken.
 #[derive(Clone, Copy, Debug, Default)]
@@ -84,11 +94,11 @@ impl BusyPoll {
         }
     }
 
-    /// How long to poll now, if at all: for longer than a wait takes that is slept through, it can't pay.
+    /// How long to poll now, if at all. Waits differ, but one that takes twice what they do on average is of another kind.
     pub(super) fn time(&self) -> Option<Duration> {
         match self.mode {
             Mode::Sleep { .. } => None,
-            Mode::Try | Mode::Poll { .. } => Some((self.slept.0 / WINDOW).min(self.limit)),
+            Mode::Try | Mode::Poll { .. } => Some((self.slept.0 * 2 / WINDOW).min(self.limit)),
         }
     }
 
@@ -129,8 +139,9 @@ impl BusyPoll {
 
     fn decide(&mut self, time: Duration, cpu: Duration) {
         let (slept_time, slept_cpu) = self.slept;
-        let pays =
-            time * 100 <= slept_time * TIME_PERCENT && cpu * 100 <= slept_cpu * CPU_PERCENT;
+        let pays = |bounds: Bounds| {
+            time * 100 <= slept_time * bounds.time && cpu * 100 <= slept_cpu * bounds.cpu
+        };
         self.mode = match self.mode {
             Mode::Sleep { windows } => {
                 self.slept = (time, cpu);
@@ -142,8 +153,8 @@ impl BusyPoll {
                     Mode::Try
                 }
             }
-            Mode::Try if pays => Mode::Poll { windows: 0 },
-            Mode::Poll { windows } if pays && windows < POLL => Mode::Poll {
+            Mode::Try if pays(BEGIN) => Mode::Poll { windows: 0 },
+            Mode::Poll { windows } if pays(GO_ON) && windows < POLL => Mode::Poll {
                 windows: windows + 1,
             },
             Mode::Poll { windows } if windows >= TRIAL => {

@@ -60,10 +60,6 @@ impl VhostUserVsockThread {
             self.shares.charge(work, cost);
             total += cost;
         }
-        if let Some(queues) = queues {
-            self.end_rx(queues);
-            self.end_tx(queues);
-        }
         worked
     }
 

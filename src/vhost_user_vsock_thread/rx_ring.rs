@@ -99,9 +99,11 @@ impl VhostUserVsockThread {
         return_buffer(queue, memory, head, used)
     }
 
-    /// Interrupts the guest for what it was given at the end of a round.
-    pub(super) fn end_rx(&mut self, queues: &mut Queues<'_>) {
-        if std::mem::take(&mut self.quiet).buffers > 0 {
+    /// Interrupts the guest for what it was given, if it does not know of it.
+    pub(super) fn end_rx(&mut self, queues: &mut Option<&mut Queues<'_>>) {
+        if std::mem::take(&mut self.quiet).buffers > 0
+            && let Some(queues) = queues
+        {
             self.with_queue(queues, RX_RING, |worker, queue, memory| {
                 worker.notify(RX_RING, queue, memory).map(|()| true)
             });

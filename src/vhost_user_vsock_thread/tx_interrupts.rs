@@ -2,7 +2,7 @@
 //!
 //! With such an interrupt the driver frees what it has sent. It has no hurry as long as the ring has room: Linux goes on sending,
 //! and an interrupt for each packet costs the guest more than the packet does. So one interrupt is for many: it comes when a good
-//! part of the ring has been returned, and no later than [`DELAY`].
+//! part of the ring has been returned, with a packet that is likely to be waited for, and no later than [`DELAY`].
 //!
 //! A driver that sends nothing before it has been interrupted for the packet before would wait that long each time. One that sends
 //! nothing for the whole delay is interrupted at once for a while.
@@ -45,7 +45,7 @@ impl Default for TxInterrupts {
 }
 
 impl TxInterrupts {
-    /// A batch was returned, of so many descriptors. Whether to interrupt now.
+    /// A batch was returned, of so many descriptors. Whether to interrupt now, and to forget it.
     pub(super) fn returned(
         &mut self,
         descriptors: usize,
@@ -62,7 +62,6 @@ impl TxInterrupts {
             if self.batches > 1 {
                 self.next_prompt = PROMPT.0;
             }
-            self.forget();
             return true;
         }
         if self.due.is_none() {
@@ -114,7 +113,10 @@ mod tests {
         let mut now = Instant::now();
         let mut count = 0;
         for _ in 0..packets {
-            count += u32::from(interrupts.returned(2, RING, || now));
+            if interrupts.returned(2, RING, || now) {
+                interrupts.forget();
+                count += 1;
+            }
             now += gap;
             interrupts.expire(now);
             count += u32::from(interrupts.take_overdue());

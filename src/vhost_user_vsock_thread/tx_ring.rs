@@ -9,8 +9,17 @@ use super::limits::{MAX_TX_BYTES, MAX_TX_DESCRIPTORS, MAX_TX_PACKETS};
 use super::ring::{has_entries, return_buffer};
 use super::round::Queues;
 use super::{TX_RING, VhostUserVsockThread};
-use crate::packet::TxChains;
+use crate::packet::header::Op;
+use crate::packet::{TxChains, VsockPacket};
 use crate::thread_backend::cost;
+
+/// Whether the guest is likely to do nothing else until the packet is answered. An interrupt wakes its processor ahead of the answer.
+fn is_awaited(packet: &VsockPacket) -> bool {
+    match packet.header().op {
+        Op::Rw | Op::CreditUpdate | Op::CreditRequest => false,
+        Op::Request | Op::Response | Op::Rst | Op::Shutdown | Op::Unknown(_) => true,
+    }
+}
 
 impl VhostUserVsockThread {
     /// Takes a batch of packets from the guest. False when there was none.
@@ -50,6 +59,7 @@ impl VhostUserVsockThread {
             self.heads.truncate(self.heads.len() - left);
             queue.set_next_avail(queue.next_avail().wrapping_sub(left as u16));
         }
+        let is_awaited = batch.packets().iter().any(is_awaited);
         self.backend.send_pkts(&batch);
         self.tx_storage = batch.into_storage();
         for head in &self.heads {
@@ -58,15 +68,18 @@ impl VhostUserVsockThread {
         let is_due = self
             .tx_interrupts
             .returned(descriptors, ring_size, Instant::now);
-        if is_due || self.notify_on_empty {
+        if is_due || is_awaited || self.notify_on_empty {
+            self.tx_interrupts.forget();
             self.notify(TX_RING, queue, memory)?;
         }
         Ok(true)
     }
 
-    /// Interrupts the guest at the end of a round for packets that were taken long ago.
-    pub(super) fn end_tx(&mut self, queues: &mut Queues<'_>) {
-        if self.tx_interrupts.take_overdue() {
+    /// Interrupts the guest at the end of a turn for packets that were taken long ago.
+    pub(super) fn end_tx(&mut self, queues: &mut Option<&mut Queues<'_>>) {
+        if self.tx_interrupts.take_overdue()
+            && let Some(queues) = queues
+        {
             self.with_queue(queues, TX_RING, |worker, queue, memory| {
                 worker.notify(TX_RING, queue, memory).map(|()| true)
             });
