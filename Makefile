@@ -99,7 +99,7 @@ bench:
 	cargo bench --locked --bench vsock -- --binary vhost-user-vsock=target/release/vhost-user-vsock \
 		--binary 'vhost-device-vsock, tuned=$(rival)/bin/vhost-device-vsock,--tx-buffer-size=262144,--queue-size=256' \
 		--binary vhost-device-vsock=$(rival)/bin/vhost-device-vsock \
-		--json target/benchmark.json --svg docs/benchmark.svg $(BENCH)
+		--baseline 'vhost-device-vsock, tuned' --json target/benchmark.json --svg docs/benchmark.svg $(BENCH)
 
 # Lets a simulated and a real guest do all that guests do, at random, for SOAK_SECONDS. SOAK_SEED repeats a run. The first
 # interrupt is for the soak alone, which then comes to its end.

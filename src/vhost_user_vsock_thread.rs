@@ -53,7 +53,7 @@ use crate::syscalls::Syscall;
 use crate::thread_backend::event_source::EventSource;
 use crate::thread_backend::{Types, VsockThreadBackend};
 use acceptor::Acceptors;
-use busy_poll::{BusyPoll, thread_cpu};
+use busy_poll::{BusyPoll, Usage, thread_cpu};
 use driver_watch::DriverWatch;
 use epoll::SocketRegistry;
 pub use epoll::{Epoll, EventBuffer, Wait};
@@ -114,6 +114,8 @@ pub struct VhostUserVsockThread {
     notify_on_empty: bool,
     rings: Rings,
     shares: Shares,
+    /// What was done so far, in units of cost.
+    work: u64,
     busy_poll: BusyPoll,
     malformed_log: LogLimit,
     tx_storage: TxStorage,
@@ -146,6 +148,7 @@ impl VhostUserVsockThread {
             rings: Rings::new(epoll.clone()),
             epoll,
             shares: Shares::default(),
+            work: 0,
             busy_poll: BusyPoll::new(config.busy_poll),
             malformed_log: LogLimit::default(),
             tx_storage: TxStorage::default(),
@@ -288,7 +291,7 @@ impl VhostUserVsockThread {
 
     /// Does what there is to do, and returns whether to wait before the next turn.
     pub fn turn(&mut self, vrings: &[VsockVring]) -> Wait {
-        self.busy_poll.end(Instant::now, thread_cpu);
+        self.end_wait();
         // Before the connections that it ends are reset: it tells programs of an error, and a reset of the end.
         let has_more = self.serve_events(vrings);
         let memory = self.rings.memory().map(GuestMemoryHandle::memory);
@@ -396,7 +399,7 @@ impl VhostUserVsockThread {
         let start = Instant::now();
         loop {
             if self.has_packets(queues) || self.poll_events() {
-                self.busy_poll.end(Instant::now, thread_cpu);
+                self.end_wait();
                 return true;
             }
             if start.elapsed() >= time {
@@ -405,6 +408,16 @@ impl VhostUserVsockThread {
             // What is waited for may need this processor.
             std::thread::yield_now();
         }
+    }
+
+    /// There is something to do again.
+    fn end_wait(&mut self) {
+        let work = self.work;
+        let usage = || Usage {
+            cpu: thread_cpu(),
+            work,
+        };
+        self.busy_poll.end(Instant::now, usage);
     }
 
     /// Counts what the guest's driver has got wrong, and logs it now and then.

@@ -11,8 +11,8 @@ use std::os::unix::net::UnixStream;
 use common::daemon::{Daemon, eventually};
 use common::sim::host::{
     FLOW, PORT, accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, connect,
-    device, dial, fill, from_guest, from_host, listen, pattern, read_exactly, read_ok, read_to_end,
-    recv_bytes, recv_other,
+    device, dial, fill, fill_behind, from_guest, from_host, listen, pattern, read_exactly, read_ok,
+    read_to_end, recv_bytes, recv_other,
 };
 use common::sim::packet::{HOST_CID, NO_RECEIVE, NO_SEND, STREAM};
 use common::sim::survivor::SLACK_KIB;
@@ -963,6 +963,36 @@ fn a_host_that_stops_reading_is_reported_to_the_guest() {
     assert_eq!(packet.flags, NO_RECEIVE);
     (&stream).write_all(b"still speaks").unwrap();
     assert_same(&recv_bytes(&mut guest, &FLOW, 12), b"still speaks");
+}
+
+/// Each read makes room, which the daemon does not listen to for long.
+#[test]
+fn a_host_that_stops_reading_after_many_reads_is_reported_too() {
+    let (_daemon, mut guest, stream) = connected();
+    for _ in 0..100 {
+        guest.send(&FLOW.rw(&[7; 100]));
+        assert_same(&read_exactly(&stream, 100), &[7; 100]);
+    }
+    guest.settle();
+    stream.shutdown(Shutdown::Read).unwrap();
+    let packet = recv_other(&mut guest);
+    packet.assert_is(Op::Shutdown, &FLOW);
+    assert_eq!(packet.flags, NO_RECEIVE);
+}
+
+#[test]
+fn a_host_that_stalls_after_many_reads_gets_the_rest() {
+    let (_daemon, mut guest, stream) = connected();
+    for _ in 0..100 {
+        guest.send(&FLOW.rw(&[7; 100]));
+        assert_same(&read_exactly(&stream, 100), &[7; 100]);
+    }
+    let mut read = 100 * 100;
+    for _ in 0..3 {
+        let sent = fill_behind(&mut guest, &FLOW, read);
+        assert_same(&read_exactly(&stream, sent.len()), &sent);
+        read += sent.len();
+    }
 }
 
 #[test]

@@ -459,6 +459,40 @@ fn interrupts_and_kicks_are_asked_for_rarely() {
     );
 }
 
+#[test]
+fn packets_that_follow_each_other_share_their_interrupts() {
+    let daemon = Daemon::start();
+    let mut guest = SimGuest::start(&daemon, Setup::default());
+    let flow = Flow::new(PORT, PORT);
+    let stream = from_guest(&daemon, &mut guest, &flow);
+    guest.wait_tx_done();
+    let (packets, before) = (500, guest.rings[1].interrupts);
+    for _ in 0..packets {
+        guest.rings[1].arm();
+        guest.send(&flow.rw(&[7; 100]));
+        // The daemon has taken it: each packet is a batch of its own.
+        assert_same(&common::sim::host::read_exactly(&stream, 100), &[7; 100]);
+        guest.rings[1].drain_call();
+    }
+    guest.wait_tx_done();
+    let interrupts = guest.rings[1].interrupts - before;
+    assert!(interrupts < packets, "{interrupts} for {packets} packets");
+}
+
+/// A driver that sends one packet at a time, and nothing before it has been interrupted for it.
+#[test]
+fn a_packet_that_nothing_follows_has_its_interrupt() {
+    let daemon = Daemon::start();
+    let mut guest = SimGuest::start(&daemon, Setup::default());
+    let flow = Flow::new(PORT, PORT);
+    let stream = from_guest(&daemon, &mut guest, &flow);
+    for _ in 0..1000 {
+        guest.send(&flow.rw(&[7; 100]));
+        guest.wait_tx_done();
+        assert_same(&common::sim::host::read_exactly(&stream, 100), &[7; 100]);
+    }
+}
+
 // --- Inherited sockets.
 
 #[test]

@@ -5,13 +5,13 @@
 //! polled for:
 //!
 //! ```text
-//!                  time of the waits               processor time, work included
+//!                  time of the waits               processor time
 //! slept through    |-- wait --|-- wake-up --|      |-- work --|-- sleep and wake-up --|
 //! polled for       |-- wait --|                    |-- work --|-- wait --|
 //! ```
 //!
-//! Polling goes on where it makes waits shorter by a good part, and takes little more processor time. Where it does not, it is tried
-//! less and less often.
+//! Polling goes on where it saves about as much time as it costs processor time. Both are taken for the same work: a stream of which
+//! more comes together while the worker sleeps is not polled for. Where polling does not pay, it is tried less and less often.
 
 use std::time::{Duration, Instant};
 
@@ -34,28 +34,38 @@ const POLL: u32 = 128;
 /// In how many windows it has to pay before it is tried again as soon as at first.
 const TRIAL: u32 = 8;
 
-/// Polling begins where waits take no more than so many percent of what they take when slept through, and all that the worker does
-/// no more than so many percent of the processor time. It goes on while they are not much worse than that: both vary.
-const BEGIN: Bounds = Bounds { time: 85, cpu: 175 };
-const GO_ON: Bounds = Bounds {
-    time: 105,
-    cpu: 225,
-};
+/// How much processor time a poll may take for the time that it saves, in percent: to begin with, and to go on. Both vary.
+const BEGIN: u32 = 110;
+const GO_ON: u32 = 150;
 
-/// What polling may take, in percent of what sleeping takes.
-#[derive(Clone, Copy, Debug)]
-struct Bounds {
-    time: u32,
-    cpu: u32,
+/// What the worker's thread has taken and done so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Usage {
+    /// Its processor time.
+    pub(super) cpu: Duration,
+    /// The cost of what it has done, in the units of [`crate::thread_backend::cost`].
+    pub(super) work: u64,
 }
 
-/// What some waits in a row have taken.
+/// What some waits in a row have taken, and what was done between them.
 #[derive(Clone, Copy, Debug, Default)]
 struct Window {
     waits: u32,
     time: Duration,
-    /// The thread's processor time at the beginning.
-    start: Duration,
+    usage: Usage,
+}
+
+impl Window {
+    /// Time and processor time, where so many percent of the one are worth as much as the other.
+    fn price(&self, percent: u32) -> u128 {
+        (self.usage.cpu * 100 + self.time * percent).as_nanos()
+    }
+
+    /// Whether as much work is not dearer than in `other`.
+    fn is_no_dearer_than(&self, other: &Self, percent: u32) -> bool {
+        let work = |window: &Self| u128::from(window.usage.work.max(1));
+        self.price(percent) * work(other) <= other.price(percent) * work(self)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,8 +85,8 @@ pub(super) struct BusyPoll {
     limit: Duration,
     mode: Mode,
     window: Window,
-    /// What the waits of a window, and its processor time, come to when slept through.
-    slept: (Duration, Duration),
+    /// The last one that was slept through.
+    slept: Window,
     try_after: u32,
     idle_since: Option<Instant>,
 }
@@ -88,7 +98,7 @@ impl BusyPoll {
             limit,
             mode: Mode::Sleep { windows: 0 },
             window: Window::default(),
-            slept: Default::default(),
+            slept: Window::default(),
             try_after: TRY_AFTER.0,
             idle_since: None,
         }
@@ -98,7 +108,7 @@ impl BusyPoll {
     pub(super) fn time(&self) -> Option<Duration> {
         match self.mode {
             Mode::Sleep { .. } => None,
-            Mode::Try | Mode::Poll { .. } => Some((self.slept.0 * 2 / WINDOW).min(self.limit)),
+            Mode::Try | Mode::Poll { .. } => Some((self.slept.time * 2 / WINDOW).min(self.limit)),
         }
     }
 
@@ -110,7 +120,7 @@ impl BusyPoll {
     }
 
     /// It has something to do again.
-    pub(super) fn end(&mut self, now: impl FnOnce() -> Instant, cpu: impl FnOnce() -> Duration) {
+    pub(super) fn end(&mut self, now: impl FnOnce() -> Instant, usage: impl FnOnce() -> Usage) {
         let Some(since) = self.idle_since.take() else {
             return;
         };
@@ -123,28 +133,31 @@ impl BusyPoll {
             return;
         }
         if self.window.waits == 0 {
-            self.window.start = cpu();
-            self.window.time = Duration::ZERO;
-            self.window.waits = 1;
+            self.window = Window {
+                waits: 1,
+                time: Duration::ZERO,
+                usage: usage(),
+            };
             return;
         }
         self.window.time += waited.min(self.limit);
         self.window.waits += 1;
         if self.window.waits > WINDOW {
-            let cpu = cpu().saturating_sub(self.window.start);
-            self.decide(self.window.time, cpu);
+            let (begin, end) = (self.window.usage, usage());
+            self.window.usage = Usage {
+                cpu: end.cpu.saturating_sub(begin.cpu),
+                work: end.work.wrapping_sub(begin.work),
+            };
+            self.decide();
             self.window.waits = 0;
         }
     }
 
-    fn decide(&mut self, time: Duration, cpu: Duration) {
-        let (slept_time, slept_cpu) = self.slept;
-        let pays = |bounds: Bounds| {
-            time * 100 <= slept_time * bounds.time && cpu * 100 <= slept_cpu * bounds.cpu
-        };
+    fn decide(&mut self) {
+        let pays = |percent| self.window.is_no_dearer_than(&self.slept, percent);
         self.mode = match self.mode {
             Mode::Sleep { windows } => {
-                self.slept = (time, cpu);
+                self.slept = self.window;
                 if windows + 1 < self.try_after {
                     Mode::Sleep {
                         windows: windows + 1,
@@ -188,26 +201,29 @@ mod tests {
         wake_up: u64,
         sleep_cpu: u64,
         work: u64,
+        /// How much is done after a wait that is slept through, and after one that is polled for.
+        done: [u64; 2],
     }
 
     /// So many waits. Returns for how many of them the worker polled.
     fn wait(poll: &mut BusyPoll, count: u32, machine: Machine) -> u32 {
         let micros = Duration::from_micros;
         let wait = micros(machine.wait);
-        let (mut now, mut cpu) = (Instant::now(), Duration::ZERO);
+        let (mut now, mut usage) = (Instant::now(), Usage::default());
         let mut polls = 0;
         for _ in 0..count {
             poll.begin(|| now);
             let polled = poll.time();
             polls += u32::from(polled.is_some());
-            cpu += polled.unwrap_or_default().min(wait);
+            usage.cpu += polled.unwrap_or_default().min(wait);
             now += wait;
             if polled.is_none_or(|polled| polled <= wait) {
                 now += micros(machine.wake_up);
-                cpu += micros(machine.sleep_cpu);
+                usage.cpu += micros(machine.sleep_cpu);
             }
-            poll.end(|| now, || cpu);
-            cpu += micros(machine.work);
+            poll.end(|| now, || usage);
+            usage.cpu += micros(machine.work);
+            usage.work += machine.done[usize::from(polled.is_some())];
         }
         polls
     }
@@ -216,8 +232,9 @@ mod tests {
     const SHORT: Machine = Machine {
         wait: 9,
         wake_up: 4,
-        sleep_cpu: 4,
+        sleep_cpu: 5,
         work: 4,
+        done: [1, 1],
     };
 
     /// One with a real guest.
@@ -228,8 +245,9 @@ mod tests {
         let slow = Machine {
             wait: 23,
             wake_up: 23,
-            sleep_cpu: 12,
+            sleep_cpu: 8,
             work: 6,
+            ..SHORT
         };
         for machine in [SHORT, slow] {
             let mut poll = BusyPoll::new(LIMIT);
@@ -243,6 +261,18 @@ mod tests {
     fn a_long_one_is_slept_through_but_for_a_few_tries() {
         let mut poll = BusyPoll::new(LIMIT);
         let polls = wait(&mut poll, 100_000, LONG);
+        assert!(polls > 0 && polls < 1000, "{polls}");
+    }
+
+    /// While the worker sleeps, more comes together than while it polls.
+    #[test]
+    fn a_stream_is_left_to_come_together() {
+        let stream = Machine {
+            done: [3, 2],
+            ..SHORT
+        };
+        let mut poll = BusyPoll::new(LIMIT);
+        let polls = wait(&mut poll, 100_000, stream);
         assert!(polls > 0 && polls < 1000, "{polls}");
     }
 

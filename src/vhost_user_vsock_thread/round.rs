@@ -60,6 +60,7 @@ impl VhostUserVsockThread {
             self.shares.charge(work, cost);
             total += cost;
         }
+        self.work = self.work.wrapping_add(total as u64);
         worked
     }
 

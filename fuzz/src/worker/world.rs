@@ -8,7 +8,7 @@ use std::io::Read as _;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user_backend::VringT;
@@ -43,6 +43,9 @@ const NOBODY: u32 = 1000;
 /// How many requests of floods may be unanswered at a time. So many resets wait for the guest as long as it takes.
 const MAX_REFUSED: usize = 512;
 
+/// How long an interrupt may take that may come later than the packets' return.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// How many turns a worker with nothing to do may take at most.
 const MAX_TURNS: usize = 1000;
 
@@ -69,6 +72,8 @@ pub(super) struct World<'m> {
     paused: [bool; 2],
     /// The driver has asked for an interrupt, and nothing was returned to it before.
     armed: [bool; 2],
+    /// Such an interrupt is still to come: one for the guest's packets has some time.
+    owed: bool,
     conns: Vec<Conn>,
     /// Requests of the guest's that the worker has not taken yet: which connection, and which packet.
     asking: VecDeque<(usize, u64)>,
@@ -134,6 +139,7 @@ impl<'m> World<'m> {
             rings: [ring(true, setup.rx_size), ring(false, setup.tx_size)],
             paused: [true; 2],
             armed: [false; 2],
+            owed: false,
             conns: Vec::new(),
             asking: VecDeque::new(),
             sent: 0,
@@ -257,6 +263,7 @@ impl World<'_> {
         self.worker.stop_ring(index);
         self.paused[index] = true;
         self.armed[index] = false;
+        self.owed &= index != TX_RING;
     }
 
     fn pause(&mut self, index: usize) {
@@ -343,11 +350,12 @@ impl World<'_> {
         }
         self.worker.take_events(&self.events);
         self.wait = self.worker.turn(&self.vrings);
-        for (ring, armed) in self.rings.iter().zip(&mut self.armed) {
-            if ring.has_returned() && std::mem::take(armed) {
-                assert!(ring.is_interrupted(), "an interrupt is missing");
-            }
+        let [rx, tx] = &self.rings;
+        if rx.has_returned() && std::mem::take(&mut self.armed[RX_RING]) {
+            assert!(rx.is_interrupted(), "an interrupt is missing");
         }
+        self.owed |= tx.has_returned() && std::mem::take(&mut self.armed[TX_RING]);
+        self.owed &= !tx.is_interrupted();
         while let Some(returned) = self.rings[TX_RING].take() {
             self.consumed += u64::from(returned.is_sound);
         }
@@ -413,6 +421,15 @@ impl World<'_> {
         true
     }
 
+    /// The guest is interrupted for its packets in time.
+    fn await_interrupt(&mut self) {
+        let begin = Instant::now();
+        while self.owed {
+            self.run();
+            assert!(begin.elapsed() < PATIENCE, "an interrupt is missing");
+        }
+    }
+
     /// Every request of a flood was answered.
     fn check_refused(&self) {
         let lost = self.refused.len();
@@ -449,6 +466,7 @@ impl World<'_> {
             self.asking.is_empty() && self.replies.is_empty(),
             "the guest's packets are not taken"
         );
+        self.await_interrupt();
         self.check_refused();
         self.check_places();
         self.conns.iter().for_each(Conn::check_settled);

@@ -210,6 +210,12 @@ pub fn send_from(guest: &mut SimGuest, region: usize, flow: &Flow, payload: &[u8
 /// Sends bytes within credit until the connection stalls, since the host program does not read.
 #[track_caller]
 pub fn fill(guest: &mut SimGuest, flow: &Flow) -> Vec<u8> {
+    fill_behind(guest, flow, 0)
+}
+
+/// The same, after so many bytes that the host program has read.
+#[track_caller]
+pub fn fill_behind(guest: &mut SimGuest, flow: &Flow, read: usize) -> Vec<u8> {
     let mut sent = Vec::new();
     let mut before = None;
     loop {
@@ -229,7 +235,7 @@ pub fn fill(guest: &mut SimGuest, flow: &Flow) -> Vec<u8> {
             return sent;
         }
         before = Some(update.fwd_cnt);
-        let in_flight = sent.len() as u32 - update.fwd_cnt;
+        let in_flight = (read + sent.len()) as u32 - update.fwd_cnt;
         let credit = (update.buf_alloc - in_flight) as usize;
         let bytes = pattern(sent.len() as u64, credit);
         for piece in bytes.chunks(guest.setup.tx_payload) {

@@ -284,6 +284,7 @@ impl World<'_> {
 
     /// The driver asks for an interrupt, or for none.
     pub(super) fn arm(&mut self, wanted: bool) {
+        self.owed = false;
         for (ring, armed) in self.rings.iter_mut().zip(&mut self.armed) {
             ring.ask_for_interrupt(wanted);
             *armed = wanted && !ring.has_returned();
