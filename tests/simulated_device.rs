@@ -7,9 +7,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, GUEST_CID};
+use common::daemon::{Daemon, GUEST_CID, PATIENCE};
 use common::sim::host::{
     FLOW, accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, dial, from_guest,
     from_host, listen, pattern, read_ok,
@@ -470,8 +470,13 @@ fn packets_that_follow_each_other_share_their_interrupts() {
     for _ in 0..packets {
         guest.rings[1].arm();
         guest.send(&flow.rw(&[7; 100]));
-        // The daemon has taken it: each packet is a batch of its own.
         assert_same(&common::sim::host::read_exactly(&stream, 100), &[7; 100]);
+        // Without a wait for an interrupt, and without a break in which one would come.
+        let deadline = Instant::now() + PATIENCE;
+        while guest.rings[1].outstanding() > 0 {
+            assert!(Instant::now() < deadline, "the packet is not returned");
+            guest.reclaim_tx();
+        }
         guest.rings[1].drain_call();
     }
     guest.wait_tx_done();

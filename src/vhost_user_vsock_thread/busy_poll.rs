@@ -36,7 +36,7 @@ const TRIAL: u32 = 8;
 
 /// How much processor time a poll may take for the time that it saves, in percent: to begin with, and to go on. Both vary.
 const BEGIN: u32 = 110;
-const GO_ON: u32 = 150;
+const GO_ON: u32 = 125;
 
 /// What the worker's thread has taken and done so far.
 #[derive(Clone, Copy, Debug, Default)]
