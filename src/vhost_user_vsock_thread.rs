@@ -316,9 +316,9 @@ impl VhostUserVsockThread {
             // everything, and then waiting or polling brings the new ones.
             let has_events = round > 1 && self.poll_events();
             let worked = self.round(&mut queues);
-            // What comes after a wait may be all there is, and is not to be late. Where work follows work, more is on the way, and
-            // one interrupt is for all of it.
-            if was_idle || !(has_events || worked) {
+            // What comes after a wait may be all there is, and is not to be late. Where work follows work, more may be on the way,
+            // and one interrupt is for all of it.
+            if was_idle || !(has_events || worked) || self.quiet.is_late() {
                 self.end_rx(&mut queues);
             }
             was_idle = false;

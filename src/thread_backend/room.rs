@@ -2,8 +2,8 @@
 //!
 //! Room in a socket matters while something waits for it. An event of that kind is also all that tells of a host program which has
 //! stopped receiving (see [`crate::host::socket`]), so sockets are watched for room from the beginning. But a host program that
-//! reads what it is sent causes an event with each read, and each wakes the worker for nothing. So after some of these in a row, a
-//! socket is not watched for room until something waits for it, or for [`REST`].
+//! reads what it is sent causes an event with each read, and each wakes the worker for nothing. So after some of these, a socket is
+//! not watched for room until something waits for it, or for [`REST`].
 
 use std::time::{Duration, Instant};
 

@@ -21,3 +21,5 @@ pub(super) const MAX_REJECTED: usize = 256;
 pub(super) const MAX_RESETS: usize = 32;
 /// How many bytes the guest is given before it is interrupted, so that it takes them while more are on the way.
 pub(super) const MAX_QUIET_BYTES: usize = 64 * 1024;
+/// How much may be done, in units of cost, before the guest is interrupted for what it was given.
+pub(super) const MAX_QUIET_COST: usize = 64 * 1024;

@@ -61,6 +61,7 @@ impl VhostUserVsockThread {
             total += cost;
         }
         self.work = self.work.wrapping_add(total as u64);
+        self.quiet.pass(total);
         worked
     }
 

@@ -3,7 +3,7 @@
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 
-use super::limits::{MAX_QUIET_BYTES, MAX_REJECTED, MAX_RESETS, MAX_RX_DESCRIPTORS};
+use super::limits::{MAX_QUIET_BYTES, MAX_QUIET_COST, MAX_REJECTED, MAX_RESETS, MAX_RX_DESCRIPTORS};
 use super::ring::return_buffer;
 use super::round::Queues;
 use super::{RX_RING, VhostUserVsockThread};
@@ -15,6 +15,22 @@ use crate::thread_backend::{RxSource, cost};
 pub(super) struct Quiet {
     buffers: usize,
     bytes: usize,
+    /// What was done meanwhile, in units of cost.
+    cost: usize,
+}
+
+impl Quiet {
+    /// A round is over, in which so much was done.
+    pub(super) fn pass(&mut self, cost: usize) {
+        if self.buffers > 0 {
+            self.cost += cost;
+        }
+    }
+
+    /// Whether the guest has waited long enough.
+    pub(super) fn is_late(&self) -> bool {
+        self.cost >= MAX_QUIET_COST
+    }
 }
 
 impl VhostUserVsockThread {
