@@ -12,6 +12,7 @@ use crate::cases::Kind;
 use crate::machine::Machine;
 use crate::measure::key;
 use crate::report::{CaseResult, Entry, number};
+use crate::uml;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn Error>>;
@@ -191,7 +192,8 @@ fn cpu_key(kind: Kind) -> Option<&'static str> {
         Kind::Streams { .. } | Kind::Messages { .. } | Kind::Siblings { .. } => {
             Some(key::CPU_S_PER_GIB)
         }
-        Kind::Uml(_) | Kind::Fairness { .. } => Some(key::CPU_S_PER_GIB),
+        Kind::Uml(uml::Traffic::RequestResponse) => Some(key::CPU_US_PER_OP),
+        Kind::Uml(uml::Traffic::Streams { .. }) | Kind::Fairness { .. } => Some(key::CPU_S_PER_GIB),
         Kind::RequestResponse | Kind::MessageRoundTrip | Kind::SiblingRoundTrip(_) => {
             Some(key::CPU_US_PER_OP)
         }
