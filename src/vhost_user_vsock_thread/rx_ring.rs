@@ -3,7 +3,9 @@
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 
-use super::limits::{MAX_QUIET_BYTES, MAX_QUIET_COST, MAX_REJECTED, MAX_RESETS, MAX_RX_DESCRIPTORS};
+use super::limits::{
+    MAX_QUIET_BYTES, MAX_QUIET_COST, MAX_REJECTED, MAX_RESETS, MAX_RX_DESCRIPTORS,
+};
 use super::ring::return_buffer;
 use super::round::Queues;
 use super::{RX_RING, VhostUserVsockThread};
