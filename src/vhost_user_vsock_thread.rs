@@ -315,14 +315,14 @@ impl VhostUserVsockThread {
             // The events of the first round came with the wait. A second round is short where the first has done
             // everything, and then waiting or polling brings the new ones.
             let has_events = round > 1 && self.poll_events();
-            let worked = self.round(&mut queues);
+            let goes_on = self.round(&mut queues) | has_events;
             // What comes after a wait may be all there is, and is not to be late. Where work follows work, more may be on the way,
             // and one interrupt is for all of it.
-            if was_idle || !(has_events || worked) || self.quiet.is_late() {
+            if was_idle || !goes_on || self.quiet.is_late() {
                 self.end_rx(&mut queues);
             }
             was_idle = false;
-            if has_events || worked {
+            if goes_on {
                 continue;
             }
             if let Some(queues) = &mut queues {
@@ -395,8 +395,8 @@ impl VhostUserVsockThread {
         let Some(time) = self.busy_poll.time() else {
             return false;
         };
-        self.busy_poll.begin(Instant::now);
         let start = Instant::now();
+        self.busy_poll.begin(|| start);
         loop {
             if self.has_packets(queues) || self.poll_events() {
                 self.end_wait();

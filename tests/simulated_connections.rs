@@ -965,14 +965,21 @@ fn a_host_that_stops_reading_is_reported_to_the_guest() {
     assert_same(&recv_bytes(&mut guest, &FLOW, 12), b"still speaks");
 }
 
-/// Each read makes room, which the daemon does not listen to for long.
+/// The host program reads a hundred times, and the guest sends as often. Each read makes room, which the daemon does not listen to
+/// for long. Returns how many bytes were moved.
+fn read_often(guest: &mut SimGuest, stream: &UnixStream) -> usize {
+    let (count, bytes) = (100, [7; 100]);
+    for _ in 0..count {
+        guest.send(&FLOW.rw(&bytes));
+        assert_same(&read_exactly(stream, bytes.len()), &bytes);
+    }
+    count * bytes.len()
+}
+
 #[test]
 fn a_host_that_stops_reading_after_many_reads_is_reported_too() {
     let (_daemon, mut guest, stream) = connected();
-    for _ in 0..100 {
-        guest.send(&FLOW.rw(&[7; 100]));
-        assert_same(&read_exactly(&stream, 100), &[7; 100]);
-    }
+    read_often(&mut guest, &stream);
     guest.settle();
     stream.shutdown(Shutdown::Read).unwrap();
     let packet = recv_other(&mut guest);
@@ -983,11 +990,7 @@ fn a_host_that_stops_reading_after_many_reads_is_reported_too() {
 #[test]
 fn a_host_that_stalls_after_many_reads_gets_the_rest() {
     let (_daemon, mut guest, stream) = connected();
-    for _ in 0..100 {
-        guest.send(&FLOW.rw(&[7; 100]));
-        assert_same(&read_exactly(&stream, 100), &[7; 100]);
-    }
-    let mut read = 100 * 100;
+    let mut read = read_often(&mut guest, &stream);
     for _ in 0..3 {
         let sent = fill_behind(&mut guest, &FLOW, read);
         assert_same(&read_exactly(&stream, sent.len()), &sent);
