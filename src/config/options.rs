@@ -119,7 +119,7 @@ pub struct VmOptions {
     pub max_connections: Option<usize>,
 
     #[arg(long, value_name = "MICROSECONDS", help = with_default(
-        "How long to poll for more work at most before sleeping, where polling turns out to pay; 0 turns it off",
+        "Poll for more work for at most this long before sleeping, where polling pays off; 0 turns it off",
         VmConfig::DEFAULT_BUSY_POLL.as_micros() as u64))]
     #[allow(missing_docs)]
     pub busy_poll: Option<u64>,

@@ -19,7 +19,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::syscalls::Syscall;
 
-/// To read the clocks: that of the thread's processor time, and, on machines where it takes a system call, the other.
+/// To read the thread's CPU clock, and the monotonic clock where that takes a system call.
 pub(super) const SYSCALLS: &[Syscall] = &[Syscall::any(libc::SYS_clock_gettime)];
 
 /// How many waits in a row are measured.
@@ -61,8 +61,8 @@ impl Window {
         (self.usage.cpu * 100 + self.time * percent).as_nanos()
     }
 
-    /// Whether as much work is not dearer than in `other`.
-    fn is_no_dearer_than(&self, other: &Self, percent: u32) -> bool {
+    /// Whether the same work costs no more than in `other`.
+    fn costs_no_more_than(&self, other: &Self, percent: u32) -> bool {
         let work = |window: &Self| u128::from(window.usage.work.max(1));
         self.price(percent) * work(other) <= other.price(percent) * work(self)
     }
@@ -104,7 +104,7 @@ impl BusyPoll {
         }
     }
 
-    /// How long to poll now, if at all. Waits differ, but one that takes twice what they do on average is of another kind.
+    /// How long to poll now, if at all: at most twice the average of the waits that were slept through. A longer one is not worth it.
     pub(super) fn time(&self) -> Option<Duration> {
         match self.mode {
             Mode::Sleep { .. } => None,
@@ -154,7 +154,7 @@ impl BusyPoll {
     }
 
     fn decide(&mut self) {
-        let pays = |percent| self.window.is_no_dearer_than(&self.slept, percent);
+        let pays = |percent| self.window.costs_no_more_than(&self.slept, percent);
         self.mode = match self.mode {
             Mode::Sleep { windows } => {
                 self.slept = self.window;

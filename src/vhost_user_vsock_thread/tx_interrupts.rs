@@ -1,6 +1,6 @@
 //! When the guest is interrupted for packets that were taken from it.
 //!
-//! With such an interrupt the driver frees what it has sent. It has no hurry as long as the ring has room: Linux goes on sending,
+//! With such an interrupt the driver frees what it has sent. It is in no hurry while the ring has room: Linux goes on sending,
 //! and an interrupt for each packet costs the guest more than the packet does. So one interrupt is for many: it comes when a good
 //! part of the ring has been returned, with a packet that is likely to be waited for, and no later than [`DELAY`].
 //!
