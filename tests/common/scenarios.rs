@@ -447,6 +447,10 @@ pub fn driver_comes_back(guest: &Guest, daemon: &Daemon) {
     held.expect_end_at_both();
     works(guest, daemon);
 
+    // Each socket has it until the RST for its SHUTDOWN has come; where the driver was unbound in between, for 8 s.
+    eventually("sockets to leave the driver", || {
+        guest.run_ok("cat /sys/module/vmw_vsock_virtio_transport/refcnt") == "0\n"
+    });
     guest.run_ok("rmmod vmw_vsock_virtio_transport");
     assert!(try_connect(daemon, new_port()).is_none());
     guest.run_ok("insmod $MODULES/vmw_vsock_virtio_transport.ko");
