@@ -3,6 +3,8 @@
 //! CID 1.
 
 mod common;
+#[path = "real_forwarding/handover.rs"]
+mod handover;
 #[path = "real_forwarding/messages.rs"]
 mod messages;
 
@@ -71,7 +73,11 @@ fn assert_in_guest() {
 fn connections_are_forwarded_in_a_guest() {
     let daemon = Daemon::start();
     let guest = Uml::boot(&daemon);
-    run_in(&guest, "--skip=inside:: --skip=messages::", 7);
+    run_in(
+        &guest,
+        "--skip=inside:: --skip=messages:: --skip=handover::",
+        7,
+    );
 }
 
 #[test]
@@ -79,6 +85,13 @@ fn messages_are_forwarded_in_a_guest() {
     let daemon = Daemon::start();
     let guest = Uml::boot(&daemon);
     run_in(&guest, "messages::", 9);
+}
+
+#[test]
+fn ports_outlive_the_daemon_in_a_guest() {
+    let daemon = Daemon::start();
+    let guest = Uml::boot(&daemon);
+    run_in(&guest, "handover::", 3);
 }
 
 /// The calls that seccomp looks at are the guest's: its kernel decides.

@@ -24,7 +24,7 @@ use crate::config::{
 use crate::host::entry::{Entry, EntrySocket};
 use crate::host::listener::{Inherited, ListenerError, LoadedListeners, SocketFile};
 use crate::host::siblings::Siblings;
-use crate::host::vsock;
+use crate::host::vsock::{self, VsockListener};
 use crate::packet::header::{Cid, GuestPort, PacketType};
 use crate::saved::{LoadError, Loader};
 use crate::syscalls::Syscall;
@@ -33,8 +33,8 @@ use crate::vhost_user_vsock_thread::EVENT_RING;
 use crate::vhu_vsock::session::Session;
 use crate::vhu_vsock::{Activity, VhostUserVsockBackend};
 use crate::vsock_conn::ConnKey;
-use parked::Sockets;
 pub(in crate::daemon) use parked::{Keep, ParkError, Parked, Parts, VmState};
+use parked::{Listening, Sockets};
 use session_thread::{SessionThread, Stop};
 
 /// To wait for a VMM, and for the end.
@@ -72,8 +72,8 @@ pub enum VmError {
 pub(super) struct BoundVm {
     cid: Cid,
     vmm: VmmSocket,
-    /// Held for their files.
-    files: Vec<SocketFile>,
+    /// All but that.
+    others: Listening,
     device: Arc<VhostUserVsockBackend>,
     stop: Arc<Stop>,
     /// One that was loaded.
@@ -107,17 +107,20 @@ impl BoundVm {
                 Inherited::Stream(vmm) => VmmSocket::Connected(vmm),
             },
         };
-        let mut files = Vec::new();
-        let mut entries = listen_on_vsock(config)?;
+        let (mut entries, mut others) = (Vec::new(), Listening::default());
+        for (entry, listener) in listen_on_vsock(config, loaded)? {
+            entries.push(EntrySocket::new(entry, listener.socket()?));
+            others.vsock.push(listener);
+        }
         for (entry, file) in bind_entries(config, loaded)? {
             entries.push(EntrySocket::new(entry, file.listener()?));
-            files.push(file);
+            others.files.push(file);
         }
         let device = VhostUserVsockBackend::new(config, entries, siblings, observer)?;
         Ok(Self {
             cid: config.guest_cid,
             vmm,
-            files,
+            others,
             device: Arc::new(device),
             stop: Arc::new(Stop::new()?),
             session: None,
@@ -204,13 +207,13 @@ impl BoundVm {
             keeper: self.keeper,
         };
         let device = self.device.clone();
-        let mut files = self.files;
+        let mut listening = self.others;
         match self.vmm {
             VmmSocket::Listener(socket) => {
                 let listener = socket.listener()?;
                 listener.set_nonblocking(true)?;
-                files.insert(0, socket);
-                sockets.lock().0 = Some(files);
+                listening.files.insert(0, socket);
+                sockets.lock().0 = Some(listening);
                 session_thread.keep_first();
                 threads.spawn("session", move || {
                     session_thread.serve_all(&listener);
@@ -218,7 +221,7 @@ impl BoundVm {
                 })?;
             }
             VmmSocket::Connected(vmm) => {
-                sockets.lock().0 = Some(files);
+                sockets.lock().0 = Some(listening);
                 session_thread.keep_first();
                 threads.spawn("session", move || {
                     session_thread.serve_one(vmm);
@@ -238,13 +241,16 @@ impl BoundVm {
 }
 
 /// Listens on the ports of AF_VSOCK that lead to the guest.
-fn listen_on_vsock(config: &VmConfig) -> Result<Vec<EntrySocket>, ListenerError> {
+fn listen_on_vsock(
+    config: &VmConfig,
+    loaded: &mut LoadedListeners,
+) -> Result<Vec<(Entry, VsockListener)>, ListenerError> {
     let HostSide::Vsock { listen, .. } = &config.host else {
         return Ok(Vec::new());
     };
     vsock::check().map_err(ListenerError::NoVsock)?;
-    let listen_on = |at: &VsockPort| match vsock::listen_on(at.port, at.packet_type) {
-        Ok(listener) => Ok(EntrySocket::new(Entry::Vsock(GuestPort(at.port)), listener)),
+    let listen_on = |at: &VsockPort| match VsockListener::bind_or_adopt(at, loaded) {
+        Ok(listener) => Ok((Entry::Vsock(GuestPort(at.port)), listener)),
         Err(error) => Err(ListenerError::Vsock(at.port, error)),
     };
     listen.iter().map(listen_on).collect()
@@ -285,7 +291,6 @@ fn bind_entries(
 /// A VM that is served. When this is dropped, it no longer is.
 pub struct Vm {
     cid: Cid,
-    /// Held for their files.
     sockets: Arc<Mutex<Sockets>>,
     session: Arc<Mutex<Option<Session>>>,
     device: Arc<VhostUserVsockBackend>,
@@ -372,8 +377,8 @@ impl Vm {
     pub(super) fn begin_stop(&mut self, deadline: Instant) {
         // A keeper may have the lock for a moment.
         let sockets = self.sockets.try_lock_until(deadline);
-        let files = sockets.and_then(|mut sockets| sockets.0.take());
-        for file in files.into_iter().flatten() {
+        let listening = sockets.and_then(|mut sockets| sockets.0.take());
+        for file in listening.unwrap_or_default().files {
             file.remove_by(deadline);
         }
         self.stop.request();

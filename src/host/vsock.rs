@@ -1,16 +1,19 @@
 //! The host's own AF_VSOCK (vsock(7)), for a VM whose connections are forwarded there.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, VsockAddr, bind, connect, listen, socket,
 };
 
+use super::listener::LoadedListeners;
 use super::relay;
 use super::socket::{HostSocket, socket_type};
+use crate::config::VsockPort;
 use crate::packet::header::{PacketType, PeerPort};
+use crate::saved::{SavedFd, Saver};
 use crate::syscalls::{Argument, Syscall};
 
 const FLAGS: SockFlag = SockFlag::SOCK_NONBLOCK.union(SockFlag::SOCK_CLOEXEC);
@@ -53,15 +56,35 @@ pub fn check() -> io::Result<()> {
     new_socket(PacketType::Stream).map(drop)
 }
 
-/// Listens on `port`, whichever CID of the host's is dialed.
-pub fn listen_on(port: u32, packet_type: PacketType) -> io::Result<OwnedFd> {
-    let socket = new_socket(packet_type)?;
-    bind(
-        socket.as_raw_fd(),
-        &VsockAddr::new(libc::VMADDR_CID_ANY, port),
-    )?;
-    listen(&socket, Backlog::MAXCONN)?;
-    Ok(socket)
+/// A listening, non-blocking socket of AF_VSOCK.
+#[derive(Debug)]
+pub struct VsockListener(OwnedFd);
+
+impl VsockListener {
+    /// Listens on a port, whichever CID of the host's is dialed. Where a predecessor listens there for connections of this type,
+    /// its socket goes on.
+    pub fn bind_or_adopt(at: &VsockPort, loaded: &mut LoadedListeners) -> io::Result<Self> {
+        if let Some(socket) = loaded.take_vsock(at.port, at.packet_type) {
+            return Ok(Self(socket));
+        }
+        let socket = new_socket(at.packet_type)?;
+        bind(
+            socket.as_raw_fd(),
+            &VsockAddr::new(libc::VMADDR_CID_ANY, at.port),
+        )?;
+        listen(&socket, Backlog::MAXCONN)?;
+        Ok(Self(socket))
+    }
+
+    /// A duplicate of the socket.
+    pub fn socket(&self) -> io::Result<OwnedFd> {
+        self.0.try_clone()
+    }
+
+    /// Saves the socket.
+    pub(crate) fn save<'a>(&'a self, saver: &mut Saver<'a>) -> SavedFd {
+        saver.fd(self.0.as_fd())
+    }
 }
 
 fn new_socket(packet_type: PacketType) -> io::Result<OwnedFd> {

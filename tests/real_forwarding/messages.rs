@@ -27,7 +27,7 @@ fn listen_for_messages(port: u32) -> Socket {
     socket
 }
 
-fn connect_for_messages(port: u32) -> UnixStream {
+pub fn connect_for_messages(port: u32) -> UnixStream {
     let socket = message_socket();
     socket.connect(&SockAddr::vsock(LOOPBACK, port)).unwrap();
     stream(socket)

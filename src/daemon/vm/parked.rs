@@ -15,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::host::listener::{ListenerState, SocketFile};
+use crate::host::vsock::VsockListener;
 use crate::packet::header::Cid;
-use crate::saved::Saver;
+use crate::saved::{SavedFd, Saver};
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
 use crate::vhost_user_vsock_thread::saved::TableState;
 use crate::vhu_vsock::saved::SessionState;
@@ -39,9 +40,17 @@ pub(in crate::daemon) enum ParkError {
     GivenUp,
 }
 
-/// The listening Unix sockets of a VM, with their files, the VMM's first. None once they were removed.
+/// The listening sockets of a VM. None once they were removed.
 #[derive(Debug)]
-pub(super) struct Sockets(pub(super) Option<Vec<SocketFile>>);
+pub(super) struct Sockets(pub(super) Option<Listening>);
+
+/// Held to be saved, and for their files.
+#[derive(Debug, Default)]
+pub(super) struct Listening {
+    /// The VMM's is the first.
+    pub(super) files: Vec<SocketFile>,
+    pub(super) vsock: Vec<VsockListener>,
+}
 
 /// A VM in a document.
 #[derive(Debug, Serialize, Deserialize)]
@@ -51,6 +60,9 @@ pub(in crate::daemon) struct VmState {
     pub(in crate::daemon) session: Option<SessionState>,
     #[serde(default)]
     pub(in crate::daemon) listeners: Vec<ListenerState>,
+    /// Those of AF_VSOCK.
+    #[serde(default)]
+    pub(in crate::daemon) vsock_listeners: Vec<SavedFd>,
     /// None if the daemon has died, and with it all connections.
     #[serde(default)]
     pub(in crate::daemon) table: Option<TableState>,
@@ -85,19 +97,19 @@ impl<'vm> Parts<'vm> {
     /// The system refuses.
     pub(in crate::daemon) fn save(self, saver: &mut Saver<'vm>) -> io::Result<VmState> {
         // What is always there comes first: a keeper gives it the same numbers in every process.
-        let listeners = self.listeners(saver);
+        let listening = self.sockets.0.as_ref();
+        let files = listening.iter().flat_map(|listening| &listening.files);
+        let listeners = files.filter_map(|socket| socket.save(saver)).collect();
+        let vsock = listening.iter().flat_map(|listening| &listening.vsock);
+        let vsock_listeners = vsock.map(|socket| socket.save(saver)).collect();
         let session = self.session.map(|session| session.save(self.worker, saver));
         Ok(VmState {
             guest_cid: self.guest_cid,
             session: session.transpose()?,
             listeners,
+            vsock_listeners,
             table: None,
         })
-    }
-
-    fn listeners(self, saver: &mut Saver<'vm>) -> Vec<ListenerState> {
-        let sockets = self.sockets.0.iter().flatten();
-        sockets.filter_map(|socket| socket.save(saver)).collect()
     }
 }
 
@@ -139,8 +151,9 @@ impl Parked<'_> {
     /// Leaves the VM to a successor, and its sockets' files. Its threads wait until the process ends, and so does whoever drops the
     /// [`Vm`](super::Vm).
     pub(in crate::daemon) fn leave(mut self) {
-        let sockets = self.sockets.0.take();
-        sockets.into_iter().flatten().for_each(SocketFile::leave);
+        if let Some(listening) = self.sockets.0.take() {
+            listening.files.into_iter().for_each(SocketFile::leave);
+        }
         mem::forget(self);
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
+use nix::sys::socket::{UnixAddr, VsockAddr, getsockname, getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use super::{Directory, ListenerError, OwnFile, SocketFile, give_access, open};
@@ -59,6 +59,8 @@ impl From<SavedPath> for PathBuf {
 #[derive(Debug)]
 pub struct LoadedListeners {
     sockets: Vec<SocketFile>,
+    /// Those of AF_VSOCK.
+    vsock: Vec<OwnedFd>,
     /// Whether their files are this process's, and those of the adopted ones.
     is_owned: Arc<AtomicBool>,
     /// Whether the predecessor has ended, so that one that nobody can adopt may be removed.
@@ -70,6 +72,7 @@ impl LoadedListeners {
     pub fn new(is_orphaned: bool) -> Self {
         Self {
             sockets: Vec::new(),
+            vsock: Vec::new(),
             is_owned: Arc::default(),
             is_orphaned,
         }
@@ -86,11 +89,24 @@ impl LoadedListeners {
         Ok(())
     }
 
-    /// Adds a socket of which nothing else is known, if it listens and the file of its name is there.
+    /// Adds a socket of AF_VSOCK.
+    ///
+    /// # Errors
+    /// Its descriptor is not there.
+    pub fn load_vsock(&mut self, fd: SavedFd, loader: &mut Loader) -> Result<(), LoadError> {
+        self.vsock.push(loader.take_fd(fd)?);
+        Ok(())
+    }
+
+    /// Adds a socket of which nothing else is known, if it listens and, where its name is that of a file, the file is there.
     pub fn find(&mut self, socket: OwnedFd) {
         let Ok(true) = getsockopt(&socket, sockopt::AcceptConn) else {
             return;
         };
+        if getsockname::<VsockAddr>(socket.as_raw_fd()).is_ok() {
+            self.vsock.push(socket);
+            return;
+        }
         let name = getsockname::<UnixAddr>(socket.as_raw_fd());
         let path = name.ok().and_then(|name| Some(name.path()?.to_owned()));
         if let Some(path) = path
@@ -139,9 +155,7 @@ impl LoadedListeners {
             file.is_some_and(|file| file.identity == found)
         };
         let place = self.sockets.iter().position(is_it)?;
-        let listens = getsockopt(&self.sockets[place].listener, sockopt::AcceptConn);
-        let kind = getsockopt(&self.sockets[place].listener, sockopt::SockType);
-        if listens == Ok(true) && kind == Ok(socket_type(packet_type)) {
+        if listens_for(&self.sockets[place], packet_type) {
             return Some(self.sockets.swap_remove(place));
         }
         if self.is_orphaned
@@ -151,6 +165,26 @@ impl LoadedListeners {
         }
         None
     }
+
+    /// Takes out the socket of a port of AF_VSOCK, if it is of this type.
+    pub(in crate::host) fn take_vsock(
+        &mut self,
+        port: u32,
+        packet_type: PacketType,
+    ) -> Option<OwnedFd> {
+        let is_it = |socket: &OwnedFd| {
+            let name = getsockname::<VsockAddr>(socket.as_raw_fd());
+            name.is_ok_and(|name| name.port() == port) && listens_for(socket, packet_type)
+        };
+        let place = self.vsock.iter().position(is_it)?;
+        Some(self.vsock.swap_remove(place))
+    }
+}
+
+/// Whether a socket listens for connections of this type.
+fn listens_for(socket: &impl AsFd, packet_type: PacketType) -> bool {
+    getsockopt(socket, sockopt::AcceptConn) == Ok(true)
+        && getsockopt(socket, sockopt::SockType) == Ok(socket_type(packet_type))
 }
 
 impl SocketFile {
