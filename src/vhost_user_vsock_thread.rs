@@ -303,6 +303,11 @@ impl VhostUserVsockThread {
                 self.rings.check(TX_RING, &mut tx, memory),
             ],
         });
+        if self.driver_watch.looks_for_buffers()
+            && let Some(queues) = &mut queues
+        {
+            self.look_for_buffers(queues);
+        }
         let wait = self.rounds(queues.as_mut());
         self.set_timer();
         if has_more { Wait::Not } else { wait }

@@ -43,11 +43,7 @@ fn a_driver_that_is_missing_is_warned_of_once_and_what_to_check() {
     let daemon = Daemon::start();
     // It knows the device and shares memory; the guest does not start.
     let mut guest = SimGuest::connect(&daemon, Setup::default());
-    let warnings = || {
-        let log = daemon.log();
-        let warnings = log.lines().filter(|line| line.contains("WARN"));
-        warnings.map(str::to_owned).collect::<Vec<_>>()
-    };
+    let warnings = || warnings(&daemon);
     eventually("a warning", || !warnings().is_empty());
     let warning = &warnings()[0];
     for text in ["connected for 5 s", "has not started", "share=on"] {
@@ -57,6 +53,32 @@ fn a_driver_that_is_missing_is_warned_of_once_and_what_to_check() {
     guest.start_rings();
     assert_serves(&daemon, &mut guest);
     assert_eq!(warnings().len(), 1, "{}", daemon.log());
+}
+
+/// What the daemon has warned of.
+fn warnings(daemon: &Daemon) -> Vec<String> {
+    let log = daemon.log();
+    let warnings = log.lines().filter(|line| line.contains("WARN"));
+    warnings.map(str::to_owned).collect()
+}
+
+#[test]
+fn rings_that_stay_empty_are_warned_of_and_those_of_a_sound_guest_are_not() {
+    let (sound, mut served) = device();
+    assert_serves(&sound, &mut served);
+    let daemon = Daemon::start();
+    // As the daemon sees a guest whose memory is private: the VMM starts the rings, and nothing is ever in them.
+    let mut guest = SimGuest::connect(&daemon, Setup::default());
+    guest.start_rings();
+    eventually("a warning", || !warnings(&daemon).is_empty());
+    let warning = &warnings(&daemon)[0];
+    for text in ["5 s ago", "no buffers", "share=on"] {
+        assert!(warning.contains(text), "{warning}");
+    }
+    guest.post_rx();
+    assert_serves(&daemon, &mut guest);
+    assert_eq!(warnings(&daemon).len(), 1, "{}", daemon.log());
+    assert!(warnings(&sound).is_empty(), "{}", sound.log());
 }
 
 /// How often a guest repeats a mistake.

@@ -1,5 +1,7 @@
 //! A round of the worker: steps at everything that there is to do, as their shares have it.
 
+use std::time::Instant;
+
 use virtio_queue::{Error as QueueError, Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
@@ -36,7 +38,7 @@ impl VhostUserVsockThread {
         };
         if round.has_buffers && round.has_packets && !self.backend.has_guest() {
             self.backend.guest_started();
-            self.driver_watch.started();
+            self.driver_watch.started(Instant::now());
         }
         if !round.has_buffers {
             self.backend.rx_starved();
@@ -139,6 +141,16 @@ impl VhostUserVsockThread {
             }
             false
         })
+    }
+
+    /// Finds out whether the driver has ever put buffers into the RX ring.
+    pub(super) fn look_for_buffers(&mut self, queues: &mut Queues<'_>) {
+        let mut is_new = false;
+        self.with_queue(queues, RX_RING, |_, queue, memory| {
+            is_new = queue.next_avail() == 0 && !has_entries(queue, memory)?;
+            Ok(true)
+        });
+        self.driver_watch.looked(!is_new);
     }
 
     /// Interrupts the guest if it wants to know of the buffers that were returned to it.
