@@ -47,6 +47,15 @@ pub(super) struct Usage {
     pub(super) work: u64,
 }
 
+impl Usage {
+    fn since(self, before: Self) -> Self {
+        Self {
+            cpu: self.cpu.saturating_sub(before.cpu),
+            work: self.work.wrapping_sub(before.work),
+        }
+    }
+}
+
 /// What some waits in a row have taken, and what was done between them.
 #[derive(Clone, Copy, Debug, Default)]
 struct Window {
@@ -85,6 +94,8 @@ pub(super) struct BusyPoll {
     limit: Duration,
     mode: Mode,
     window: Window,
+    /// What the thread had taken and done when the window began.
+    usage_before: Usage,
     /// The last one that was slept through.
     slept: Window,
     try_after: u32,
@@ -98,6 +109,7 @@ impl BusyPoll {
             limit,
             mode: Mode::Sleep { windows: 0 },
             window: Window::default(),
+            usage_before: Usage::default(),
             slept: Window::default(),
             try_after: TRY_AFTER.0,
             idle_since: None,
@@ -133,21 +145,17 @@ impl BusyPoll {
             return;
         }
         if self.window.waits == 0 {
+            self.usage_before = usage();
             self.window = Window {
                 waits: 1,
-                time: Duration::ZERO,
-                usage: usage(),
+                ..Window::default()
             };
             return;
         }
         self.window.time += waited.min(self.limit);
         self.window.waits += 1;
         if self.window.waits > WINDOW {
-            let (begin, end) = (self.window.usage, usage());
-            self.window.usage = Usage {
-                cpu: end.cpu.saturating_sub(begin.cpu),
-                work: end.work.wrapping_sub(begin.work),
-            };
+            self.window.usage = usage().since(self.usage_before);
             self.decide();
             self.window.waits = 0;
         }
