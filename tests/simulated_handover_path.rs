@@ -11,6 +11,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::thread::sleep;
+use std::time::Duration;
 
 use common::daemon::{Daemon, PATIENCE, binary, eventually, program};
 use common::handover::{Service, Way, take_descriptors};
@@ -419,13 +421,17 @@ fn program_with<'a>(options: impl Iterator<Item = &'a String>) -> Command {
     command
 }
 
+/// The predecessor stands still meanwhile: it must not have made way for the one that is killed.
 #[test]
 fn a_successor_that_is_killed_at_its_start_changes_nothing() {
     let mut busy = Busy::start();
-    for _ in 0..10 {
+    for round in 0..10 {
+        busy.service.signal(Signal::SIGSTOP);
         let successor = busy.service.spawn_successor();
+        sleep(Duration::from_millis(5 * round));
         successor.signal(Signal::SIGKILL);
         successor.wait_exit();
+        busy.service.signal(Signal::SIGCONT);
         busy.assert_goes_on();
     }
     busy.finish();
