@@ -89,7 +89,7 @@ test:
 	@tests/install-guests.sh tests
 	cargo test --profile tests --locked
 
-# Compares the daemon with vhost-device-vsock 0.3.0, as it is and with this daemon's buffer and QEMU's ring, on a machine that does
+# Compares the daemon with vhost-device-vsock 0.3.0, as it is and with a larger buffer and a smaller ring, on a machine that does
 # nothing else. BENCH takes more options.
 bench:
 	@tests/check-rust.sh tests

@@ -40,14 +40,14 @@ Example:
 
   qemu-system-x86_64 <your options> -m 512M \\
     -object memory-backend-memfd,id=mem0,size=512M,share=on -machine q35,memory-backend=mem0 \\
-    -chardev socket,id=char0,reconnect=0,path=/tmp/vhost4.socket \\
+    -chardev socket,id=char0,path=/tmp/vhost4.socket \\
     -device vhost-user-vsock-pci,chardev=char0
 
   guest$ nc --vsock -l -p 1234         host$  nc -U /tmp/vm4.vsock
                                               CONNECT 1234
   host$  nc -l -U /tmp/vm4.vsock_1234  guest$ nc --vsock 2 1234
 
-Exit status: 0 after SIGTERM, SIGINT or SIGHUP, and when the only VMM of --fd is gone; 1 after a failure; 2 for a mistake in the options.";
+Exit status: 0 after SIGTERM, SIGINT or SIGHUP, after a hand-over, and when the only VMM of --fd has disconnected; 1 after a failure; 2 for a mistake in the options or in the file of --config.";
 
 /// Gives a virtual machine its virtio-vsock device.
 ///
@@ -61,8 +61,8 @@ pub struct Args {
     #[command(flatten)]
     options: VmOptions,
 
-    /// A VM with options of its own, by their names: guest-cid=CID,socket=SOCKET,uds-path=UDS_PATH,... Repeatable. What is given
-    /// beside it holds for all VMs that say nothing else
+    /// A VM with options of its own, by their names: guest-cid=CID,socket=SOCKET,uds-path=UDS_PATH,... Repeatable. Options
+    /// outside --vm are defaults for all VMs
     #[arg(long, value_name = "KEY=VALUE,...", action = ArgAction::Append, conflicts_with_all = OF_ONE_VM)]
     vm: Vec<Vm>,
 
@@ -74,8 +74,7 @@ pub struct Args {
     #[arg(long, value_name = "STATS_PATH")]
     stats_path: Option<PathBuf>,
 
-    /// Path of a Unix socket at which a new daemon takes the VMs over from this one. A daemon that is started with the path of one
-    /// that runs does so
+    /// Path of a Unix socket for hand-over. A daemon that is started with the same path as a running one takes its VMs over
     #[arg(long, value_name = "HANDOVER_PATH")]
     handover_path: Option<PathBuf>,
 

@@ -231,7 +231,7 @@ fn bytes_of_a_client_that_left_reach_the_guest_while_there_are_places() {
 }
 
 #[test]
-fn a_quarter_of_the_places_is_the_hosts_however_many_the_guest_takes() {
+fn a_third_of_the_places_is_the_hosts_however_many_the_guest_takes() {
     let daemon = Daemon::start_with(&["--max-connections=6"]);
     let mut guest = SimGuest::start(&daemon, Setup::default());
     let listener = listen(&daemon, PORT);

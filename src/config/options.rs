@@ -113,8 +113,8 @@ pub struct VmOptions {
     pub queue_size: Option<u64>,
 
     #[arg(long, value_name = "COUNT", help = with_default(
-        "Maximum number of connections that the guest has opened, of those that host programs have, and of those that siblings \
-         have; a third is kept for each. Further ones are refused", VmConfig::DEFAULT_MAX_CONNECTIONS as u64))]
+        "Maximum number of open connections for each side: those opened by the guest, by host programs and by siblings. A third is \
+         reserved for each side. Further ones are refused", VmConfig::DEFAULT_MAX_CONNECTIONS as u64))]
     #[allow(missing_docs)]
     pub max_connections: Option<usize>,
 

@@ -135,7 +135,7 @@ fn a_guest_that_takes_nothing_for_long_loses_resets() {
 }
 
 #[test]
-fn a_quarter_of_the_places_is_kept_for_each_side() {
+fn a_third_of_the_places_is_kept_for_each_side() {
     for per_side in [1, 2, 3, 4, 100, 1024] {
         let places = Places::new(per_side);
         let mut connections = Connections::new(places);
