@@ -275,6 +275,11 @@ impl VhostUserVsockThread {
 
 // The turn.
 impl VhostUserVsockThread {
+    /// Accepts nobody any more.
+    pub fn stop_listening(&mut self) {
+        self.acceptors.close();
+    }
+
     /// Takes the events that a wait has brought.
     pub fn take_events(&mut self, events: &EventBuffer) {
         for (source, ready) in events.iter() {
@@ -304,6 +309,7 @@ impl VhostUserVsockThread {
             ],
         });
         if self.driver_watch.looks_for_buffers()
+            && self.backend.has_guest()
             && let Some(queues) = &mut queues
         {
             self.look_for_buffers(queues);
@@ -326,6 +332,7 @@ impl VhostUserVsockThread {
             if was_idle || !goes_on || self.quiet.is_late() {
                 self.end_rx(&mut queues);
             }
+            self.end_tx(&mut queues);
             was_idle = false;
             if goes_on {
                 continue;

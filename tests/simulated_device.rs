@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, GUEST_CID, PATIENCE};
+use common::daemon::{Daemon, GUEST_CID, PATIENCE, eventually};
 use common::sim::host::{
     FLOW, accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, dial, from_guest,
     from_host, listen, pattern, read_ok,
@@ -495,6 +495,33 @@ fn a_packet_that_nothing_follows_has_its_interrupt() {
         guest.send(&flow.rw(&[7; 100]));
         guest.wait_tx_done();
         assert_same(&common::sim::host::read_exactly(&stream, 100), &[7; 100]);
+    }
+}
+
+/// Some VMMs pause a guest in no other way than that.
+#[test]
+fn an_interrupt_that_is_due_while_the_ring_is_disabled_comes_when_it_is_enabled() {
+    let daemon = Daemon::start();
+    let mut guest = SimGuest::start(&daemon, Setup::default());
+    let flow = Flow::new(PORT, PORT);
+    let stream = from_guest(&daemon, &mut guest, &flow);
+    for _ in 0..50 {
+        guest.wait_tx_done();
+        guest.rings[1].drain_call();
+        guest.rings[1].arm();
+        let before = guest.rings[1].interrupts;
+        // More than a driver sends that waits for each.
+        for _ in 0..6 {
+            guest.send(&flow.rw(&[7; 100]));
+            assert_same(&common::sim::host::read_exactly(&stream, 100), &[7; 100]);
+        }
+        guest.frontend.set_vring_enable(1, false);
+        sleep(Duration::from_millis(2));
+        guest.frontend.set_vring_enable(1, true);
+        eventually("the interrupt", || {
+            guest.rings[1].drain_call();
+            guest.rings[1].interrupts > before
+        });
     }
 }
 

@@ -360,7 +360,12 @@ impl Vm {
     /// Removes the sockets of a VM whose threads have ended, or one of whose threads has panicked: nobody serves them.
     pub(super) fn remove_if_ended(&mut self) {
         if self.has_sockets() && self.has_ended() {
-            self.begin_stop(Instant::now() + LOCK_TIMEOUT);
+            let deadline = Instant::now() + LOCK_TIMEOUT;
+            self.begin_stop(deadline);
+            // The statistics have the worker for as long as the process runs.
+            if let Some(mut worker) = self.device.worker_until(deadline) {
+                worker.stop_listening();
+            }
         }
     }
 

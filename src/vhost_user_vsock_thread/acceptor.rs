@@ -51,6 +51,11 @@ impl Acceptors {
         Ok(Self { all, next: 0 })
     }
 
+    /// Gives the sockets up. Clients that wait at one that nobody else has are reset.
+    pub(super) fn close(&mut self) {
+        self.all.clear();
+    }
+
     /// Somebody has connected to the socket of this number.
     pub(super) fn set_pending(&mut self, number: u32) {
         if let Some(acceptor) = self.all.get_mut(number as usize) {

@@ -39,13 +39,13 @@ impl DriverWatch {
     /// A VMM has connected.
     pub(super) fn connected(&mut self, now: Instant) {
         self.wait_for(Awaited::Start, now);
-        self.has_accepted = false;
     }
 
     /// The VMM is gone.
     pub(super) fn disconnected(&mut self) {
         self.awaited = Awaited::Nothing;
         self.due = None;
+        self.has_accepted = false;
     }
 
     /// The driver has accepted features.

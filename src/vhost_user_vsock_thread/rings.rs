@@ -113,6 +113,11 @@ impl Rings {
         self.rings[index].state != RingState::Stopped
     }
 
+    /// Whether one has been started since the device was reset, even if it was stopped meanwhile.
+    pub(super) fn were_started(&self) -> bool {
+        self.rings.iter().any(|ring| ring.position.is_some())
+    }
+
     /// The VMM starts a ring, or changes one that runs.
     pub(super) fn start(&mut self, index: usize, queue: &mut Queue) -> Start {
         queue.set_ready(true);

@@ -124,7 +124,10 @@ impl VhostUserVsockThread {
     /// A VMM is there, whose session was handed over.
     pub fn resume(&mut self, transport_reset: bool) {
         self.backend.connect();
-        self.driver_watch.connected(Instant::now());
+        // A guest whose driver has started it before may be paused.
+        if !self.rings.were_started() {
+            self.driver_watch.connected(Instant::now());
+        }
         self.transport_reset = transport_reset;
         self.wake();
     }

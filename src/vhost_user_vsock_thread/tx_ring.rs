@@ -75,10 +75,11 @@ impl VhostUserVsockThread {
         Ok(true)
     }
 
-    /// Interrupts the guest at the end of a turn for packets that were taken long ago.
+    /// Interrupts the guest for packets that were taken long ago, once their ring can be worked on.
     pub(super) fn end_tx(&mut self, queues: &mut Option<&mut Queues<'_>>) {
-        if self.tx_interrupts.take_overdue()
-            && let Some(queues) = queues
+        if let Some(queues) = queues
+            && queues.queues[TX_RING].is_some()
+            && self.tx_interrupts.take_overdue()
         {
             self.with_queue(queues, TX_RING, |worker, queue, memory| {
                 worker.notify(TX_RING, queue, memory).map(|()| true)

@@ -428,6 +428,22 @@ fn a_session_that_was_handed_over_takes_the_place_of_an_inherited_connection() {
 }
 
 #[test]
+fn a_vm_that_has_ended_keeps_no_client_waiting() {
+    let folder = folder();
+    let (inherited, vmm) = UnixStream::pair().unwrap();
+    let mut bound = bind(&folder);
+    bound.vmm = VmmSocket::Connected(inherited);
+    let mut vm = start(bound);
+    drop(vmm);
+    await_that("the VM ends", || vm.has_ended());
+    let mut client = UnixStream::connect(folder.path().join("uds")).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    vm.remove_if_ended();
+    let reset = client.read(&mut [0]).unwrap_err();
+    assert_eq!(reset.kind(), ErrorKind::ConnectionReset);
+}
+
+#[test]
 fn a_transfer_and_a_broken_ring_go_on_in_a_successor() {
     let folders = [folder(), folder()];
     let vm = start(bind(&folders[0]));
