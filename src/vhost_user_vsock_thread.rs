@@ -332,7 +332,6 @@ impl VhostUserVsockThread {
             if was_idle || !goes_on || self.quiet.is_late() {
                 self.end_rx(&mut queues);
             }
-            self.end_tx(&mut queues);
             was_idle = false;
             if goes_on {
                 continue;
@@ -340,6 +339,8 @@ impl VhostUserVsockThread {
             if let Some(queues) = &mut queues {
                 if self.busy_poll(queues) {
                     was_idle = true;
+                    // It may be what the poll has ended for, and the next may be long.
+                    self.end_tx(queues);
                     continue;
                 }
                 if self.enable_kicks(queues) {
@@ -351,7 +352,9 @@ impl VhostUserVsockThread {
             break;
         }
         self.end_rx(&mut queues);
-        self.end_tx(&mut queues);
+        if let Some(queues) = queues {
+            self.end_tx(queues);
+        }
         wait
     }
 

@@ -76,11 +76,8 @@ impl VhostUserVsockThread {
     }
 
     /// Interrupts the guest for packets that were taken long ago, once their ring can be worked on.
-    pub(super) fn end_tx(&mut self, queues: &mut Option<&mut Queues<'_>>) {
-        if let Some(queues) = queues
-            && queues.queues[TX_RING].is_some()
-            && self.tx_interrupts.take_overdue()
-        {
+    pub(super) fn end_tx(&mut self, queues: &mut Queues<'_>) {
+        if queues.queues[TX_RING].is_some() && self.tx_interrupts.take_overdue() {
             self.with_queue(queues, TX_RING, |worker, queue, memory| {
                 worker.notify(TX_RING, queue, memory).map(|()| true)
             });
