@@ -43,7 +43,7 @@ build:
 # The manual page, and completions for shells.
 manual:
 	@tests/check-rust.sh linker
-	cargo run --release --locked --example manual -- target/manual
+	cargo run --profile tests --locked --example manual -- target/manual
 
 # Once build and manual have run, this takes no cargo: it may be another user's, who has none.
 install: target/release/$(name) target/manual/$(name).1
@@ -70,7 +70,7 @@ deb:
 	@command -v dpkg-shlibdeps >/dev/null || \
 		{ echo "error: make deb needs dpkg-shlibdeps; on Debian and Ubuntu: apt-get install dpkg-dev" >&2; exit 1; }
 	$(MAKE) --no-print-directory build manual
-	test -x $(cargo_deb)/bin/cargo-deb || cargo install cargo-deb --version 3.8.0 --locked --root $(cargo_deb)
+	test -x $(cargo_deb)/bin/cargo-deb || cargo install cargo-deb --version 3.8.0 --locked --debug --root $(cargo_deb)
 	rm -rf target/deb-root
 	$(MAKE) install DESTDIR=target/deb-root PREFIX=/usr zshdir=/usr/share/zsh/vendor-completions
 	rm -f target/$(name).deb
