@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::daemon::{Daemon, GUEST_CID, PATIENCE, eventually};
 use common::sim::host::{
     FLOW, accept, assert_closed, assert_moves_bytes, assert_same, assert_serves, dial, from_guest,
-    from_host, listen, pattern, read_ok,
+    from_host, listen, pattern, read_exactly, read_ok,
 };
 use common::sim::ring::{Indirect, feature};
 use common::sim::setup::TxLayout;
@@ -174,7 +174,7 @@ fn tx_queued_while_stopped_is_served_without_a_kick() {
     guest.stop_rings();
     queue(&mut guest, &flow.rw(b"queued"));
     guest.start_rings();
-    assert_same(&common::sim::host::read_exactly(&stream, 6), b"queued");
+    assert_same(&read_exactly(&stream, 6), b"queued");
 }
 
 #[test]
@@ -226,7 +226,7 @@ fn a_stopped_device_does_not_touch_guest_memory() {
         &common::sim::host::recv_bytes(&mut guest, &flow, 5000),
         &pattern(1, 5000),
     );
-    assert_same(&common::sim::host::read_exactly(&stream, 5), b"later");
+    assert_same(&read_exactly(&stream, 5), b"later");
 }
 
 #[test]
@@ -272,9 +272,7 @@ fn pauses_lose_and_repeat_nothing() {
                 let (mut writer, mut reader) = (guest.handle(), guest.handle());
                 s.spawn(move || writer.write_all(&to_host).unwrap());
                 s.spawn(move || (&*host).write_all(&to_guest).unwrap());
-                s.spawn(move || {
-                    assert_same(&common::sim::host::read_exactly(host, LEN), &wanted.0)
-                });
+                s.spawn(move || assert_same(&read_exactly(host, LEN), &wanted.0));
                 s.spawn(move || {
                     let mut got = vec![0; LEN];
                     reader.read_exact(&mut got).unwrap();
@@ -450,13 +448,20 @@ fn interrupts_and_kicks_are_asked_for_rarely() {
         queue(&mut guest, &flow.rw(&[7; 100]));
     }
     guest.rings[1].kick_if_needed();
-    assert_same(&common::sim::host::read_exactly(&stream, 6000), &[7; 6000]);
+    assert_same(&read_exactly(&stream, 6000), &[7; 6000]);
     guest.wait_tx_done();
     let calls = guest.rings[1].interrupts + guest.rings[1].kicks - before;
     assert!(
         calls < 60,
         "{calls} kicks and interrupts for 60 packets offered at once"
     );
+}
+
+/// The guest sends a packet, which the host program reads.
+#[track_caller]
+fn send_and_read(guest: &mut SimGuest, stream: &UnixStream, flow: &Flow) {
+    guest.send(&flow.rw(&[7; 100]));
+    assert_same(&read_exactly(stream, 100), &[7; 100]);
 }
 
 #[test]
@@ -469,8 +474,7 @@ fn packets_that_follow_each_other_share_their_interrupts() {
     let (packets, before) = (500, guest.rings[1].interrupts);
     for _ in 0..packets {
         guest.rings[1].arm();
-        guest.send(&flow.rw(&[7; 100]));
-        assert_same(&common::sim::host::read_exactly(&stream, 100), &[7; 100]);
+        send_and_read(&mut guest, &stream, &flow);
         // Without a wait for an interrupt, and without a break in which one would come.
         let deadline = Instant::now() + PATIENCE;
         while guest.rings[1].outstanding() > 0 {
@@ -494,7 +498,7 @@ fn a_packet_that_nothing_follows_has_its_interrupt() {
     for _ in 0..1000 {
         guest.send(&flow.rw(&[7; 100]));
         guest.wait_tx_done();
-        assert_same(&common::sim::host::read_exactly(&stream, 100), &[7; 100]);
+        assert_same(&read_exactly(&stream, 100), &[7; 100]);
     }
 }
 
@@ -512,8 +516,7 @@ fn an_interrupt_that_is_due_while_the_ring_is_disabled_comes_when_it_is_enabled(
         let before = guest.rings[1].interrupts;
         // More than a driver sends that waits for each.
         for _ in 0..6 {
-            guest.send(&flow.rw(&[7; 100]));
-            assert_same(&common::sim::host::read_exactly(&stream, 100), &[7; 100]);
+            send_and_read(&mut guest, &stream, &flow);
         }
         guest.frontend.set_vring_enable(1, false);
         sleep(Duration::from_millis(2));

@@ -8,12 +8,12 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, VsockAddr, bind, connect, listen, socket,
 };
 
-use super::listener::LoadedListeners;
+use super::listener::{ListenerState, LoadedListeners};
 use super::relay;
 use super::socket::{HostSocket, socket_type};
 use crate::config::VsockPort;
 use crate::packet::header::{PacketType, PeerPort};
-use crate::saved::{SavedFd, Saver};
+use crate::saved::Saver;
 use crate::syscalls::{Argument, Syscall};
 
 const FLAGS: SockFlag = SockFlag::SOCK_NONBLOCK.union(SockFlag::SOCK_CLOEXEC);
@@ -82,8 +82,10 @@ impl VsockListener {
     }
 
     /// Saves the socket.
-    pub(crate) fn save<'a>(&'a self, saver: &mut Saver<'a>) -> SavedFd {
-        saver.fd(self.0.as_fd())
+    pub(crate) fn save<'a>(&'a self, saver: &mut Saver<'a>) -> ListenerState {
+        ListenerState::Vsock {
+            vsock: saver.fd(self.0.as_fd()),
+        }
     }
 }
 

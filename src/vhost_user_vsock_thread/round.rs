@@ -145,12 +145,13 @@ impl VhostUserVsockThread {
 
     /// Finds out whether the driver has ever put buffers into the RX ring.
     pub(super) fn look_for_buffers(&mut self, queues: &mut Queues<'_>) {
-        let mut is_new = false;
+        // Of a ring that is not there nothing is known.
+        let mut has_buffers = true;
         self.with_queue(queues, RX_RING, |_, queue, memory| {
-            is_new = queue.next_avail() == 0 && !has_entries(queue, memory)?;
+            has_buffers = queue.next_avail() != 0 || has_entries(queue, memory)?;
             Ok(true)
         });
-        self.driver_watch.looked(!is_new);
+        self.driver_watch.looked(has_buffers);
     }
 
     /// Interrupts the guest if it wants to know of the buffers that were returned to it.

@@ -115,17 +115,13 @@ impl Survival {
         let mut loaded = None;
         for (loader, state) in left.chain(&mut self.others) {
             let loaded = loaded.get_or_insert_with(|| LoadedListeners::new(true));
-            let lost = |error| {
-                warn!(
-                    "CID {}: a listening socket is lost: {error}",
-                    state.guest_cid
-                );
-            };
             for listener in mem::take(&mut state.listeners) {
-                loaded.load(listener, loader).unwrap_or_else(lost);
-            }
-            for fd in mem::take(&mut state.vsock_listeners) {
-                loaded.load_vsock(fd, loader).unwrap_or_else(lost);
+                if let Err(error) = loaded.load(listener, loader) {
+                    warn!(
+                        "CID {}: a listening socket is lost: {error}",
+                        state.guest_cid
+                    );
+                }
             }
         }
         for socket in mem::take(&mut self.found) {

@@ -134,12 +134,6 @@ impl Predecessor {
             handover,
             ..
         } = &mut self.state;
-        for fd in vms
-            .iter_mut()
-            .flat_map(|vm| mem::take(&mut vm.vsock_listeners))
-        {
-            loaded.load_vsock(fd, &mut self.loader)?;
-        }
         let of_vms = vms.iter_mut().flat_map(|vm| mem::take(&mut vm.listeners));
         let of_process = stats.take().into_iter().chain(handover.take());
         for state in of_vms.chain(of_process) {

@@ -17,7 +17,7 @@ use thiserror::Error;
 use crate::host::listener::{ListenerState, SocketFile};
 use crate::host::vsock::VsockListener;
 use crate::packet::header::Cid;
-use crate::saved::{SavedFd, Saver};
+use crate::saved::Saver;
 use crate::vhost_user_vsock_thread::VhostUserVsockThread;
 use crate::vhost_user_vsock_thread::saved::TableState;
 use crate::vhu_vsock::saved::SessionState;
@@ -60,9 +60,6 @@ pub(in crate::daemon) struct VmState {
     pub(in crate::daemon) session: Option<SessionState>,
     #[serde(default)]
     pub(in crate::daemon) listeners: Vec<ListenerState>,
-    /// Those of AF_VSOCK.
-    #[serde(default)]
-    pub(in crate::daemon) vsock_listeners: Vec<SavedFd>,
     /// None if the daemon has died, and with it all connections.
     #[serde(default)]
     pub(in crate::daemon) table: Option<TableState>,
@@ -99,15 +96,14 @@ impl<'vm> Parts<'vm> {
         // What is always there comes first: a keeper gives it the same numbers in every process.
         let listening = self.sockets.0.as_ref();
         let files = listening.iter().flat_map(|listening| &listening.files);
-        let listeners = files.filter_map(|socket| socket.save(saver)).collect();
+        let mut listeners: Vec<_> = files.filter_map(|socket| socket.save(saver)).collect();
         let vsock = listening.iter().flat_map(|listening| &listening.vsock);
-        let vsock_listeners = vsock.map(|socket| socket.save(saver)).collect();
+        listeners.extend(vsock.map(|socket| socket.save(saver)));
         let session = self.session.map(|session| session.save(self.worker, saver));
         Ok(VmState {
             guest_cid: self.guest_cid,
             session: session.transpose()?,
             listeners,
-            vsock_listeners,
             table: None,
         })
     }

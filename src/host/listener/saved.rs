@@ -19,20 +19,33 @@ use crate::host::socket::socket_type;
 use crate::packet::header::PacketType;
 use crate::saved::{LoadError, Loader, SavedFd, Saver};
 
-/// A listening socket with a file, in a document.
+/// A listening socket, in a document.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct ListenerState {
-    path: SavedPath,
-    /// The file's device and inode.
-    device: u64,
-    inode: u64,
-    fd: SavedFd,
+#[serde(untagged)]
+pub enum ListenerState {
+    /// One with a file.
+    File {
+        /// The file's path, device and inode.
+        path: SavedPath,
+        #[allow(missing_docs)]
+        device: u64,
+        #[allow(missing_docs)]
+        inode: u64,
+        /// The socket.
+        fd: SavedFd,
+    },
+    /// One of AF_VSOCK. It knows its port.
+    Vsock {
+        /// The socket.
+        vsock: SavedFd,
+    },
 }
 
 /// A path, which need not be text.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(untagged)]
-enum SavedPath {
+#[allow(missing_docs)]
+pub enum SavedPath {
     Text(String),
     Bytes(Vec<u8>),
 }
@@ -83,18 +96,15 @@ impl LoadedListeners {
     /// # Errors
     /// Its descriptor is not there.
     pub fn load(&mut self, state: ListenerState, loader: &mut Loader) -> Result<(), LoadError> {
-        let listener = loader.take_fd(state.fd)?;
-        let identity = (state.device, state.inode);
-        self.push(listener, state.path.into(), identity);
-        Ok(())
-    }
-
-    /// Adds a socket of AF_VSOCK.
-    ///
-    /// # Errors
-    /// Its descriptor is not there.
-    pub fn load_vsock(&mut self, fd: SavedFd, loader: &mut Loader) -> Result<(), LoadError> {
-        self.vsock.push(loader.take_fd(fd)?);
+        match state {
+            ListenerState::File {
+                path,
+                device,
+                inode,
+                fd,
+            } => self.push(loader.take_fd(fd)?, path.into(), (device, inode)),
+            ListenerState::Vsock { vsock } => self.vsock.push(loader.take_fd(vsock)?),
+        }
         Ok(())
     }
 
@@ -192,7 +202,7 @@ impl SocketFile {
     pub(crate) fn save<'a>(&'a self, saver: &mut Saver<'a>) -> Option<ListenerState> {
         let file = self.file.as_ref()?;
         let (device, inode) = file.identity;
-        Some(ListenerState {
+        Some(ListenerState::File {
             path: SavedPath::from(&*file.path),
             device,
             inode,
