@@ -275,7 +275,7 @@ impl VhostUserVsockThread {
 
 // The turn.
 impl VhostUserVsockThread {
-    /// Accepts nobody any more.
+    /// Stops accepting host programs, and closes the listening sockets.
     pub fn stop_listening(&mut self) {
         self.acceptors.close();
     }
@@ -339,7 +339,7 @@ impl VhostUserVsockThread {
             if let Some(queues) = &mut queues {
                 if self.busy_poll(queues) {
                     was_idle = true;
-                    // It may be what the poll has ended for, and the next may be long.
+                    // Its timer may have ended the poll, and the next poll may be long.
                     self.end_tx(queues);
                     continue;
                 }

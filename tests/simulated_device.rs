@@ -502,7 +502,7 @@ fn a_packet_that_nothing_follows_has_its_interrupt() {
     }
 }
 
-/// Some VMMs pause a guest in no other way than that.
+/// Some VMMs pause a guest by disabling its rings, and in no other way.
 #[test]
 fn an_interrupt_that_is_due_while_the_ring_is_disabled_comes_when_it_is_enabled() {
     let daemon = Daemon::start();
@@ -514,7 +514,7 @@ fn an_interrupt_that_is_due_while_the_ring_is_disabled_comes_when_it_is_enabled(
         guest.rings[1].drain_call();
         guest.rings[1].arm();
         let before = guest.rings[1].interrupts;
-        // More than a driver sends that waits for each.
+        // A driver that waited for each would send one.
         for _ in 0..6 {
             send_and_read(&mut guest, &stream, &flow);
         }

@@ -72,7 +72,7 @@ pub enum VmError {
 pub(super) struct BoundVm {
     cid: Cid,
     vmm: VmmSocket,
-    /// All but that.
+    /// Its other listening sockets.
     others: Listening,
     device: Arc<VhostUserVsockBackend>,
     stop: Arc<Stop>,
@@ -362,7 +362,7 @@ impl Vm {
         if self.has_sockets() && self.has_ended() {
             let deadline = Instant::now() + LOCK_TIMEOUT;
             self.begin_stop(deadline);
-            // The statistics have the worker for as long as the process runs.
+            // The statistics keep the worker, and with it these sockets, for as long as the process runs.
             if let Some(mut worker) = self.device.worker_until(deadline) {
                 worker.stop_listening();
             }

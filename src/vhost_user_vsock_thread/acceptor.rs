@@ -51,7 +51,7 @@ impl Acceptors {
         Ok(Self { all, next: 0 })
     }
 
-    /// Gives the sockets up. Clients that wait at one that nobody else has are reset.
+    /// Closes the sockets. Clients that wait to be accepted are reset, unless another process has the socket too.
     pub(super) fn close(&mut self) {
         self.all.clear();
     }

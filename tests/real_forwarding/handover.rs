@@ -35,7 +35,7 @@ fn accept_in_guest(guest: &mut SimGuest) -> Flow {
     flow
 }
 
-/// The guest's ports that are asked for by programs which came while no daemon ran.
+/// The guest is asked for the ports of the programs that connected while no daemon ran.
 #[track_caller]
 fn assert_have_waited(guest: &mut SimGuest, programs: [&UnixStream; 2]) {
     let mut asked = [(); 2].map(|()| accept_in_guest(guest));
